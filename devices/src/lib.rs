@@ -2,12 +2,21 @@
 //!
 //! - [`bus`]: [`Bus`] finds the [`BusDevice`] for a port or an address.
 //! - [`interrupt`] and [`power`]: the traits through which devices reach the rest of the machine.
+//! - [`ioapic`]: the interrupt controller that turns lines into messages.
+//! - [`i8042`], [`rtc`], [`acpi_pm`], [`pvpanic`], [`debug_exit`]: what else a PC has at its ports.
 //!
 //! Nothing here knows an engine or the machine: devices see guest memory, interrupt lines, files and sockets.
 
+pub mod acpi_pm;
 pub mod bus;
+pub mod debug_exit;
+mod guest_error;
+pub mod i8042;
 pub mod interrupt;
+pub mod ioapic;
 pub mod power;
+pub mod pvpanic;
+pub mod rtc;
 
 pub use bus::{Bus, BusBuilder, BusDevice, SharedDevice};
 pub use interrupt::{InterruptLine, MsiSink};

@@ -24,3 +24,26 @@ pub trait PowerSink: Send + Sync {
     /// run is the one that counts.
     fn request(&self, event: PowerEvent);
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+
+    /// Remembers what was requested.
+    #[derive(Default)]
+    pub(crate) struct Requests(Mutex<Vec<PowerEvent>>);
+
+    impl Requests {
+        pub(crate) fn take(&self) -> Vec<PowerEvent> {
+            std::mem::take(&mut self.0.lock().unwrap())
+        }
+    }
+
+    impl PowerSink for Requests {
+        fn request(&self, event: PowerEvent) {
+            self.0.lock().unwrap().push(event);
+        }
+    }
+}
