@@ -1,1 +1,12 @@
-//! To be filled.
+//! A machine: memory, processors, two buses, and the threads that drive them.
+//!
+//! [`MachineBuilder`] creates guest memory and the engine's VM, takes devices and a [`boot::Boot`], and turns
+//! into a [`Machine`], whose [`Machine::wait`] says how the run ended. Everything about how a machine begins is
+//! in [`boot`], [`acpi`] and [`layout`]; nothing here prints, reads the environment or keeps state for the whole
+//! process, so that the crate can be embedded.
+//!
+//! Neighbours: `harrier-engine` is the seam to the processors, `harrier-devices` has the devices and buses.
+
+pub mod boot;
+pub mod layout;
+pub mod memory;

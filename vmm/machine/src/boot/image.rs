@@ -1,0 +1,210 @@
+//! Files that are loaded into a guest: kernels, initial ramdisks, modules.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use harrier_engine::GuestMemory;
+use vm_memory::{Bytes, GuestAddress};
+
+/// Bytes that are copied at a time.
+const CHUNK: u64 = 1 << 20;
+
+/// Why a file cannot be loaded at all.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// There is no such file.
+    #[error("'{name}' does not exist: check the path")]
+    NotFound {
+        /// The file's name.
+        name: String,
+    },
+    /// A directory, a device or the like.
+    #[error("'{name}' is a {kind}: give a regular file")]
+    NotAFile {
+        /// The file's name.
+        name: String,
+        /// What it is instead.
+        kind: &'static str,
+    },
+    /// No bytes.
+    #[error("'{name}' is empty: give a complete file")]
+    Empty {
+        /// The file's name.
+        name: String,
+    },
+    /// The host refused to open or read it.
+    #[error("'{name}' cannot be read ({source}): check the file and its permissions")]
+    Unreadable {
+        /// The file's name.
+        name: String,
+        /// The host's answer.
+        source: io::Error,
+    },
+}
+
+/// A source of bytes with a name for messages.
+pub trait Image {
+    /// What messages call it.
+    fn name(&self) -> &str;
+    /// Length in bytes.
+    fn len_bytes(&self) -> u64;
+    /// Fills `buf` from `offset`; an error if the image ends before.
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()>;
+}
+
+/// A regular file.
+#[derive(Debug)]
+pub struct FileImage {
+    name: String,
+    file: File,
+    len_bytes: u64,
+}
+
+impl FileImage {
+    /// Opens `path` and notes its length.
+    ///
+    /// # Errors
+    /// [`ImageError`] if it is missing, not a regular file, empty or not readable.
+    pub fn open(path: &Path) -> Result<Self, ImageError> {
+        let name = path.display().to_string();
+        // Looked at before opening: opening a named pipe would wait for its writer.
+        check_kind(&name, std::fs::metadata(path))?;
+        let file = File::open(path).map_err(|source| unreadable(&name, source))?;
+        let len_bytes = check_kind(&name, file.metadata())?;
+        if len_bytes == 0 {
+            return Err(ImageError::Empty { name });
+        }
+        Ok(FileImage { name, file, len_bytes })
+    }
+}
+
+fn unreadable(name: &str, source: io::Error) -> ImageError {
+    let name = name.to_owned();
+    match source.kind() {
+        io::ErrorKind::NotFound => ImageError::NotFound { name },
+        _ => ImageError::Unreadable { name, source },
+    }
+}
+
+fn check_kind(name: &str, metadata: io::Result<std::fs::Metadata>) -> Result<u64, ImageError> {
+    let metadata = metadata.map_err(|source| unreadable(name, source))?;
+    if metadata.is_file() {
+        return Ok(metadata.len());
+    }
+    let kind = if metadata.is_dir() { "directory" } else { "device, pipe or socket" };
+    Err(ImageError::NotAFile { name: name.to_owned(), kind })
+}
+
+impl Image for FileImage {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn len_bytes(&self) -> u64 {
+        self.len_bytes
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact_at(buf, offset)
+    }
+}
+
+/// Bytes in memory.
+#[derive(Debug, Clone)]
+pub struct BytesImage<'a> {
+    name: &'a str,
+    bytes: &'a [u8],
+}
+
+impl<'a> BytesImage<'a> {
+    /// Names `bytes`.
+    pub fn new(name: &'a str, bytes: &'a [u8]) -> Self {
+        BytesImage { name, bytes }
+    }
+}
+
+impl Image for BytesImage<'_> {
+    fn name(&self) -> &str {
+        self.name
+    }
+
+    fn len_bytes(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        let start = usize::try_from(offset).unwrap_or(usize::MAX);
+        let source = start
+            .checked_add(buf.len())
+            .and_then(|end| self.bytes.get(start..end))
+            .ok_or(io::ErrorKind::UnexpectedEof)?;
+        buf.copy_from_slice(source);
+        Ok(())
+    }
+}
+
+/// The first bytes of an image, at most `N`; shorter images are padded with zeros.
+pub(super) fn head<const N: usize>(image: &dyn Image) -> Result<[u8; N], ImageError> {
+    let mut buf = [0; N];
+    let len = usize::try_from(image.len_bytes()).unwrap_or(usize::MAX).min(N);
+    if let Some(part) = buf.get_mut(..len) {
+        read(image, 0, part)?;
+    }
+    Ok(buf)
+}
+
+/// [`Image::read_at`] with this module's error.
+pub(super) fn read(image: &dyn Image, offset: u64, buf: &mut [u8]) -> Result<(), ImageError> {
+    image.read_at(offset, buf).map_err(|source| unreadable(image.name(), source))
+}
+
+/// Copies a part of the image to guest memory. The caller has checked both ranges.
+pub(super) fn copy(
+    image: &dyn Image,
+    offset: u64,
+    len: u64,
+    memory: &GuestMemory,
+    gpa: u64,
+) -> Result<(), ImageError> {
+    let mut buf = vec![0; usize::try_from(len.min(CHUNK)).unwrap_or(0)];
+    let mut done = 0;
+    while done < len {
+        let want = usize::try_from((len - done).min(CHUNK)).unwrap_or(0);
+        let chunk = buf.get_mut(..want).unwrap_or_default();
+        read(image, offset.saturating_add(done), chunk)?;
+        memory
+            .write_slice(chunk, GuestAddress(gpa.saturating_add(done)))
+            .map_err(|err| unreadable(image.name(), io::Error::other(err)))?;
+        done += want as u64;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_a_readable_regular_file_is_named() {
+        let dir = vmm_sys_util::tempdir::TempDir::new().unwrap();
+        let empty = dir.as_path().join("empty");
+        std::fs::write(&empty, b"").unwrap();
+        let text = |path: &Path| FileImage::open(path).unwrap_err().to_string();
+        assert!(text(dir.as_path()).ends_with("is a directory: give a regular file"));
+        assert!(text(Path::new("/dev/null")).ends_with("is a device, pipe or socket: give a regular file"));
+        assert!(text(&empty).ends_with("is empty: give a complete file"));
+        assert!(text(&dir.as_path().join("none")).ends_with("does not exist: check the path"));
+    }
+
+    #[test]
+    fn reading_past_the_end_of_bytes_is_an_error() {
+        let image = BytesImage::new("x", &[1, 2, 3]);
+        let mut two = [0; 2];
+        image.read_at(1, &mut two).unwrap();
+        assert_eq!(two, [2, 3]);
+        assert!(image.read_at(2, &mut two).is_err());
+        assert!(image.read_at(u64::MAX, &mut two).is_err());
+    }
+}
