@@ -21,3 +21,32 @@ pub trait InterruptLine: Send + Sync {
         self.set_level(false);
     }
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+
+    /// Remembers its level and how often it rose.
+    #[derive(Default)]
+    pub(crate) struct RecordedLine(Mutex<(bool, usize)>);
+
+    impl RecordedLine {
+        pub(crate) fn is_high(&self) -> bool {
+            self.0.lock().unwrap().0
+        }
+
+        pub(crate) fn rises(&self) -> usize {
+            self.0.lock().unwrap().1
+        }
+    }
+
+    impl InterruptLine for RecordedLine {
+        fn set_level(&self, high: bool) {
+            let mut state = self.0.lock().unwrap();
+            state.1 += usize::from(high && !state.0);
+            state.0 = high;
+        }
+    }
+}

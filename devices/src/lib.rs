@@ -3,12 +3,14 @@
 //! - [`bus`]: [`Bus`] finds the [`BusDevice`] for a port or an address.
 //! - [`interrupt`] and [`power`]: the traits through which devices reach the rest of the machine.
 //! - [`ioapic`]: the interrupt controller that turns lines into messages.
+//! - [`serial`]: the 16550A; [`byte_output`] and [`serial_input`] are its two ends on the host.
 //! - [`i8042`], [`rtc`], [`acpi_pm`], [`pvpanic`], [`debug_exit`]: what else a PC has at its ports.
 //!
 //! Nothing here knows an engine or the machine: devices see guest memory, interrupt lines, files and sockets.
 
 pub mod acpi_pm;
 pub mod bus;
+pub mod byte_output;
 pub mod debug_exit;
 mod guest_error;
 pub mod i8042;
@@ -17,6 +19,8 @@ pub mod ioapic;
 pub mod power;
 pub mod pvpanic;
 pub mod rtc;
+pub mod serial;
+pub mod serial_input;
 
 pub use bus::{Bus, BusBuilder, BusDevice, SharedDevice};
 pub use interrupt::{InterruptLine, MsiSink};
