@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use vm_memory::bitmap::{ArcSlice, Bitmap, NewBitmap, WithBitmapSlice};
+use vm_memory::bitmap::{Bitmap, NewBitmap, RefSlice, WithBitmapSlice};
 use vm_memory::{GuestMemoryMmap, GuestRegionMmap};
 
 /// All of a machine's memory.
@@ -61,6 +61,16 @@ impl PageLog {
         }
     }
 
+    /// Marks the page with this index without telling the watcher: for writes by the watcher itself.
+    pub fn mark_dirty_unwatched(&self, page: usize) {
+        if let Some(word) = self.pages.dirty.get(page / 64) {
+            let bit = 1 << (page % 64);
+            if word.load(Ordering::Relaxed) & bit == 0 {
+                word.fetch_or(bit, Ordering::AcqRel);
+            }
+        }
+    }
+
     /// Takes the log: one bit per page, lowest first, and clears it.
     pub fn take_dirty(&self) -> Vec<u64> {
         self.pages.dirty.iter().map(|word| word.swap(0, Ordering::AcqRel)).collect()
@@ -105,13 +115,13 @@ impl Bitmap for PageLog {
             .is_some_and(|word| word.load(Ordering::Acquire) & (1 << (page % 64)) != 0)
     }
 
-    fn slice_at(&self, offset: usize) -> ArcSlice<PageLog> {
-        ArcSlice::new(Arc::new(self.clone()), offset)
+    fn slice_at(&self, offset: usize) -> RefSlice<'_, PageLog> {
+        RefSlice::new(self, offset)
     }
 }
 
-impl WithBitmapSlice<'_> for PageLog {
-    type S = ArcSlice<PageLog>;
+impl<'a> WithBitmapSlice<'a> for PageLog {
+    type S = RefSlice<'a, PageLog>;
 }
 
 impl NewBitmap for PageLog {

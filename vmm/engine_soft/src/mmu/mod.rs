@@ -1,0 +1,151 @@
+//! Address translation: paging, the translation look-aside buffers, and the way to guest memory.
+//!
+//! [`tlb`] is the fast path that every load and store takes, [`walk`] reads page tables, [`map`] knows where
+//! guest memory lies on the host, and [`access`] puts them together as methods of [`crate::cpu::Cpu`].
+
+pub(crate) mod access;
+pub(crate) mod map;
+pub(crate) mod tlb;
+pub(crate) mod walk;
+
+use std::sync::Arc;
+
+use crate::cpu::{cr0, cr4, efer, rflags};
+use map::MemoryMap;
+use tlb::Tlb;
+
+/// Bits of a physical address that this processor has.
+pub(crate) const PHYSICAL_BITS: u32 = 46;
+/// Size of the smallest page in bytes.
+pub(crate) const PAGE: u64 = 4096;
+
+/// Whose rights an access has; the index of its translations in the look-aside buffers.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub(crate) enum Rights {
+    /// CPL 3.
+    User = 0,
+    /// CPL 0 to 2, user pages allowed.
+    Supervisor = 1,
+    /// CPL 0 to 2 while SMAP keeps data accesses off user pages.
+    SupervisorSmap = 2,
+}
+
+/// What an access wants to do.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Intent {
+    Read,
+    Write,
+    Fetch,
+}
+
+/// How page tables look, from CR0, CR4 and EFER (Intel SDM volume 3, 4.1.1).
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(crate) enum Paging {
+    #[default]
+    Off,
+    /// 32-bit, two levels of 4-byte entries.
+    Legacy,
+    /// PAE, three levels; the top one in the PDPTE registers.
+    Pae,
+    /// Four levels.
+    Long,
+}
+
+/// Control bits that the walk depends on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(crate) struct PagingConfig {
+    pub paging: Paging,
+    pub cr3: u64,
+    pub write_protect: bool,
+    pub no_execute: bool,
+    pub page_size_extension: bool,
+    pub smep: bool,
+    pub smap: bool,
+}
+
+/// Translation state of one processor.
+pub(crate) struct Mmu {
+    pub config: PagingConfig,
+    /// Rights of ordinary data accesses now.
+    pub rights: Rights,
+    pub tlb: Tlb,
+    pub map: Arc<MemoryMap>,
+    /// PDPTE registers, loaded with CR3 in PAE paging.
+    pub pdpte: [u64; 4],
+    /// Grows whenever cached translations of code addresses may be stale.
+    pub code_generation: u64,
+    /// Physical pages of the block that is being executed.
+    pub running: [u64; 2],
+}
+
+impl Mmu {
+    pub(crate) fn new(map: Arc<MemoryMap>) -> Mmu {
+        Mmu {
+            config: PagingConfig::default(),
+            rights: Rights::Supervisor,
+            tlb: Tlb::new(),
+            map,
+            pdpte: [0; 4],
+            code_generation: 1,
+            running: [u64::MAX; 2],
+        }
+    }
+
+    /// Takes over the control registers; flushes what depends on what changed.
+    pub(crate) fn set_paging(&mut self, cr0: u64, cr3: u64, cr4: u64, efer: u64) {
+        let paging = if cr0 & cr0::PG == 0 {
+            Paging::Off
+        } else if efer & efer::LMA != 0 {
+            Paging::Long
+        } else if cr4 & cr4::PAE != 0 {
+            Paging::Pae
+        } else {
+            Paging::Legacy
+        };
+        let config = PagingConfig {
+            paging,
+            cr3,
+            write_protect: cr0 & cr0::WP != 0,
+            no_execute: efer & efer::NXE != 0,
+            page_size_extension: cr4 & cr4::PSE != 0,
+            smep: cr4 & cr4::SMEP != 0,
+            smap: cr4 & cr4::SMAP != 0,
+        };
+        if config != self.config {
+            self.config = config;
+            self.flush();
+        }
+    }
+
+    /// Takes over what decides the rights of data accesses.
+    #[inline]
+    pub(crate) fn set_access_mode(&mut self, cpl: u8, cr4: u64, rflags: u64) {
+        self.rights = if cpl == 3 {
+            Rights::User
+        } else if cr4 & cr4::SMAP != 0 && rflags & rflags::AC == 0 {
+            Rights::SupervisorSmap
+        } else {
+            Rights::Supervisor
+        };
+    }
+
+    /// Forgets all translations.
+    pub(crate) fn flush(&mut self) {
+        self.tlb.flush();
+        self.code_generation += 1;
+    }
+
+    /// Forgets the translations of the page that holds `va`.
+    pub(crate) fn flush_page(&mut self, va: u64) {
+        self.tlb.flush_page(va);
+        self.code_generation += 1;
+    }
+
+    /// Marks every page that could still be written without passing through the slow path as written, then
+    /// makes the next write to each pass through it again.
+    pub(crate) fn forget_writable(&mut self) {
+        let map = Arc::clone(&self.map);
+        self.tlb.forget_writable(|host_page| map.mark_dirty_host(host_page));
+    }
+}

@@ -1,0 +1,1 @@
+//! Model-specific registers: RDMSR and WRMSR.

@@ -1,0 +1,7 @@
+//! The host's own instructions, wrapped: arithmetic with its flags, plain and atomic memory accesses.
+//!
+//! These modules hold the crate's `unsafe`: inline assembly that computes what the guest's instruction
+//! computes, and raw accesses to guest memory that the [`crate::mmu`] has checked.
+
+pub(crate) mod alu;
+pub(crate) mod mem;
