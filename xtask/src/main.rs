@@ -1,3 +1,103 @@
-//! To be filled.
+//! Developer commands: `cargo xtask --help` lists them.
+//!
+//! Each command makes what it needs by itself, so that one command on a fresh machine is enough. Products go to the
+//! cache that `harrier run` reads (`cache`), described in `guest-kernel/README.md`.
 
-fn main() {}
+mod cache;
+mod cpio;
+mod guest;
+mod guest_kernel;
+mod initramfs;
+mod kernel_source;
+mod packages;
+mod process;
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use crate::cache::Cache;
+
+/// Developer commands of Harrier.
+#[derive(Parser)]
+struct Arguments {
+    #[command(subcommand)]
+    command: XtaskCommand,
+}
+
+#[derive(Subcommand)]
+enum XtaskCommand {
+    /// Install or name missing system packages, build the guest kernel and the initramfs
+    Setup {
+        /// Kernel source to build, a folder or an archive [default: the linux-source package's]
+        #[arg(long, value_name = "FOLDER|ARCHIVE")]
+        source: Option<PathBuf>,
+    },
+    /// Build the guest kernel only, and print the folder it is in
+    GuestKernel {
+        /// Kernel source to build, a folder or an archive [default: the linux-source package's]
+        #[arg(long, value_name = "FOLDER|ARCHIVE")]
+        source: Option<PathBuf>,
+    },
+    /// Build the agent and the initramfs only, and print the archive's path
+    Initramfs,
+    /// Set up, build `harrier` in release mode and run `harrier run` with the given arguments
+    Run {
+        /// Arguments of `harrier run`, for example: -- uname -a
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<OsString>,
+    },
+}
+
+fn main() -> ExitCode {
+    match execute(Arguments::parse().command) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn execute(command: XtaskCommand) -> Result<ExitCode> {
+    let root = workspace_root();
+    let cache = Cache::from_env()?;
+    match command {
+        XtaskCommand::Setup { source } => {
+            let guest = guest::set_up(&cache, root, source.as_deref())?;
+            eprintln!("xtask: the guest is ready in {}", guest.display());
+        }
+        XtaskCommand::GuestKernel { source } => {
+            println!("{}", guest_kernel::build(&cache, root, source.as_deref())?.dir.display());
+        }
+        XtaskCommand::Initramfs => {
+            println!("{}", initramfs::build(&cache, root, &[])?.file.display());
+        }
+        XtaskCommand::Run { arguments } => {
+            guest::set_up(&cache, root, None)?;
+            return run_harrier(root, &arguments);
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Replaces this program by `cargo run` of `harrier run`, so that terminal, signals and exit code are its own.
+fn run_harrier(root: &Path, arguments: &[OsString]) -> Result<ExitCode> {
+    use std::os::unix::process::CommandExt as _;
+    let error = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+        .args(["run", "--quiet", "--release", "--package", "harrier", "--bin", "harrier", "--manifest-path"])
+        .arg(root.join("Cargo.toml"))
+        .args(["--", "run"])
+        .args(arguments)
+        .exec();
+    Err(anyhow::Error::new(error).context("cannot run cargo"))
+}
+
+/// The folder of the workspace: the parent of this package's own.
+fn workspace_root() -> &'static Path {
+    let package = Path::new(env!("CARGO_MANIFEST_DIR"));
+    package.parent().unwrap_or(package)
+}
