@@ -7,6 +7,17 @@
 //!
 //! Neighbours: `harrier-engine` is the seam to the processors, `harrier-devices` has the devices and buses.
 
+pub mod acpi;
 pub mod boot;
+mod builder;
+mod event_loop;
 pub mod layout;
+mod machine;
 pub mod memory;
+mod run_control;
+mod vcpu;
+
+pub use builder::{BuildError, MAX_VCPUS, MAX_VIRTIO_DEVICES, MachineBuilder, MachineConfig};
+pub use event_loop::Subscriber;
+pub use machine::{Machine, MachineHandle, RunReport, StartError};
+pub use run_control::MachineEnd;

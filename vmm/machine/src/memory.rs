@@ -76,6 +76,8 @@ pub enum MemoryError {
 pub struct GuestRam {
     /// The regions, mapped.
     pub memory: GuestMemory,
+    /// The same regions one by one, as an engine takes them.
+    pub regions: Vec<Arc<GuestRegion>>,
     /// The memfd behind all regions; they follow each other in it without gaps.
     pub file: Arc<File>,
 }
@@ -106,10 +108,11 @@ impl GuestRam {
                 .map_err(|err| refused(err.to_string()))?;
             let region = GuestRegion::new(mapping, GuestAddress(gpa))
                 .ok_or_else(|| refused("the addresses overflow".to_owned()))?;
-            regions.push(region);
+            regions.push(Arc::new(region));
         }
-        let memory = GuestMemory::from_regions(regions).map_err(|err| refused(err.to_string()))?;
-        Ok(GuestRam { memory, file })
+        let memory =
+            GuestMemory::from_arc_regions(regions.clone()).map_err(|err| refused(err.to_string()))?;
+        Ok(GuestRam { memory, regions, file })
     }
 }
 

@@ -1,0 +1,308 @@
+//! Puts a machine together: [`MachineBuilder`] takes devices one by one and is consumed by
+//! [`MachineBuilder::build`].
+//!
+//! A device is what it claims on the buses, its ACPI object, its event-loop subscriber and its interrupt line;
+//! nothing here or later asks what kind it is.
+
+use std::io::{self, Write};
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use harrier_devices::acpi_pm::{self, AcpiPm};
+use harrier_devices::bus::ClaimError;
+use harrier_devices::byte_output::{ByteOutput, DEFAULT_CAPACITY};
+use harrier_devices::debug_exit::{self, DebugExit};
+use harrier_devices::i8042::{self, I8042};
+use harrier_devices::ioapic::{self, IoApic};
+use harrier_devices::pvpanic::{self, PvPanic};
+use harrier_devices::rtc::{self, Rtc};
+use harrier_devices::serial::{self, Serial};
+use harrier_devices::serial_input::SerialInput;
+use harrier_devices::{BusBuilder, BusDevice, InterruptLine, MsiSink, PowerSink};
+use harrier_engine::{CpuModel, Engine, EngineError, GsiRoute, GuestMemory, Msi, Probe, Vcpu, Vm, VmConfig};
+
+use crate::acpi::{self, TablesTooLarge};
+use crate::boot::{self, Boot, KernelError};
+use crate::event_loop::Subscriber;
+use crate::layout::{COM1_GSI, VIRTIO_GSIS, VIRTIO_MMIO_LEN, VIRTIO_MMIO_START};
+use crate::machine::Machine;
+use crate::memory::{GuestRam, MemoryError};
+use crate::run_control::RunControl;
+use crate::vcpu::MachineIo;
+
+/// Most vCPUs of a machine: their APIC ids fit a byte, and 255 means all.
+pub const MAX_VCPUS: u32 = 255;
+/// Most virtio devices of a machine: each has an interrupt of its own.
+pub const MAX_VIRTIO_DEVICES: usize = VIRTIO_GSIS.len();
+
+/// What every machine has.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MachineConfig {
+    /// Number of processors, 1 to [`MAX_VCPUS`].
+    pub vcpu_count: u32,
+    /// Guest memory in bytes.
+    pub memory_bytes: u64,
+    /// The processor that the guest sees.
+    pub cpu_model: CpuModel,
+}
+
+/// Why a machine cannot be built.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// No or too many processors.
+    #[error("{0} cpus are not possible: give 1 to {MAX_VCPUS}")]
+    VcpuCount(u32),
+    /// The engine does not offer the model.
+    #[error("cpu model {model} is not offered by the {engine} engine here: use one of {}", list(.offered))]
+    CpuModel {
+        /// What was asked for.
+        model: CpuModel,
+        /// The engine.
+        engine: &'static str,
+        /// What it offers.
+        offered: Vec<CpuModel>,
+    },
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The engine's answer.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// Two devices at one address.
+    #[error("device addresses: {0}")]
+    Claim(#[from] ClaimError),
+    /// The ACPI tables.
+    #[error(transparent)]
+    Acpi(#[from] TablesTooLarge),
+    /// The kernel or what goes with it.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// Too many virtio devices.
+    #[error("more than {MAX_VIRTIO_DEVICES} virtio devices are not possible: use fewer disks")]
+    TooManyDevices,
+    /// The host refused a device something.
+    #[error("{device}: the host refused ({source}): raise the limits of threads and open files")]
+    Device {
+        /// The device.
+        device: &'static str,
+        /// The host's answer.
+        source: io::Error,
+    },
+}
+
+fn list(models: &[CpuModel]) -> String {
+    let names: Vec<String> = models.iter().map(ToString::to_string).collect();
+    names.join(", ")
+}
+
+/// Takes the I/O APIC's messages to the engine.
+struct EngineMsiSink {
+    vm: Arc<dyn Vm>,
+}
+
+impl MsiSink for EngineMsiSink {
+    fn send_msi(&self, msi: Msi) {
+        if let Err(err) = self.vm.send_msi(msi) {
+            log::warn!("interrupt message {msi:x?} is lost: {err}");
+        }
+    }
+
+    fn set_gsi_routes(&self, routes: &[GsiRoute]) {
+        if let Err(err) = self.vm.set_gsi_routes(routes) {
+            log::warn!("interrupt routes: {err}");
+        }
+    }
+}
+
+/// A machine in the making.
+pub struct MachineBuilder {
+    vm: Arc<dyn Vm>,
+    ram: GuestRam,
+    vcpus: Vec<Box<dyn Vcpu>>,
+    pio: BusBuilder,
+    mmio: BusBuilder,
+    ioapic: IoApic,
+    acpi_objects: Vec<Vec<u8>>,
+    subscribers: Vec<Subscriber>,
+    attachments: Vec<Box<dyn Send>>,
+    control: Arc<RunControl>,
+    virtio_count: usize,
+}
+
+impl MachineBuilder {
+    /// Creates memory, virtual machine, processors and interrupt controller.
+    ///
+    /// # Errors
+    /// [`BuildError`] if the configuration is impossible on this engine or host.
+    pub fn new(engine: &dyn Engine, config: &MachineConfig) -> Result<Self, BuildError> {
+        if !(1..=MAX_VCPUS).contains(&config.vcpu_count) {
+            return Err(BuildError::VcpuCount(config.vcpu_count));
+        }
+        if let Probe::Unavailable { reason } = engine.probe() {
+            return Err(EngineError::Unavailable { engine: engine.name(), reason }.into());
+        }
+        let offered = engine.cpu_models();
+        if !offered.contains(&config.cpu_model) {
+            return Err(BuildError::CpuModel { model: config.cpu_model, engine: engine.name(), offered });
+        }
+        let ram = GuestRam::new(config.memory_bytes)?;
+        let vm: Arc<dyn Vm> = Arc::from(engine.create_vm(&VmConfig {
+            cpu_model: config.cpu_model,
+            vcpu_count: config.vcpu_count,
+            tsc_khz: None,
+        })?);
+        for region in &ram.regions {
+            vm.map_memory(Arc::clone(region), false)?;
+        }
+        let vcpus: Vec<_> =
+            (0..config.vcpu_count).map(|index| vm.create_vcpu(index)).collect::<Result<_, _>>()?;
+        let control = Arc::new(RunControl::default());
+        control.set_kickers(vcpus.iter().map(|vcpu| vcpu.kicker()).collect());
+        let ioapic = IoApic::new(Arc::new(EngineMsiSink { vm: Arc::clone(&vm) }));
+        let mut mmio = BusBuilder::new();
+        mmio.insert(ioapic::BASE, ioapic::SIZE, Arc::new(Mutex::new(ioapic.clone())))?;
+        Ok(MachineBuilder {
+            vm,
+            ram,
+            vcpus,
+            pio: BusBuilder::new(),
+            mmio,
+            ioapic,
+            acpi_objects: Vec::new(),
+            subscribers: Vec::new(),
+            attachments: Vec::new(),
+            control,
+            virtio_count: 0,
+        })
+    }
+
+    /// Guest memory, for devices and loaders.
+    pub fn memory(&self) -> &GuestMemory {
+        &self.ram.memory
+    }
+
+    /// Where devices ask for power-off and reset.
+    pub fn power_sink(&self) -> Arc<dyn PowerSink> {
+        Arc::clone(&self.control) as Arc<dyn PowerSink>
+    }
+
+    /// An input of the interrupt controller.
+    pub fn interrupt_line(&self, gsi: u32) -> Arc<dyn InterruptLine> {
+        self.ioapic.line(gsi)
+    }
+
+    /// Puts a device at `len` ports from `port` on.
+    ///
+    /// # Errors
+    /// [`BuildError::Claim`] if another device is there.
+    pub fn add_at_ports(
+        &mut self,
+        port: u16,
+        len: u64,
+        device: impl BusDevice + 'static,
+    ) -> Result<(), BuildError> {
+        Ok(self.pio.insert(port.into(), len, Arc::new(Mutex::new(device)))?)
+    }
+
+    /// Adds a namespace object for a device (see [`crate::acpi`]).
+    pub fn add_acpi_object(&mut self, object: Vec<u8>) {
+        self.acpi_objects.push(object);
+    }
+
+    /// Adds a part of a device that waits for descriptors.
+    pub fn add_subscriber(&mut self, subscriber: Subscriber) {
+        self.subscribers.push(subscriber);
+    }
+
+    /// Adds what every PC-like machine has: keyboard controller for reset, clock, power registers, pvpanic.
+    ///
+    /// # Errors
+    /// [`BuildError::Claim`] if another device is there.
+    pub fn add_platform_devices(&mut self) -> Result<(), BuildError> {
+        let power = self.power_sink();
+        self.add_at_ports(i8042::PORT, i8042::SIZE, I8042::new(Arc::clone(&power)))?;
+        self.add_at_ports(acpi_pm::PORT, acpi_pm::SIZE, AcpiPm::new(Arc::clone(&power)))?;
+        self.add_at_ports(rtc::PORT, rtc::SIZE, Rtc::new())?;
+        self.add_acpi_object(acpi::rtc_object());
+        self.add_at_ports(pvpanic::PORT, pvpanic::SIZE, PvPanic::new(power))?;
+        self.add_acpi_object(acpi::pvpanic_object());
+        Ok(())
+    }
+
+    /// Adds the port with which bare-metal test guests end.
+    ///
+    /// # Errors
+    /// [`BuildError::Claim`] if another device is there.
+    pub fn add_debug_exit(&mut self) -> Result<(), BuildError> {
+        let power = self.power_sink();
+        self.add_at_ports(debug_exit::DEFAULT_PORT, debug_exit::SIZE, DebugExit::new(power))
+    }
+
+    /// Adds the first serial port. What the guest prints goes to `output`, from a thread of its own; what it
+    /// reads comes from `input`.
+    ///
+    /// # Errors
+    /// [`BuildError`] if the host refuses threads or descriptors.
+    pub fn add_serial(
+        &mut self,
+        output: Box<dyn Write + Send>,
+        input: Option<OwnedFd>,
+    ) -> Result<(), BuildError> {
+        let refused = |source| BuildError::Device { device: "serial port", source };
+        let bytes = ByteOutput::new(DEFAULT_CAPACITY);
+        let port = Serial::new(self.interrupt_line(COM1_GSI), bytes.clone()).map_err(refused)?;
+        let port = Arc::new(Mutex::new(port));
+        let told = Arc::clone(&port);
+        let writer = bytes
+            .start_writer(
+                output,
+                Box::new(move || told.lock().unwrap_or_else(PoisonError::into_inner).output_has_room()),
+            )
+            .map_err(refused)?;
+        self.attachments.push(Box::new(writer));
+        if let Some(source) = input {
+            self.add_subscriber(Box::new(SerialInput::new(Arc::clone(&port), source)));
+        }
+        self.pio.insert(serial::COM1_PORT.into(), serial::SIZE, port)?;
+        self.add_acpi_object(acpi::serial_object());
+        Ok(())
+    }
+
+    /// Loads `boot` and finishes the machine; its processors stand at their first instruction.
+    ///
+    /// # Errors
+    /// [`BuildError`] if the kernel or what goes with it cannot be booted.
+    pub fn build(mut self, boot: &Boot<'_>) -> Result<Machine, BuildError> {
+        let vcpu_count = u32::try_from(self.vcpus.len()).unwrap_or(u32::MAX);
+        let entry = boot::load(boot, &self.ram.memory)?;
+        // A flat image may want the place of the tables for itself.
+        if matches!(boot, Boot::Kernel { .. }) {
+            acpi::write_tables(vcpu_count, &self.acpi_objects, &self.ram.memory)?;
+        }
+        if let Some(boot_processor) = self.vcpus.first_mut() {
+            let mut state = boot_processor.state()?;
+            entry.apply(&mut state, &self.ram.memory)?;
+            boot_processor.set_state(&state)?;
+        }
+        Ok(Machine {
+            vm: self.vm,
+            ram: self.ram,
+            vcpus: self.vcpus.into_iter().map(|vcpu| Arc::new(Mutex::new(vcpu))).collect(),
+            io: MachineIo { pio: self.pio.build(), mmio: self.mmio.build(), ioapic: self.ioapic },
+            control: self.control,
+            subscribers: self.subscribers,
+            threads: Vec::new(),
+            event_loop: None,
+            attachments: self.attachments,
+        })
+    }
+
+    /// Takes the next register window and interrupt for a virtio device.
+    #[expect(dead_code, reason = "used by the virtio devices, which follow")]
+    fn next_virtio_slot(&mut self) -> Result<(u32, u64, u32), BuildError> {
+        let gsi = *VIRTIO_GSIS.get(self.virtio_count).ok_or(BuildError::TooManyDevices)?;
+        let index = self.virtio_count as u32;
+        self.virtio_count += 1;
+        Ok((index, VIRTIO_MMIO_START + u64::from(index) * VIRTIO_MMIO_LEN, gsi))
+    }
+}

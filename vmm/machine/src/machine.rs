@@ -1,0 +1,177 @@
+//! The running machine and what its owner can do with it.
+
+use std::sync::{Arc, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use harrier_engine::{Counters, CpuState, EngineError, GuestMemory, Vm};
+
+use crate::event_loop::{EventLoop, Subscriber};
+use crate::memory::GuestRam;
+use crate::run_control::{MachineEnd, RunControl};
+use crate::vcpu::{self, MachineIo, SharedVcpu};
+
+/// A machine whose processors may run. Dropping it ends it and waits for its threads.
+pub struct Machine {
+    pub(crate) vm: Arc<dyn Vm>,
+    pub(crate) ram: GuestRam,
+    pub(crate) vcpus: Vec<SharedVcpu>,
+    pub(crate) io: MachineIo,
+    pub(crate) control: Arc<RunControl>,
+    pub(crate) subscribers: Vec<Subscriber>,
+    pub(crate) threads: Vec<JoinHandle<()>>,
+    pub(crate) event_loop: Option<EventLoop>,
+    /// Ends after the processors: what the guest printed last is still written.
+    pub(crate) attachments: Vec<Box<dyn Send>>,
+}
+
+/// Why a machine's threads do not start.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the host has no thread for {what} ({source}): use fewer processors, or raise the limit of processes"
+)]
+pub struct StartError {
+    /// What it was for.
+    pub what: String,
+    /// The host's answer.
+    pub source: std::io::Error,
+}
+
+/// What a run has been.
+#[derive(Debug, Clone)]
+pub struct RunReport {
+    /// How it ended.
+    pub end: MachineEnd,
+    /// What each vCPU counted.
+    pub counters: Vec<Counters>,
+    /// When the first vCPU began to run.
+    pub first_instruction: Option<Instant>,
+}
+
+impl RunReport {
+    /// Instructions of all vCPUs, where the engine counts them.
+    pub fn instructions(&self) -> Option<u64> {
+        self.counters.iter().map(|counters| counters.instructions).sum()
+    }
+
+    /// Device accesses of all vCPUs.
+    pub fn io_accesses(&self) -> u64 {
+        self.counters.iter().map(|counters| counters.io_accesses).sum()
+    }
+}
+
+/// Reaches a machine from other threads; clones reach the same one.
+#[derive(Clone)]
+pub struct MachineHandle {
+    control: Arc<RunControl>,
+}
+
+impl MachineHandle {
+    /// Ends the run as [`MachineEnd::Stopped`], unless it has ended already. Does not wait.
+    pub fn stop(&self) {
+        self.control.finish(MachineEnd::Stopped);
+    }
+
+    /// Stops all vCPUs at an instruction boundary and waits until they stand. Pauses nest. False if the
+    /// machine has ended.
+    pub fn pause(&self) -> bool {
+        self.control.pause()
+    }
+
+    /// Takes back one [`MachineHandle::pause`].
+    pub fn resume(&self) {
+        self.control.resume();
+    }
+
+    /// Waits for the end of the run, at most until `deadline`.
+    pub fn wait_for_end(&self, deadline: Option<Instant>) -> Option<MachineEnd> {
+        self.control.wait_for_end(deadline)
+    }
+
+    /// When the first vCPU began to run.
+    pub fn first_instruction(&self) -> Option<Instant> {
+        self.control.first_instruction()
+    }
+}
+
+impl Machine {
+    /// Starts the event loop and all vCPUs.
+    ///
+    /// # Errors
+    /// [`StartError`] if the host has no threads; the machine has then ended.
+    pub fn start(&mut self) -> Result<(), StartError> {
+        let result = self.try_start();
+        if result.is_err() {
+            self.control.finish(MachineEnd::Stopped);
+        }
+        result
+    }
+
+    fn try_start(&mut self) -> Result<(), StartError> {
+        let subscribers = std::mem::take(&mut self.subscribers);
+        let event_loop = EventLoop::start(subscribers, Arc::clone(&self.control))
+            .map_err(|source| StartError { what: "the event loop".to_owned(), source })?;
+        self.event_loop = Some(event_loop);
+        for (vcpu, index) in self.vcpus.iter().zip(0..) {
+            let thread = vcpu::spawn(index, Arc::clone(vcpu), self.io.clone(), Arc::clone(&self.control))
+                .map_err(|source| StartError { what: format!("vcpu {index}"), source })?;
+            self.threads.push(thread);
+        }
+        Ok(())
+    }
+
+    /// A handle for other threads.
+    pub fn handle(&self) -> MachineHandle {
+        MachineHandle { control: Arc::clone(&self.control) }
+    }
+
+    /// Guest memory.
+    pub fn memory(&self) -> &GuestMemory {
+        &self.ram.memory
+    }
+
+    /// The engine's side of the machine.
+    pub fn vm(&self) -> &Arc<dyn Vm> {
+        &self.vm
+    }
+
+    /// The state of each vCPU. The machine must not run: before [`Machine::start`], paused or ended; otherwise
+    /// this waits until it stands.
+    ///
+    /// # Errors
+    /// The engine's, if it cannot read a state.
+    pub fn cpu_states(&self) -> Result<Vec<CpuState>, EngineError> {
+        self.vcpus.iter().map(|vcpu| vcpu.lock().unwrap_or_else(PoisonError::into_inner).state()).collect()
+    }
+
+    /// Waits for the end of the run and for all threads.
+    pub fn wait(mut self) -> RunReport {
+        let end = self.control.wait_for_end(None);
+        self.join();
+        RunReport {
+            end: end.unwrap_or(MachineEnd::Stopped),
+            counters: self
+                .vcpus
+                .iter()
+                .map(|vcpu| vcpu.lock().unwrap_or_else(PoisonError::into_inner).counters())
+                .collect(),
+            first_instruction: self.control.first_instruction(),
+        }
+    }
+
+    fn join(&mut self) {
+        for thread in self.threads.drain(..) {
+            // A panic in it has been reported as the machine's end.
+            let _ = thread.join();
+        }
+        self.event_loop = None;
+        self.attachments.clear();
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.control.finish(MachineEnd::Stopped);
+        self.join();
+    }
+}

@@ -1,0 +1,236 @@
+//! What all threads of a machine agree on: whether it runs, pauses or has ended, and how.
+//!
+//! [`RunControl`] is the one place where the end is decided: the first [`MachineEnd`] counts. Devices reach it
+//! as a [`PowerSink`], vCPU threads through [`RunControl::gate`], owners through [`crate::MachineHandle`].
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use harrier_devices::{PowerEvent, PowerSink};
+use harrier_engine::Kicker;
+
+/// How a run ended.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum MachineEnd {
+    /// The guest switched itself off.
+    #[error("the guest switched itself off")]
+    PowerOff,
+    /// The guest asked for a reset.
+    #[error("the guest reset itself")]
+    Reset,
+    /// A processor could not deliver a double fault.
+    #[error("the guest crashed: triple fault on cpu {vcpu} at {rip:#x}")]
+    TripleFault {
+        /// The processor.
+        vcpu: u32,
+        /// Where it stands.
+        rip: u64,
+    },
+    /// The guest's kernel reported its own crash.
+    #[error("the guest kernel panicked")]
+    GuestPanic,
+    /// A bare-metal guest ended with a code.
+    #[error("the guest ended with code {0}")]
+    DebugExit(u32),
+    /// The engine met an instruction that it cannot execute.
+    #[error("cpu {vcpu} cannot go on at {rip:#x}: {reason} (instruction bytes {})", hex(.bytes))]
+    Unsupported {
+        /// The processor.
+        vcpu: u32,
+        /// Where the instruction is.
+        rip: u64,
+        /// Its bytes, as far as they could be read.
+        bytes: Vec<u8>,
+        /// The engine's words.
+        reason: String,
+    },
+    /// The engine shut the machine down for a reason of its own.
+    #[error("the engine shut the machine down on cpu {vcpu}")]
+    Shutdown {
+        /// The processor.
+        vcpu: u32,
+    },
+    /// The owner ended it.
+    #[error("the machine was stopped")]
+    Stopped,
+    /// The monitor itself failed; the text says where.
+    #[error("internal error: {0}: this is a bug in harrier, please report it")]
+    Failed(String),
+}
+
+fn hex(bytes: &[u8]) -> String {
+    let digits: Vec<String> = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    digits.join(" ")
+}
+
+#[derive(Default)]
+struct State {
+    end: Option<MachineEnd>,
+    /// How many owners want the vCPUs to stand still.
+    pauses: usize,
+    /// vCPU threads that stand in the gate because of a pause.
+    parked: usize,
+    /// vCPU threads that have not ended.
+    running: usize,
+    first_instruction: Option<Instant>,
+    kickers: Vec<Arc<dyn Kicker>>,
+}
+
+/// Shared by all threads of one machine.
+#[derive(Default)]
+pub(crate) struct RunControl {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+impl RunControl {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The vCPUs' kickers; called before any of them runs.
+    pub(crate) fn set_kickers(&self, kickers: Vec<Arc<dyn Kicker>>) {
+        self.lock().kickers = kickers;
+    }
+
+    /// Ends the run; the first end counts. Never blocks for long: nobody holds the lock while a guest runs.
+    pub(crate) fn finish(&self, end: MachineEnd) {
+        let mut state = self.lock();
+        if state.end.is_none() {
+            log::debug!("machine: {end}");
+            state.end = Some(end);
+        }
+        for kicker in &state.kickers {
+            kicker.kick();
+        }
+        self.changed.notify_all();
+    }
+
+    /// Waits for the end; `None` once `deadline` has passed.
+    pub(crate) fn wait_for_end(&self, deadline: Option<Instant>) -> Option<MachineEnd> {
+        let mut state = self.lock();
+        loop {
+            if let Some(end) = &state.end {
+                return Some(end.clone());
+            }
+            state = match deadline.map(|at| at.saturating_duration_since(Instant::now())) {
+                None => self.wait(state),
+                Some(Duration::ZERO) => return None,
+                Some(left) => {
+                    self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
+        }
+    }
+
+    /// A vCPU thread begins; it is counted until [`RunControl::leave`].
+    pub(crate) fn enter(&self) {
+        self.lock().running += 1;
+    }
+
+    /// A vCPU thread ends.
+    pub(crate) fn leave(&self) {
+        let mut state = self.lock();
+        state.running = state.running.saturating_sub(1);
+        self.changed.notify_all();
+    }
+
+    /// Where a vCPU thread stands between two runs: waits while the machine is paused, and answers whether
+    /// to go on.
+    pub(crate) fn gate(&self) -> bool {
+        let mut state = self.lock();
+        if state.pauses > 0 && state.end.is_none() {
+            state.parked += 1;
+            self.changed.notify_all();
+            while state.pauses > 0 && state.end.is_none() {
+                state = self.wait(state);
+            }
+            state.parked = state.parked.saturating_sub(1);
+        }
+        if state.end.is_none() && state.first_instruction.is_none() {
+            state.first_instruction = Some(Instant::now());
+        }
+        state.end.is_none()
+    }
+
+    /// When the first vCPU first ran.
+    pub(crate) fn first_instruction(&self) -> Option<Instant> {
+        self.lock().first_instruction
+    }
+
+    /// Stops all vCPUs at an instruction boundary; returns when they stand. False if the machine has ended.
+    pub(crate) fn pause(&self) -> bool {
+        let mut state = self.lock();
+        state.pauses += 1;
+        for kicker in &state.kickers {
+            kicker.kick();
+        }
+        while state.parked < state.running && state.end.is_none() {
+            state = self.wait(state);
+        }
+        state.end.is_none()
+    }
+
+    /// Takes back one [`RunControl::pause`].
+    pub(crate) fn resume(&self) {
+        let mut state = self.lock();
+        state.pauses = state.pauses.saturating_sub(1);
+        self.changed.notify_all();
+    }
+}
+
+impl PowerSink for RunControl {
+    fn request(&self, event: PowerEvent) {
+        match event {
+            PowerEvent::PowerOff => self.finish(MachineEnd::PowerOff),
+            PowerEvent::Reset => self.finish(MachineEnd::Reset),
+            PowerEvent::GuestPanic { crash_loaded: false } => self.finish(MachineEnd::GuestPanic),
+            PowerEvent::GuestPanic { crash_loaded: true } => {
+                log::warn!("machine: the guest kernel panicked and goes on with its crash kernel");
+            }
+            PowerEvent::DebugExit(code) => self.finish(MachineEnd::DebugExit(code)),
+            // A new kind of event that this crate does not know yet does not end a run.
+            other => log::warn!("machine: power event {other:?} is not handled"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_end_counts() {
+        let control = RunControl::default();
+        control.request(PowerEvent::GuestPanic { crash_loaded: true });
+        assert!(control.gate());
+        control.request(PowerEvent::Reset);
+        control.finish(MachineEnd::Stopped);
+        assert_eq!(control.wait_for_end(None), Some(MachineEnd::Reset));
+        assert!(!control.gate());
+    }
+
+    #[test]
+    fn waiting_ends_at_the_deadline() {
+        let control = RunControl::default();
+        assert_eq!(control.wait_for_end(Some(Instant::now())), None);
+    }
+
+    #[test]
+    fn an_unsupported_instruction_is_described_with_its_bytes() {
+        let end = MachineEnd::Unsupported {
+            vcpu: 1,
+            rip: 0x1000,
+            bytes: vec![0x0f, 0x0b],
+            reason: "no such instruction".to_owned(),
+        };
+        assert_eq!(
+            end.to_string(),
+            "cpu 1 cannot go on at 0x1000: no such instruction (instruction bytes 0f 0b)"
+        );
+    }
+}
