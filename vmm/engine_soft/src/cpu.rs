@@ -186,6 +186,8 @@ pub(crate) struct Cpu {
     pub shared: Arc<Shared>,
     /// APIC id and vCPU number.
     pub index: u32,
+    /// Times that the guest said PAUSE.
+    pub spins: u32,
     /// Device accesses so far.
     pub io_accesses: u64,
 }

@@ -73,6 +73,7 @@ impl Cpu {
             io: IoSlot::default(),
             shared,
             index,
+            spins: 0,
             io_accesses: 0,
         };
         cpu.reset_registers();
