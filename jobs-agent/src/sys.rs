@@ -1,0 +1,155 @@
+//! System calls that have no safe wrapper elsewhere. Nothing but the calls and their results.
+#![expect(unsafe_code, reason = "system calls without a safe wrapper in nix")]
+
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+
+use harrier_agent_protocol::{Status, Usage, WindowSize};
+use nix::time::{ClockId, clock_gettime};
+
+/// CLOCK_MONOTONIC in nanoseconds.
+pub(crate) fn monotonic_ns() -> u64 {
+    clock_gettime(ClockId::CLOCK_MONOTONIC)
+        .map(|time| {
+            (time.tv_sec() as u64).saturating_mul(1_000_000_000).saturating_add(time.tv_nsec() as u64)
+        })
+        .unwrap_or(0)
+}
+
+fn check(result: libc::c_int) -> io::Result<libc::c_int> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+/// A process that has ended.
+pub(crate) struct Reaped {
+    pub(crate) pid: libc::pid_t,
+    pub(crate) status: Status,
+    pub(crate) usage: Usage,
+}
+
+/// Reaps one ended child, if there is one. `Err` of ECHILD: there are no children at all.
+pub(crate) fn reap() -> io::Result<Option<Reaped>> {
+    loop {
+        let mut status = 0;
+        let mut usage = MaybeUninit::<libc::rusage>::zeroed();
+        // SAFETY: both pointers are valid for writes of their type for the duration of the call.
+        let pid = check(unsafe { libc::wait4(-1, &raw mut status, libc::WNOHANG, usage.as_mut_ptr()) })?;
+        if pid == 0 {
+            return Ok(None);
+        }
+        // SAFETY: rusage is plain integers, so that all-zero is a valid value even where wait4 wrote nothing.
+        let usage = unsafe { usage.assume_init() };
+        let micros = |time: libc::timeval| {
+            (time.tv_sec as u64).saturating_mul(1_000_000).saturating_add(time.tv_usec as u64)
+        };
+        let status = if libc::WIFEXITED(status) {
+            Status::Code(libc::WEXITSTATUS(status) as u8)
+        } else if libc::WIFSIGNALED(status) {
+            Status::Signal(libc::WTERMSIG(status) as u8)
+        } else {
+            continue;
+        };
+        let usage = Usage {
+            user_us: micros(usage.ru_utime),
+            system_us: micros(usage.ru_stime),
+            max_rss_kib: usage.ru_maxrss as u64,
+        };
+        return Ok(Some(Reaped { pid, status, usage }));
+    }
+}
+
+/// Which side of a fork this is.
+pub(crate) enum Fork {
+    Parent(libc::pid_t),
+    Child,
+}
+
+/// Forks. The agent has one thread, so that the child may do whatever the parent may.
+pub(crate) fn fork() -> io::Result<Fork> {
+    // SAFETY: the process is single-threaded (main.rs); no lock can be held by a thread that the child lacks.
+    match check(unsafe { libc::fork() })? {
+        0 => Ok(Fork::Child),
+        pid => Ok(Fork::Parent(pid)),
+    }
+}
+
+/// Ends the process at once, without anything that the parent set up to happen at its end.
+pub(crate) fn exit_now(code: libc::c_int) -> ! {
+    // SAFETY: _exit has no preconditions.
+    unsafe { libc::_exit(code) }
+}
+
+/// Puts every signal back to its default action; none stays ignored.
+pub(crate) fn default_signals() {
+    for number in 1..=64 {
+        // SAFETY: SIG_DFL is no handler of ours; numbers that cannot be set (SIGKILL, SIGSTOP, those of the C library)
+        // are refused with an error, which does not matter.
+        unsafe { libc::signal(number, libc::SIG_DFL) };
+    }
+}
+
+/// Sends a signal to a process group.
+pub(crate) fn kill_group(pgid: libc::pid_t, number: u8) -> io::Result<()> {
+    // SAFETY: kill takes no pointers.
+    check(unsafe { libc::kill(pgid.saturating_neg(), number.into()) }).map(drop)
+}
+
+/// Sends a signal to every process but this one (and the kernel's). For process 1 only.
+pub(crate) fn kill_all(number: libc::c_int) {
+    // SAFETY: kill takes no pointers. That nobody is left to signal is no error here.
+    unsafe { libc::kill(-1, number) };
+}
+
+/// Makes a terminal the controlling one of the calling session leader.
+pub(crate) fn set_controlling_terminal(terminal: impl AsFd) -> io::Result<()> {
+    // SAFETY: TIOCSCTTY takes an integer.
+    check(unsafe { libc::ioctl(terminal.as_fd().as_raw_fd(), libc::TIOCSCTTY, 0) }).map(drop)
+}
+
+/// Sets the window size of a terminal; its foreground process group gets SIGWINCH.
+pub(crate) fn set_window_size(terminal: impl AsFd, size: WindowSize) -> io::Result<()> {
+    let size = libc::winsize { ws_row: size.rows, ws_col: size.cols, ws_xpixel: 0, ws_ypixel: 0 };
+    // SAFETY: TIOCSWINSZ reads one winsize.
+    check(unsafe { libc::ioctl(terminal.as_fd().as_raw_fd(), libc::TIOCSWINSZ, &raw const size) }).map(drop)
+}
+
+/// How many bytes can be read at once.
+pub(crate) fn readable_bytes(fd: impl AsFd) -> io::Result<u64> {
+    let mut count: libc::c_int = 0;
+    // SAFETY: FIONREAD writes one int.
+    check(unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), libc::FIONREAD, &raw mut count) })?;
+    Ok(u64::try_from(count).unwrap_or(0))
+}
+
+/// Makes orphaned descendants children of this process, as they are of process 1.
+pub(crate) fn become_subreaper() -> io::Result<()> {
+    // SAFETY: PR_SET_CHILD_SUBREAPER takes an integer.
+    check(unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1_u64) }).map(drop)
+}
+
+/// Brings the loopback interface up.
+pub(crate) fn loopback_up() -> io::Result<()> {
+    // A socket of any family serves interface requests; this one needs no IP in the kernel.
+    let socket = std::os::unix::net::UnixDatagram::unbound()?;
+    // SAFETY: ifreq is integers, bytes and pointers that nobody follows here; all-zero is a valid value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (slot, byte) in request.ifr_name.iter_mut().zip(b"lo") {
+        *slot = *byte as libc::c_char;
+    }
+    request.ifr_ifru.ifru_flags = libc::IFF_UP as libc::c_short;
+    // SAFETY: SIOCSIFFLAGS reads one ifreq with a NUL-terminated name, which the zeroed rest gives.
+    check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS as _, &raw const request) }).map(drop)
+}
+
+/// Takes over a file descriptor that the parent process left open.
+pub(crate) fn inherited_fd(fd: RawFd) -> io::Result<OwnedFd> {
+    if fd <= 2 {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    // SAFETY: F_SETFD takes an integer; it fails where fd is not open.
+    check(unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) })?;
+    // SAFETY: fd is open, as fcntl has shown, and nothing in this process has taken it yet: this is called once,
+    // before anything else is opened.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
