@@ -27,6 +27,8 @@ mod mmu;
 mod msr;
 mod native;
 mod state;
+#[cfg(test)]
+mod testing;
 mod vcpu;
 mod vm;
 

@@ -37,6 +37,11 @@ impl SoftVcpu {
         SoftVcpu { cpu: Cpu::new(shared, index), code: CodeCache::new(), mailbox, retired: 0, kicked: false }
     }
 
+    #[cfg(test)]
+    pub(crate) fn cpu(&mut self) -> &mut Cpu {
+        &mut self.cpu
+    }
+
     fn run_loop(&mut self) -> Exit {
         self.cpu.attention = true;
         loop {

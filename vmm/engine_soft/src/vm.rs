@@ -162,6 +162,11 @@ impl SoftVm {
         }
     }
 
+    #[cfg(test)]
+    pub(crate) fn shared(&self) -> Arc<Shared> {
+        Arc::clone(&self.shared)
+    }
+
     fn replace_map(&self, map: MemoryMap) {
         *self.shared.map.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(map);
         for mailbox in &self.shared.mailboxes {

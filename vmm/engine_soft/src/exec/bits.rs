@@ -168,6 +168,13 @@ fn change_mem_imm<O: Two, W: Word, const LOCK: bool>(cpu: &mut Cpu, op: &Op) -> 
 
 /// These have no byte form.
 macro_rules! wide {
+    ($size:expr, $handler:ident) => {
+        match $size {
+            2 => $handler::<u16> as Exec,
+            4 => $handler::<u32>,
+            _ => $handler::<u64>,
+        }
+    };
     ($size:expr, $handler:ident < $($arg:ty),* >) => {
         match $size {
             2 => $handler::<$($arg,)* u16> as Exec,
