@@ -200,7 +200,8 @@ pub(crate) fn check_free_space(dir: &Path, needed_bytes: u64) -> Result<()> {
     let output = std::process::Command::new("df").arg("-Pk").arg(dir).env("LC_ALL", "C").output();
     let Ok(output) = output else { return Ok(()) };
     let text = String::from_utf8_lossy(&output.stdout);
-    let available_kib = text.lines().nth(1).and_then(|line| line.split_whitespace().nth(3)?.parse::<u64>().ok());
+    let available_kib =
+        text.lines().nth(1).and_then(|line| line.split_whitespace().nth(3)?.parse::<u64>().ok());
     match available_kib {
         Some(kib) if kib.saturating_mul(1024) < needed_bytes => bail!(
             "{} has {} MiB free and {} MiB are needed: free some space or set HARRIER_CACHE to another file system",
@@ -223,7 +224,9 @@ pub(crate) fn explain(error: io::Error, path: &Path) -> anyhow::Error {
             anyhow!("no space left for {path}: free some or set HARRIER_CACHE to another file system")
         }
         io::ErrorKind::NotADirectory | io::ErrorKind::AlreadyExists => {
-            anyhow!("{path} is in the way, it is not a directory: remove it or set HARRIER_CACHE to another place")
+            anyhow!(
+                "{path} is in the way, it is not a directory: remove it or set HARRIER_CACHE to another place"
+            )
         }
         _ => anyhow!("cannot write {path}: {error}"),
     }

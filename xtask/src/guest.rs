@@ -24,7 +24,8 @@ struct Manifest {
 pub(crate) fn set_up(cache: &Cache, root: &Path, kernel_source: Option<&Path>) -> Result<PathBuf> {
     let kernel = guest_kernel::build(cache, root, kernel_source)?;
     let initramfs = initramfs::build(cache, root, &[])?;
-    let key = Key::new("guest", RECIPE).text("kernel", &kernel.key).text("initramfs", &initramfs.key).finish();
+    let key =
+        Key::new("guest", RECIPE).text("kernel", &kernel.key).text("initramfs", &initramfs.key).finish();
     cache.artifact("guest", &key, |dir| {
         for name in ["vmlinux", "bzImage", "System.map"] {
             link_or_copy(&kernel.dir.join(name), &dir.join(name))?;

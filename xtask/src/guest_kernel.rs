@@ -37,7 +37,8 @@ pub(crate) fn build(cache: &Cache, root: &Path, named: Option<&Path>) -> Result<
     let source = KernelSource::find(named)?;
     let recipe = Recipe::read(&root.join("guest-kernel"))?;
     let compiler = process::output(Command::new("gcc").arg("--version").env("LC_ALL", "C"))?;
-    let key = recipe.add_to(source.add_to(Key::new("guest-kernel", RECIPE))?).bytes("compiler", &compiler).finish();
+    let key =
+        recipe.add_to(source.add_to(Key::new("guest-kernel", RECIPE))?).bytes("compiler", &compiler).finish();
     let log = cache.root().join("guest-kernel.log");
     let dir = cache.artifact("kernel", &key, |dir| {
         cache::check_free_space(dir, SPACE_NEEDED_BYTES)?;
@@ -61,7 +62,9 @@ pub(crate) fn build(cache: &Cache, root: &Path, named: Option<&Path>) -> Result<
 /// vmlinux depends on the place it was built at.
 fn collect(tree: &Path, dir: &Path) -> Result<()> {
     process::run(Command::new("strip").arg("-o").arg(dir.join("vmlinux")).arg(tree.join("vmlinux")))?;
-    for (from, to) in [("arch/x86/boot/bzImage", "bzImage"), ("System.map", "System.map"), (".config", "config")] {
+    for (from, to) in
+        [("arch/x86/boot/bzImage", "bzImage"), ("System.map", "System.map"), (".config", "config")]
+    {
         let from = tree.join(from);
         fs::copy(&from, dir.join(to)).map_err(|error| cache::explain(error, &from))?;
     }
@@ -108,11 +111,13 @@ impl Recipe {
     /// Reads `config/x86_64.config`, `config/x86_64-<series>.config` and `patches/<series>/*.patch`.
     fn read(folder: &Path) -> Result<Self> {
         let config = folder.join("config");
-        let read = |path: &Path| fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()));
+        let read =
+            |path: &Path| fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()));
         let mut series = Vec::new();
         for path in sorted_files(&config)? {
             let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            let Some(name) = name.strip_prefix("x86_64-").and_then(|name| name.strip_suffix(".config")) else {
+            let Some(name) = name.strip_prefix("x86_64-").and_then(|name| name.strip_suffix(".config"))
+            else {
                 continue;
             };
             let patches = folder.join("patches").join(name);
@@ -173,7 +178,8 @@ impl Recipe {
 
 fn sorted_files(folder: &Path) -> Result<Vec<PathBuf>> {
     let entries = fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))?;
-    let mut files: Vec<_> = entries.flatten().map(|entry| entry.path()).filter(|path| path.is_file()).collect();
+    let mut files: Vec<_> =
+        entries.flatten().map(|entry| entry.path()).filter(|path| path.is_file()).collect();
     files.sort();
     Ok(files)
 }
@@ -181,7 +187,9 @@ fn sorted_files(folder: &Path) -> Result<Vec<PathBuf>> {
 /// The settings of `fragment` that do not hold in `dot_config`. An option that is off may also be absent.
 fn lost_settings(fragment: &str, dot_config: &str) -> Vec<String> {
     let value_of = |name: &str| {
-        dot_config.lines().find_map(|line| line.split_once('=').filter(|(key, _)| *key == name).map(|(_, value)| value))
+        dot_config
+            .lines()
+            .find_map(|line| line.split_once('=').filter(|(key, _)| *key == name).map(|(_, value)| value))
     };
     fragment
         .lines()
@@ -206,7 +214,8 @@ mod tests {
 
     #[test]
     fn a_setting_that_kconfig_dropped_or_changed_is_found() {
-        let fragment = "# why\nCONFIG_A=y\nCONFIG_B=64\n# CONFIG_C is not set\n# CONFIG_D is not set\nCONFIG_E=\"x\"\n";
+        let fragment =
+            "# why\nCONFIG_A=y\nCONFIG_B=64\n# CONFIG_C is not set\n# CONFIG_D is not set\nCONFIG_E=\"x\"\n";
         let kept = "CONFIG_A=y\nCONFIG_B=64\n# CONFIG_C is not set\nCONFIG_E=\"x\"\n";
         assert!(lost_settings(fragment, kept).is_empty());
         let lost = lost_settings(fragment, "CONFIG_B=8\nCONFIG_C=y\nCONFIG_E=\"x\"\n");
@@ -223,7 +232,11 @@ mod tests {
             let count = names.len();
             names.sort();
             names.dedup_by_key(|(name, _)| *name);
-            assert_eq!(names.len(), count, "an option stands twice in x86_64.config with x86_64-{name}.config");
+            assert_eq!(
+                names.len(),
+                count,
+                "an option stands twice in x86_64.config with x86_64-{name}.config"
+            );
         }
     }
 }

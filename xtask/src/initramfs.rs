@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::cache::{self, Cache, Key};
 use crate::cpio::Archive;
-use crate::{packages, process};
+use crate::{checks, packages, process};
 
 /// Raise when the layout below changes.
 const RECIPE: u32 = 1;
@@ -42,7 +42,8 @@ pub(crate) fn build(cache: &Cache, root: &Path, modules: &[Module]) -> Result<In
     }
     check_static(&agent, "the agent")?;
     let busybox_path = packages::find_program("busybox").context("busybox is not installed")?;
-    let busybox = fs::read(&busybox_path).with_context(|| format!("cannot read {}", busybox_path.display()))?;
+    let busybox =
+        fs::read(&busybox_path).with_context(|| format!("cannot read {}", busybox_path.display()))?;
     check_static(&busybox, &busybox_path.display().to_string())?;
 
     let mut key = Key::new("initramfs", RECIPE).bytes("agent", &agent).bytes("busybox", &busybox);
@@ -75,7 +76,7 @@ fn build_agent(root: &Path) -> Result<PathBuf> {
         format!("--remap-path-prefix={cargo_home}=cargo"),
     ];
     process::run_visibly(
-        Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+        checks::cargo()
             .current_dir(root)
             .args(["build", "--quiet", "--package", "harrier-jobs-agent", "--bin", "harrier-jobs-agent"])
             .args(["--profile", "agent", "--target", TARGET, "--target-dir"])
@@ -95,7 +96,9 @@ fn target_dir(root: &Path) -> PathBuf {
 fn check_static(program: &[u8], name: &str) -> Result<()> {
     match needs_interpreter(program) {
         Some(false) => Ok(()),
-        Some(true) => bail!("{name} is dynamically linked, the guest needs a static one (Debian: busybox-static)"),
+        Some(true) => {
+            bail!("{name} is dynamically linked, the guest needs a static one (Debian: busybox-static)")
+        }
         None => bail!("{name} is not an x86-64 program"),
     }
 }
@@ -121,7 +124,7 @@ fn needs_interpreter(elf: &[u8]) -> Option<bool> {
 }
 
 /// The names of busybox's commands.
-fn applets(busybox: &Path) -> Result<Vec<String>> {
+pub(crate) fn applets(busybox: &Path) -> Result<Vec<String>> {
     let list = process::output(Command::new(busybox).arg("--list"))?;
     let list = String::from_utf8(list).context("busybox lists its commands in an unknown way")?;
     Ok(list.lines().filter(|name| !name.is_empty() && *name != "busybox").map(str::to_owned).collect())
@@ -143,7 +146,11 @@ fn assemble(agent: &[u8], busybox: &[u8], applets: &[String], modules: &[Module]
     archive.symlink("usr/bin", "../bin");
     archive.symlink("usr/sbin", "../bin");
     archive.dir("etc");
-    archive.file("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n");
+    archive.file(
+        "etc/passwd",
+        0o644,
+        b"root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n",
+    );
     archive.file("etc/group", 0o644, b"root:x:0:\nnogroup:x:65534:\n");
     archive.dir("root");
     if !modules.is_empty() {

@@ -40,13 +40,17 @@ impl KernelVersion {
             .ok()
             .with_context(|| format!("{} is not a Linux source tree: it has no Makefile", tree.display()))?;
         Self::parse(&text).with_context(|| {
-            format!("{} is not a Linux source tree: no VERSION, PATCHLEVEL, SUBLEVEL in its Makefile", tree.display())
+            format!(
+                "{} is not a Linux source tree: no VERSION, PATCHLEVEL, SUBLEVEL in its Makefile",
+                tree.display()
+            )
         })
     }
 
     fn parse(makefile: &str) -> Option<Self> {
         let value = |name: &str| {
-            let line = makefile.lines().take(20).find(|line| line.split('=').next().map(str::trim) == Some(name))?;
+            let line =
+                makefile.lines().take(20).find(|line| line.split('=').next().map(str::trim) == Some(name))?;
             line.split_once('=')?.1.trim().parse().ok()
         };
         Some(Self { major: value("VERSION")?, minor: value("PATCHLEVEL")?, patch: value("SUBLEVEL")? })
@@ -61,7 +65,8 @@ impl KernelSource {
                 "no kernel source in /usr/src: install linux-source or name one with --source FOLDER|ARCHIVE",
             );
         };
-        let metadata = fs::metadata(path).with_context(|| format!("cannot read kernel source {}", path.display()))?;
+        let metadata =
+            fs::metadata(path).with_context(|| format!("cannot read kernel source {}", path.display()))?;
         if metadata.is_dir() {
             KernelVersion::read(path)?;
             return Ok(Self::Folder(path.to_owned()));
@@ -75,7 +80,10 @@ impl KernelSource {
             Self::Archive(path) => key.file("source archive", path),
             Self::Folder(path) => {
                 let listing = process::output(
-                    Command::new("find").arg(".").args(["-type", "f", "-printf", "%P %s %T@\n"]).current_dir(path),
+                    Command::new("find")
+                        .arg(".")
+                        .args(["-type", "f", "-printf", "%P %s %T@\n"])
+                        .current_dir(path),
                 )?;
                 let mut lines: Vec<_> = listing.split(|byte| *byte == b'\n').collect();
                 lines.sort_unstable();
@@ -90,8 +98,10 @@ impl KernelSource {
             Self::Archive(path) => {
                 eprintln!("xtask: unpacking {}", path.display());
                 crate::cache::make_dir(tree)?;
-                process::run(Command::new("tar").arg("-xf").arg(path).args(["--strip-components=1", "-C"]).arg(tree))
-                    .with_context(|| format!("cannot unpack {}", path.display()))?;
+                process::run(
+                    Command::new("tar").arg("-xf").arg(path).args(["--strip-components=1", "-C"]).arg(tree),
+                )
+                .with_context(|| format!("cannot unpack {}", path.display()))?;
             }
             Self::Folder(path) => {
                 eprintln!("xtask: copying {}", path.display());
@@ -115,8 +125,11 @@ pub(crate) fn installed_archive() -> Option<PathBuf> {
 fn newest_archive(folder: &Path) -> Option<PathBuf> {
     let series = |path: &PathBuf| -> Option<(u32, u32)> {
         let name = path.file_name()?.to_str()?;
-        let (major, minor) =
-            name.strip_prefix("linux-source-")?.split_once(".tar").map(|(version, _)| version)?.split_once('.')?;
+        let (major, minor) = name
+            .strip_prefix("linux-source-")?
+            .split_once(".tar")
+            .map(|(version, _)| version)?
+            .split_once('.')?;
         Some((major.parse().ok()?, minor.parse().ok()?))
     };
     fs::read_dir(folder)
@@ -145,7 +158,9 @@ mod tests {
 
     #[test]
     fn the_version_comes_from_the_head_of_the_makefile() {
-        let version = KernelVersion::parse("# x\nVERSION = 6\nPATCHLEVEL = 12\nSUBLEVEL = 57\nEXTRAVERSION =\n").unwrap();
+        let version =
+            KernelVersion::parse("# x\nVERSION = 6\nPATCHLEVEL = 12\nSUBLEVEL = 57\nEXTRAVERSION =\n")
+                .unwrap();
         assert_eq!(version, KernelVersion { major: 6, minor: 12, patch: 57 });
         assert_eq!(version.series(), "6.12");
         assert_eq!(KernelVersion::parse("all:\n\ttrue\n"), None);
@@ -154,7 +169,9 @@ mod tests {
     #[test]
     fn the_newest_archive_is_found_by_number_not_by_letter() {
         let dir = tempfile::tempdir().unwrap();
-        for name in ["linux-source-6.1.tar.xz", "linux-source-6.12.tar.xz", "linux-source-6.9.tar.xz", "notes.tar.xz"] {
+        for name in
+            ["linux-source-6.1.tar.xz", "linux-source-6.12.tar.xz", "linux-source-6.9.tar.xz", "notes.tar.xz"]
+        {
             fs::write(dir.path().join(name), "").unwrap();
         }
         assert_eq!(newest_archive(dir.path()).unwrap().file_name().unwrap(), "linux-source-6.12.tar.xz");

@@ -3,18 +3,22 @@
 //! Each command makes what it needs by itself, so that one command on a fresh machine is enough. Products go to the
 //! cache that `harrier run` reads (`cache`), described in `guest-kernel/README.md`.
 
+mod bzimage;
 mod cache;
+mod checks;
 mod cpio;
+mod debian_kernel;
 mod guest;
 mod guest_kernel;
 mod initramfs;
 mod kernel_source;
 mod packages;
 mod process;
+mod rootfs_images;
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -44,6 +48,16 @@ enum XtaskCommand {
     },
     /// Build the agent and the initramfs only, and print the archive's path
     Initramfs,
+    /// Download Debian's cloud kernel and make it bootable in Harrier, as bzImage and as vmlinux
+    DebianKernel,
+    /// Build root file systems for tests: busybox as ext4 and squashfs
+    RootfsImages {
+        /// Also a Debian with python3, as ext4; needs root and a Debian system
+        #[arg(long)]
+        debian: bool,
+    },
+    /// Set up, then check format, lints and every test
+    Test,
     /// Set up, build `harrier` in release mode and run `harrier run` with the given arguments
     Run {
         /// Arguments of `harrier run`, for example: -- uname -a
@@ -76,6 +90,16 @@ fn execute(command: XtaskCommand) -> Result<ExitCode> {
         XtaskCommand::Initramfs => {
             println!("{}", initramfs::build(&cache, root, &[])?.file.display());
         }
+        XtaskCommand::DebianKernel => {
+            println!("{}", debian_kernel::build(&cache, root)?.display());
+        }
+        XtaskCommand::RootfsImages { debian } => {
+            println!("{}", rootfs_images::build_busybox(&cache)?.display());
+            if debian {
+                println!("{}", rootfs_images::build_debian(&cache)?.display());
+            }
+        }
+        XtaskCommand::Test => checks::run(&cache, root)?,
         XtaskCommand::Run { arguments } => {
             guest::set_up(&cache, root, None)?;
             return run_harrier(root, &arguments);
@@ -87,7 +111,7 @@ fn execute(command: XtaskCommand) -> Result<ExitCode> {
 /// Replaces this program by `cargo run` of `harrier run`, so that terminal, signals and exit code are its own.
 fn run_harrier(root: &Path, arguments: &[OsString]) -> Result<ExitCode> {
     use std::os::unix::process::CommandExt as _;
-    let error = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+    let error = checks::cargo()
         .args(["run", "--quiet", "--release", "--package", "harrier", "--bin", "harrier", "--manifest-path"])
         .arg(root.join("Cargo.toml"))
         .args(["--", "run"])

@@ -48,14 +48,20 @@ pub(crate) const KERNEL_BUILD: &[Package] = &[
 /// For the initramfs.
 pub(crate) const INITRAMFS: &[Package] = &[program("busybox-static", "busybox")];
 
-/// For Debian's own kernel, the test images, and the suites.
-pub(crate) const TESTS: &[Package] = &[
+/// For unpacking Debian's own kernel.
+pub(crate) const DEBIAN_KERNEL: &[Package] = &[
     program("dpkg", "dpkg-deb"),
+    program("kmod", "depmod"),
+    program("xz-utils", "xz"),
     program("zstd", "zstd"),
-    program("e2fsprogs", "mke2fs"),
-    program("squashfs-tools", "mksquashfs"),
-    program("nasm", "nasm"),
 ];
+
+/// For the test images.
+pub(crate) const IMAGES: &[Package] =
+    &[program("e2fsprogs", "mke2fs"), program("squashfs-tools", "mksquashfs")];
+
+/// For the suites.
+pub(crate) const SUITES: &[Package] = &[program("nasm", "nasm")];
 
 /// For the Debian root file system among the test images.
 pub(crate) const DEBOOTSTRAP: &[Package] = &[program("debootstrap", "debootstrap")];
@@ -91,7 +97,9 @@ pub(crate) fn require(packages: &[&[Package]]) -> Result<()> {
         bail!("these are missing (by their Debian package names), install them and run this again: {list}");
     }
     if !running_as_root() {
-        bail!("missing packages: {list}; install them with: sudo apt-get install -y --no-install-recommends {list}");
+        bail!(
+            "missing packages: {list}; install them with: sudo apt-get install -y --no-install-recommends {list}"
+        );
     }
     eprintln!("xtask: installing {list}");
     if apt_get(&["install", "-y", "--no-install-recommends"], &missing).is_err() {
@@ -107,12 +115,22 @@ pub(crate) fn require(packages: &[&[Package]]) -> Result<()> {
 }
 
 fn missing(packages: &[&[Package]]) -> Vec<&'static str> {
-    packages.iter().copied().flatten().filter(|package| !package.is_installed()).map(|package| package.name).collect()
+    packages
+        .iter()
+        .copied()
+        .flatten()
+        .filter(|package| !package.is_installed())
+        .map(|package| package.name)
+        .collect()
 }
 
 fn apt_get(arguments: &[&str], packages: &[&str]) -> Result<()> {
     process::run(
-        Command::new("apt-get").env("DEBIAN_FRONTEND", "noninteractive").arg("-q").args(arguments).args(packages),
+        Command::new("apt-get")
+            .env("DEBIAN_FRONTEND", "noninteractive")
+            .arg("-q")
+            .args(arguments)
+            .args(packages),
     )
 }
 

@@ -118,9 +118,10 @@ mod tests {
 
     #[test]
     fn a_failure_is_told_in_one_line_with_the_program_and_its_reason() {
-        let error = run(Command::new("sh").args(["-c", "echo one; echo 'x: error: bad' >&2; echo last >&2; exit 3"]))
-            .unwrap_err()
-            .to_string();
+        let error =
+            run(Command::new("sh").args(["-c", "echo one; echo 'x: error: bad' >&2; echo last >&2; exit 3"]))
+                .unwrap_err()
+                .to_string();
         assert_eq!(error, "sh failed (exit status: 3): x: error: bad");
     }
 
@@ -135,9 +136,13 @@ mod tests {
     fn a_long_command_keeps_its_log_and_names_it_when_it_fails() {
         let dir = tempfile::tempdir().unwrap();
         let log = dir.path().join("log");
-        let error = run_with_progress(Command::new("sh").args(["-c", "echo made; echo broken >&2; exit 1"]), "x", &log)
-            .unwrap_err()
-            .to_string();
+        let error = run_with_progress(
+            Command::new("sh").args(["-c", "echo made; echo broken >&2; exit 1"]),
+            "x",
+            &log,
+        )
+        .unwrap_err()
+        .to_string();
         assert!(error.contains(log.to_str().unwrap()), "{error}");
         let text = fs::read_to_string(&log).unwrap();
         assert!(text.contains("made") && text.contains("broken"), "{text}");
