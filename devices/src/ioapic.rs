@@ -67,7 +67,7 @@ impl Pin {
         };
         let destination = u64::from(self.high >> 24);
         let logical = u64::from((self.low >> 11) & 1);
-        legal.then(|| Msi {
+        legal.then_some(Msi {
             address: 0xfee0_0000 | destination << 12 | logical << 2,
             data: self.low & (LEVEL | 0x7ff) | 1 << 14,
         })

@@ -5,6 +5,7 @@
 //! - [`ioapic`]: the interrupt controller that turns lines into messages.
 //! - [`serial`]: the 16550A; [`byte_output`] and [`serial_input`] are its two ends on the host.
 //! - [`i8042`], [`rtc`], [`acpi_pm`], [`pvpanic`], [`debug_exit`]: what else a PC has at its ports.
+//! - [`virtio`]: block, entropy and socket devices behind the memory-mapped transport.
 //!
 //! Nothing here knows an engine or the machine: devices see guest memory, interrupt lines, files and sockets.
 
@@ -21,6 +22,7 @@ pub mod pvpanic;
 pub mod rtc;
 pub mod serial;
 pub mod serial_input;
+pub mod virtio;
 
 pub use bus::{Bus, BusBuilder, BusDevice, SharedDevice};
 pub use interrupt::{InterruptLine, MsiSink};

@@ -151,7 +151,7 @@ impl Rtc {
 
     fn encode(&self, value: i64) -> u8 {
         let value = u8::try_from(value.rem_euclid(100)).unwrap_or(0);
-        if self.status_b & B_BINARY != 0 { value } else { (value / 10) << 4 | value % 10 }
+        if self.status_b & B_BINARY != 0 { value } else { ((value / 10) << 4) | (value % 10) }
     }
 
     fn decode(&self, value: u8) -> i64 {
