@@ -558,3 +558,7 @@ impl MutEventSubscriber for VirtioEvents {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "mmio_tests.rs"]
+mod tests;
