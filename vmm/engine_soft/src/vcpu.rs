@@ -42,6 +42,11 @@ impl SoftVcpu {
         &mut self.cpu
     }
 
+    #[cfg(test)]
+    pub(crate) fn parts(&mut self) -> (&mut Cpu, &mut CodeCache) {
+        (&mut self.cpu, &mut self.code)
+    }
+
     fn run_loop(&mut self) -> Exit {
         self.cpu.attention = true;
         loop {

@@ -90,7 +90,7 @@ pub(crate) fn slot(register: Register) -> u8 {
         Register::CH => 0x81,
         Register::DH => 0x82,
         Register::BH => 0x83,
-        other => other.number() as u8 & 0xf,
+        other => other.full_register().number() as u8 & 0xf,
     }
 }
 
