@@ -195,10 +195,10 @@ fn bad_sizes_and_addresses_leave_a_queue_unready() {
         (8, end - 112, good.2, good.3),
         (8, good.1, end - 20, good.3),
         (8, good.1, good.2, end - 64),
-        (8, u64::MAX & !15, good.2, good.3),
+        (8, !15, good.2, good.3),
         (8, 1 << 63, good.2, good.3),
-        (8, good.1, u64::MAX & !1, good.3),
-        (8, good.1, good.2, u64::MAX & !3),
+        (8, good.1, !1, good.3),
+        (8, good.1, good.2, !3),
         (8, 0, good.2, good.3),
         (8, good.1, 0, good.3),
         (8, good.1, good.2, 0),
@@ -427,7 +427,7 @@ fn random_accesses_of_any_kind_are_survived() {
             0 => next(),
             1 => next() % 16,
             2 => 1 << (next() % 32),
-            _ => next() % (MEMORY as u64) & !0xfff,
+            _ => (next() % (MEMORY as u64)) & !0xfff,
         };
         let mut data = value.to_le_bytes();
         if next() % 3 == 0 {
