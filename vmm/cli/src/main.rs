@@ -1,3 +1,124 @@
-//! To be filled.
+//! The `harrier` command: flags become one validated configuration, a machine runs, an exit code comes back.
+//!
+//! [`flags`] is what the user typed, [`config`] what it means; [`run`] runs a command or a plain kernel and
+//! [`doctor`] looks at the host. Whatever goes wrong is one line on stderr that names the value and the remedy,
+//! and exit code 125.
 
-fn main() {}
+mod config;
+mod console;
+mod disks;
+mod doctor;
+mod engines;
+mod exit;
+mod flags;
+mod guest_files;
+mod logging;
+mod report;
+mod run;
+mod run_command;
+mod run_console;
+mod signals;
+mod terminal;
+mod units;
+
+use std::io::{IsTerminal, Write};
+use std::panic::catch_unwind;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use clap::Parser;
+use clap::error::ErrorKind;
+
+use crate::exit::{Failure, HARRIER_FAILED};
+use crate::flags::{Command, Flags};
+
+fn main() -> ExitCode {
+    let started = Instant::now();
+    install_panic_hook();
+    // The hook has said what there is to say.
+    let code = catch_unwind(|| dispatch(started)).unwrap_or(HARRIER_FAILED);
+    terminal::restore();
+    ExitCode::from(code)
+}
+
+fn dispatch(started: Instant) -> u8 {
+    let flags = match Flags::try_parse() {
+        Ok(flags) => flags,
+        Err(err) => return report_usage(&err),
+    };
+    let result = match flags.command {
+        Command::Run(run_flags) => {
+            logging::init(run_flags.verbose);
+            run::run(run_flags, started)
+        }
+        Command::Doctor(doctor_flags) => {
+            logging::init(0);
+            doctor::run(&doctor_flags)
+        }
+    };
+    result.unwrap_or_else(|failure| {
+        print_failure(&failure);
+        failure.code
+    })
+}
+
+fn print_failure(failure: &Failure) {
+    terminal::restore();
+    // Without stderr there is nobody to tell.
+    let _ = writeln!(std::io::stderr(), "harrier: {}", one_line(&failure.message));
+}
+
+/// Messages may quote paths and arguments, which may hold anything.
+fn one_line(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
+}
+
+/// Help goes to stdout; a mistake is one line on stderr.
+fn report_usage(err: &clap::Error) -> u8 {
+    match err.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+            let _ = err.print();
+            0
+        }
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            let _ = writeln!(std::io::stderr(), "harrier: no command given: try 'harrier --help'");
+            HARRIER_FAILED
+        }
+        _ => {
+            let text = err.render().to_string();
+            let first = text.lines().find(|line| !line.trim().is_empty()).unwrap_or("unusable arguments");
+            let mut line = first.trim_start_matches("error: ").trim_end_matches(':').to_owned();
+            // Some of clap's messages go on in an indented list.
+            for more in text.lines().skip(1).take_while(|line| line.starts_with("  ")) {
+                line.push(' ');
+                line.push_str(more.trim());
+            }
+            let _ = writeln!(std::io::stderr(), "harrier: {}: try 'harrier --help'", one_line(&line));
+            HARRIER_FAILED
+        }
+    }
+}
+
+/// A panic is a bug; it is told in one line, with the terminal as it was before.
+fn install_panic_hook() {
+    std::panic::set_hook(Box::new(|info| {
+        terminal::restore();
+        let place = info.location().map(|at| format!(" at {}:{}", at.file(), at.line())).unwrap_or_default();
+        let text = info
+            .payload()
+            .downcast_ref::<&str>()
+            .map(|text| (*text).to_owned())
+            .or_else(|| info.payload().downcast_ref::<String>().cloned())
+            .unwrap_or_default();
+        let text = one_line(&text);
+        let _ = writeln!(
+            std::io::stderr(),
+            "harrier: internal error: {text}{place}: this is a bug in harrier, please report it"
+        );
+    }));
+}
+
+/// Whether remarks for people, as opposed to errors, go to stderr.
+fn remarks_wanted(quiet: bool, verbose: u8) -> bool {
+    !quiet && (verbose > 0 || std::io::stderr().is_terminal())
+}

@@ -18,6 +18,8 @@ use harrier_devices::pvpanic::{self, PvPanic};
 use harrier_devices::rtc::{self, Rtc};
 use harrier_devices::serial::{self, Serial};
 use harrier_devices::serial_input::SerialInput;
+use harrier_devices::virtio::mmio::TransportError;
+use harrier_devices::virtio::{VirtioDevice, VirtioMmio};
 use harrier_devices::{BusBuilder, BusDevice, InterruptLine, MsiSink, PowerSink};
 use harrier_engine::{CpuModel, Engine, EngineError, GsiRoute, GuestMemory, Msi, Probe, Vcpu, Vm, VmConfig};
 
@@ -80,6 +82,9 @@ pub enum BuildError {
     /// Too many virtio devices.
     #[error("more than {MAX_VIRTIO_DEVICES} virtio devices are not possible: use fewer disks")]
     TooManyDevices,
+    /// A virtio device's registers or queues.
+    #[error(transparent)]
+    Transport(#[from] TransportError),
     /// The host refused a device something.
     #[error("{device}: the host refused ({source}): raise the limits of threads and open files")]
     Device {
@@ -268,6 +273,22 @@ impl MachineBuilder {
         Ok(())
     }
 
+    /// Puts a virtio device behind registers and an interrupt of its own.
+    ///
+    /// # Errors
+    /// [`BuildError`] if there are too many, or the host refuses descriptors.
+    pub fn add_virtio(&mut self, device: Box<dyn VirtioDevice>) -> Result<(), BuildError> {
+        let gsi = *VIRTIO_GSIS.get(self.virtio_count).ok_or(BuildError::TooManyDevices)?;
+        let index = u32::try_from(self.virtio_count).unwrap_or(u32::MAX);
+        self.virtio_count += 1;
+        let gpa = VIRTIO_MMIO_START + index * VIRTIO_MMIO_LEN;
+        let transport = VirtioMmio::new(device, self.ram.memory.clone(), self.interrupt_line(gsi))?;
+        self.subscribers.push(transport.events());
+        self.mmio.insert(gpa.into(), VIRTIO_MMIO_LEN.into(), Arc::new(Mutex::new(transport)))?;
+        self.add_acpi_object(acpi::virtio_mmio_object(index, gpa, VIRTIO_MMIO_LEN, gsi));
+        Ok(())
+    }
+
     /// Loads `boot` and finishes the machine; its processors stand at their first instruction.
     ///
     /// # Errors
@@ -295,14 +316,5 @@ impl MachineBuilder {
             event_loop: None,
             attachments: self.attachments,
         })
-    }
-
-    /// Takes the next register window and interrupt for a virtio device.
-    #[expect(dead_code, reason = "used by the virtio devices, which follow")]
-    fn next_virtio_slot(&mut self) -> Result<(u32, u64, u32), BuildError> {
-        let gsi = *VIRTIO_GSIS.get(self.virtio_count).ok_or(BuildError::TooManyDevices)?;
-        let index = self.virtio_count as u32;
-        self.virtio_count += 1;
-        Ok((index, VIRTIO_MMIO_START + u64::from(index) * VIRTIO_MMIO_LEN, gsi))
     }
 }

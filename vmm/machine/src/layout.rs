@@ -9,9 +9,9 @@ pub const MMIO_HOLE_START: u64 = 0xc000_0000;
 pub const HIGH_MEMORY_START: u64 = 0x1_0000_0000;
 
 /// First virtio-mmio register window.
-pub const VIRTIO_MMIO_START: u64 = 0xd000_0000;
+pub const VIRTIO_MMIO_START: u32 = 0xd000_0000;
 /// Length of one virtio-mmio register window in bytes.
-pub const VIRTIO_MMIO_LEN: u64 = 0x1000;
+pub const VIRTIO_MMIO_LEN: u32 = 0x1000;
 /// Registers of the I/O APIC (its traditional place).
 pub const IOAPIC_START: u64 = 0xfec0_0000;
 /// Registers of the local APICs (Intel SDM volume 3, 12.4.1).

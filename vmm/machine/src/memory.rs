@@ -24,18 +24,19 @@ const PROT_READ_WRITE: i32 = 1 | 2;
 const MAP_SHARED: i32 = 1;
 const MAP_NORESERVE: i32 = 0x4000;
 
-/// A number of bytes for people: `512M`, `1536K`, `100 bytes`.
+/// A number of bytes for people: `512M`, `1536K`, `100 bytes`. From 10M on, parts of a mebibyte are left out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ByteSize(pub u64);
 
 impl fmt::Display for ByteSize {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (shift, unit) in [(30, 'G'), (20, 'M'), (10, 'K')] {
-            if self.0 >> shift != 0 && self.0.trailing_zeros() >= shift {
-                return write!(f, "{}{unit}", self.0 >> shift);
-            }
+        let fits = |shift: u32| self.0 >> shift != 0 && self.0.trailing_zeros() >= shift;
+        match self.0 {
+            _ if fits(30) => write!(f, "{}G", self.0 >> 30),
+            _ if fits(20) || self.0 >= 10 << 20 => write!(f, "{}M", self.0 >> 20),
+            _ if fits(10) => write!(f, "{}K", self.0 >> 10),
+            _ => write!(f, "{} bytes", self.0),
         }
-        if self.0 >= 10 << 20 { write!(f, "{}M", self.0 >> 20) } else { write!(f, "{} bytes", self.0) }
     }
 }
 
@@ -195,8 +196,8 @@ mod tests {
     }
 
     #[test]
-    fn byte_sizes_are_exact_where_a_unit_fits() {
-        let texts = [0, 512 << 20, 1536 << 10, 3 << 30, 4097].map(|n| ByteSize(n).to_string());
-        assert_eq!(texts, ["0 bytes", "512M", "1536K", "3G", "4097 bytes"]);
+    fn byte_sizes_are_exact_up_to_10_mebibytes() {
+        let texts = [0, 512 << 20, 1536 << 10, 3 << 30, 4097, (100 << 20) + 4096].map(|n| ByteSize(n).to_string());
+        assert_eq!(texts, ["0 bytes", "512M", "1536K", "3G", "4097 bytes", "100M"]);
     }
 }

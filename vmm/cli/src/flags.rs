@@ -1,0 +1,95 @@
+//! The command line as typed. Values are checked in [`crate::config`], where the messages can name a remedy.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Runs commands and kernels in microVMs.
+#[derive(Debug, Parser)]
+#[command(name = "harrier", version, about, max_term_width = 110, disable_help_subcommand = true)]
+pub(crate) struct Flags {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Boot a microVM, run a command in it and return the command's exit code.
+    ///
+    /// Without a command and with --kernel, the kernel boots with its serial console on the terminal.
+    ///
+    /// Exit codes: the command's own; 128+n if signal n ended it; 124 after --timeout; 125 if Harrier or the guest
+    /// failed; 126 if the command is not executable; 127 if it is not found.
+    Run(RunFlags),
+    /// Show what this host offers, and what follows from it.
+    Doctor(DoctorFlags),
+}
+
+#[derive(Debug, Args, Default)]
+pub(crate) struct RunFlags {
+    /// Processor: auto, kvm or soft.
+    #[arg(long, default_value = "auto", value_name = "ENGINE")]
+    pub(crate) engine: String,
+    /// Number of virtual CPUs, 1 to 255.
+    #[arg(long, default_value = "1", value_name = "N", allow_hyphen_values = true)]
+    pub(crate) cpus: String,
+    /// Guest memory; suffixes K, M, G.
+    #[arg(long, default_value = "512M", value_name = "SIZE", allow_hyphen_values = true)]
+    pub(crate) memory: String,
+    /// CPU model that the guest sees: v1, v2, v3 or host; the default is the best of v1 to v3 that the engine has.
+    #[arg(long, value_name = "MODEL")]
+    pub(crate) cpu_model: Option<String>,
+    /// Environment variable of the command: NAME=VALUE, or NAME to pass the host's value. Repeatable.
+    #[arg(long, short = 'e', value_name = "NAME=VALUE")]
+    pub(crate) env: Vec<OsString>,
+    /// Working directory of the command in the guest.
+    #[arg(long, short = 'w', value_name = "DIR")]
+    pub(crate) workdir: Option<OsString>,
+    /// End the machine after this time; suffixes ms, s, m, h.
+    #[arg(long, value_name = "TIME", allow_hyphen_values = true)]
+    pub(crate) timeout: Option<String>,
+    /// Root file system for the command: an ext4 or squashfs image, used read-only below a writable overlay in memory.
+    #[arg(long, value_name = "IMAGE")]
+    pub(crate) rootfs: Option<PathBuf>,
+    /// A further disk: a raw image or block device; with ':ro' at the end read-only. Repeatable.
+    #[arg(long, value_name = "PATH[:ro]")]
+    pub(crate) disk: Vec<OsString>,
+    /// Kernel to boot: an x86-64 vmlinux or bzImage.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) kernel: Option<PathBuf>,
+    /// Initial ramdisk.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) initrd: Option<PathBuf>,
+    /// Added to the kernel command line. Repeatable.
+    #[arg(long, value_name = "WORDS", allow_hyphen_values = true)]
+    pub(crate) cmdline: Vec<OsString>,
+    /// Write what the guest prints on its serial console to a file.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) console: Option<PathBuf>,
+    /// Print one JSON object on stdout, with the output of the command in it, instead of streaming.
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Print on stderr how long each phase took.
+    #[arg(long)]
+    pub(crate) timings: bool,
+    /// No remarks on stderr, only errors.
+    #[arg(long, short)]
+    pub(crate) quiet: bool,
+    /// Log more: -v what Harrier does, -vv all details.
+    #[arg(long, short, action = clap::ArgAction::Count)]
+    pub(crate) verbose: u8,
+    /// Entry of an ELF kernel: auto, pvh or linux64.
+    #[arg(long, default_value = "auto", value_name = "ENTRY", hide = true)]
+    pub(crate) elf_entry: String,
+    /// The command and its arguments.
+    #[arg(trailing_var_arg = true, value_name = "CMD")]
+    pub(crate) command: Vec<OsString>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DoctorFlags {
+    /// Print one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+}

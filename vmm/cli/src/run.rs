@@ -1,0 +1,201 @@
+//! `harrier run`: opens what the configuration names, builds the machine, lets the workload run in it and turns the end
+//! into an exit code.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::time::Instant;
+
+use harrier_devices::virtio::rng::Rng;
+use harrier_devices::virtio::vsock::{InProcess, Vsock, VsockListener};
+use harrier_engine::{CpuModel, Engine};
+use harrier_jobs::{AGENT_PORT, ROOT_DISK_SERIAL};
+use harrier_machine::boot::{Boot, FileImage, Image, ImageError, InitrdError, KernelError};
+use harrier_machine::{Machine, MachineBuilder, MachineConfig, MachineEnd, RunReport};
+
+use crate::config::{RunConfig, Workload};
+use crate::console::{ConsoleSink, ConsoleTail};
+use crate::exit::{Failure, TIMED_OUT, signal_code};
+use crate::flags::RunFlags;
+use crate::report::{self, RunRecord};
+use crate::signals::{Interrupter, Interruption, SignalThread};
+use crate::{disks, engines, guest_files, run_command, run_console};
+
+/// The context id of the guest; 0 to 2 have meanings of their own (virtio 1.2, section 5.10.4).
+const GUEST_CID: u32 = 3;
+
+/// A machine before its start, and what belongs to it.
+pub(crate) struct Prepared {
+    pub(crate) machine: Machine,
+    pub(crate) console: ConsoleTail,
+    /// Where the agent will connect, for a command.
+    pub(crate) agent: Option<VsockListener>,
+}
+
+/// Runs what the flags say and answers the exit code.
+pub(crate) fn run(flags: RunFlags, started: Instant) -> Result<u8, Failure> {
+    let json = flags.json;
+    let mut record = RunRecord::new(started);
+    let result = run_recorded(flags, &mut record);
+    if json {
+        report::print_json(&record, &result);
+    }
+    result
+}
+
+fn run_recorded(flags: RunFlags, record: &mut RunRecord) -> Result<u8, Failure> {
+    let remarks = crate::remarks_wanted(flags.quiet, flags.verbose);
+    let config = RunConfig::from_flags(flags, |name| std::env::var_os(name), remarks)?;
+    let interrupter = Interrupter::default();
+    let signals = SignalThread::start(interrupter.clone()).map_err(|err| {
+        Failure::new(format!("signals cannot be handled ({err}): raise the limit of open files"))
+    })?;
+    let selected = engines::select(config.engine)?;
+    if let Some(reason) = selected.reason.filter(|_| config.output.remarks) {
+        // A remark that nobody can read is no failure.
+        let _ = writeln!(io::stderr(), "harrier: {reason}");
+    }
+    let engine = selected.engine.as_ref();
+    let model = config.cpu_model.unwrap_or_else(|| engines::default_model(engine));
+    record.describe(&config, engine.name(), model);
+    let result = match &config.workload {
+        Workload::Command(command) => run_command::run(&config, command, engine, model, &interrupter, record),
+        Workload::Console => run_console::run(&config, engine, model, &interrupter, record),
+    };
+    crate::terminal::restore();
+    drop(signals);
+    if config.output.timings {
+        report::print_timings(record);
+    }
+    result
+}
+
+/// Opens every file and builds the machine.
+pub(crate) fn prepare(
+    config: &RunConfig,
+    engine: &dyn Engine,
+    model: CpuModel,
+    console_stream: Option<Box<dyn Write + Send>>,
+    console_input: Option<OwnedFd>,
+) -> Result<Prepared, Failure> {
+    let is_command = matches!(config.workload, Workload::Command(_));
+    let default_files = if is_command && (config.kernel.is_none() || config.initrd.is_none()) {
+        Some(guest_files::find()?)
+    } else {
+        None
+    };
+    let kernel_path = config.kernel.as_deref().or(default_files.as_ref().map(|files| files.kernel.as_path()));
+    let initrd_path =
+        config.initrd.as_deref().or(default_files.as_ref().map(|files| files.initramfs.as_path()));
+    let kernel = kernel_path.map(FileImage::open).transpose().map_err(KernelError::Image)?;
+    let kernel = kernel.ok_or_else(|| Failure::new("no kernel: give one with --kernel"))?;
+    let initrd = initrd_path.map(open_initrd).transpose()?;
+    let mut blocks = Vec::new();
+    if let Workload::Command(command) = &config.workload
+        && let Some(path) = &command.rootfs
+    {
+        blocks.push(disks::open_root(path, ROOT_DISK_SERIAL)?);
+    }
+    for disk in &config.disks {
+        blocks.push(disks::open(disk)?);
+    }
+
+    let machine_config =
+        MachineConfig { vcpu_count: config.vcpu_count, memory_bytes: config.memory_bytes, cpu_model: model };
+    let mut builder = MachineBuilder::new(engine, &machine_config)?;
+    builder.add_platform_devices()?;
+    for block in blocks {
+        builder.add_virtio(Box::new(block))?;
+    }
+    builder.add_virtio(Box::new(Rng::new()))?;
+    let mut agent = None;
+    if is_command {
+        let host = InProcess::new();
+        agent = Some(host.listen(AGENT_PORT)?);
+        let vsock = Vsock::new(GUEST_CID, Box::new(host))
+            .map_err(|err| Failure::new(format!("vsock device: {err}: raise the limit of open files")))?;
+        builder.add_virtio(Box::new(vsock))?;
+    }
+    let console = ConsoleTail::default();
+    let file = config.console.as_deref().map(create_console_file).transpose()?;
+    let sink = ConsoleSink { file, stream: console_stream, tail: console.clone() };
+    builder.add_serial(Box::new(sink), console_input)?;
+    let boot = Boot::Kernel {
+        kernel: &kernel,
+        initrd: initrd.as_ref().map(|image| image as &dyn Image),
+        command_line: &config.command_line,
+        elf_entry: config.elf_entry,
+    };
+    let machine = builder.build(&boot)?;
+    Ok(Prepared { machine, console, agent })
+}
+
+fn open_initrd(path: &Path) -> Result<FileImage, InitrdError> {
+    FileImage::open(path).map_err(|err: ImageError| InitrdError::Image(err))
+}
+
+fn create_console_file(path: &Path) -> Result<File, Failure> {
+    File::create(path).map_err(|err| {
+        Failure::new(format!("--console '{}' cannot be written ({err}): give another file", path.display()))
+    })
+}
+
+/// Starts the machine; the interrupter can end it from here on, and --timeout does.
+pub(crate) fn start(
+    config: &RunConfig,
+    machine: &mut Machine,
+    interrupter: &Interrupter,
+    record: &mut RunRecord,
+) -> Result<(), Failure> {
+    machine.start()?;
+    let handle = machine.handle();
+    record.machine_started = Some(Instant::now());
+    interrupter.set_machine(handle.clone());
+    if let Some(timeout) = config.timeout {
+        // A time beyond the clock's end never comes.
+        if let Some(deadline) = record.started.checked_add(timeout) {
+            let interrupter = interrupter.clone();
+            std::thread::Builder::new()
+                .name("timeout".to_owned())
+                .spawn(move || {
+                    if handle.wait_for_end(Some(deadline)).is_none() {
+                        interrupter.end(Interruption::TimedOut);
+                    }
+                })
+                .map_err(|err| {
+                    Failure::new(format!("no thread for --timeout ({err}): raise the limit of processes"))
+                })?;
+        }
+    }
+    Ok(())
+}
+
+/// The exit of a run that the owner ended.
+pub(crate) fn interrupted(why: Interruption, config: &RunConfig) -> Result<u8, Failure> {
+    match why {
+        Interruption::TimedOut => {
+            let timeout = config.timeout.unwrap_or_default();
+            Err(Failure {
+                code: TIMED_OUT,
+                message: format!(
+                    "the run was ended after {timeout:?} (--timeout): give it more time if it needs it"
+                ),
+            })
+        }
+        Interruption::Signal(signal) => Ok(signal_code(signal)),
+        Interruption::OutputClosed => Err(Failure::new(
+            "stdout is closed, so the console has nowhere to go: keep the reader, or use --console FILE",
+        )),
+    }
+}
+
+/// The failure of a run that the guest or the monitor ended.
+pub(crate) fn ended(report: &RunReport, console: &ConsoleTail) -> Failure {
+    let mut message = report.end.to_string();
+    let guest_failed = !matches!(report.end, MachineEnd::Failed(_) | MachineEnd::Stopped);
+    if guest_failed && let Some(reason) = console.reason() {
+        message = format!("{message}: its console says '{reason}'");
+    }
+    Failure::new(message)
+}

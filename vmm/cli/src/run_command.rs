@@ -1,0 +1,255 @@
+//! A command under the guest's agent: streams, terminal, signals, outcome.
+
+use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use harrier_devices::virtio::vsock::VsockListener;
+use harrier_engine::{CpuModel, Engine};
+use harrier_jobs::{
+    CommandSpec, ExecuteError, FdOutput, Options, Outcome, ROOT_DISK_SERIAL, Root, Stdin, Stdio, WindowSize,
+    control, execute,
+};
+use harrier_machine::{MachineEnd, MachineHandle, RunReport};
+use signal_hook::consts::SIGINT;
+
+use crate::config::{CommandConfig, RunConfig};
+use crate::exit::Failure;
+use crate::report::{CapturedOutput, RunRecord};
+use crate::run::{ended, interrupted, prepare, start};
+use crate::signals::{Interrupter, Interruption};
+use crate::terminal;
+
+/// How often the wait for the agent looks whether the machine still runs.
+const AGENT_POLL: Duration = Duration::from_millis(100);
+/// A second Ctrl-C counts while the first is this young.
+const SECOND_INTERRUPT: Duration = Duration::from_secs(2);
+const CTRL_C: u8 = 3;
+
+/// Runs the command and answers its exit code.
+pub(crate) fn run(
+    config: &RunConfig,
+    command: &CommandConfig,
+    engine: &dyn Engine,
+    model: CpuModel,
+    interrupter: &Interrupter,
+    record: &mut RunRecord,
+) -> Result<u8, Failure> {
+    let mut prepared = prepare(config, engine, model, None, None)?;
+    let (controller, receiver) = control()?;
+    let tty = terminal::is_interactive() && !config.output.json;
+    let stdio = open_streams(config, tty, interrupter, record)?;
+    start(config, &mut prepared.machine, interrupter, record)?;
+    if tty {
+        terminal::set_raw().map_err(|err| {
+            Failure::new(format!("the terminal cannot be set to raw mode ({err}): redirect stdin"))
+        })?;
+    }
+    let handle = prepared.machine.handle();
+    let machine = prepared.machine;
+    let waiter =
+        std::thread::Builder::new().name("machine".to_owned()).spawn(move || machine.wait()).map_err(
+            |err| Failure::new(format!("no thread for the machine ({err}): raise the limit of processes")),
+        )?;
+    let result = prepared.agent.as_ref().and_then(|agent| wait_for_agent(agent, &handle)).map(|connection| {
+        record.agent_connected = Some(Instant::now());
+        interrupter.set_command(controller);
+        execute(connection, &spec(command, tty), stdio, &Options::default(), receiver)
+    });
+    handle.stop();
+    let report = waiter.join().map_err(|_| Failure::new("internal error: the machine's thread panicked"))?;
+    terminal::restore();
+    record.ended(&report);
+    conclude(config, interrupter, record, &report, result, &prepared.console)
+}
+
+fn conclude(
+    config: &RunConfig,
+    interrupter: &Interrupter,
+    record: &mut RunRecord,
+    report: &RunReport,
+    result: Option<Result<Outcome, ExecuteError>>,
+    console: &crate::console::ConsoleTail,
+) -> Result<u8, Failure> {
+    let error = match result {
+        Some(Ok(outcome)) => {
+            record.outcome(&outcome);
+            for (name, error) in [("stdout", &outcome.stdout_error), ("stderr", &outcome.stderr_error)] {
+                if let Some(error) = error {
+                    return Err(Failure::new(format!(
+                        "{name} cannot be written ({error}): give it another place"
+                    )));
+                }
+            }
+            let code = outcome.status.exit_code();
+            return match outcome.status.message() {
+                Some(message) => Err(Failure { code, message: message.to_owned() }),
+                None => Ok(code),
+            };
+        }
+        Some(Err(error)) => Some(error),
+        None => None,
+    };
+    if let Some(why) = interrupter.interruption() {
+        return interrupted(why, config);
+    }
+    match (error, &report.end) {
+        // The guest went first, and the lost connection is only what follows.
+        (None | Some(ExecuteError::Disconnected(_) | ExecuteError::Connection(_)), end)
+            if *end != MachineEnd::Stopped =>
+        {
+            Err(ended(report, console))
+        }
+        (Some(error), _) => Err(Failure::new(error)),
+        (None, _) => Err(Failure::new("the guest's agent did not connect")),
+    }
+}
+
+/// Waits until the agent has connected; `None` if the machine ends before.
+fn wait_for_agent(agent: &VsockListener, machine: &MachineHandle) -> Option<std::os::unix::net::UnixStream> {
+    loop {
+        match agent.accept(AGENT_POLL) {
+            Ok(connection) => return Some(connection),
+            Err(err) if err.kind() == io::ErrorKind::TimedOut => {
+                machine.wait_for_end(Some(Instant::now())).is_none().then_some(())?;
+            }
+            Err(_) => return None,
+        }
+    }
+}
+
+fn spec(command: &CommandConfig, tty: bool) -> CommandSpec {
+    let mut spec = CommandSpec::new(command.argv.clone());
+    spec.env = command.env.clone();
+    spec.workdir = command.workdir.clone();
+    if command.rootfs.is_some() {
+        spec.root = Root::Disk { serial: ROOT_DISK_SERIAL.as_bytes().to_vec() };
+    }
+    if tty {
+        let (rows, cols) = terminal::size();
+        spec.tty = Some(WindowSize { rows, cols });
+        if let Some(term) = std::env::var_os("TERM")
+            && !spec.env.iter().any(|(name, _)| name == b"TERM")
+        {
+            spec.env.push((b"TERM".to_vec(), std::os::unix::ffi::OsStringExt::into_vec(term)));
+        }
+    }
+    spec
+}
+
+fn open_streams(
+    config: &RunConfig,
+    tty: bool,
+    interrupter: &Interrupter,
+    record: &mut RunRecord,
+) -> Result<Stdio, Failure> {
+    let mut stdio = Stdio::inherit()
+        .map_err(|err| Failure::new(format!("the standard streams cannot be used ({err}): redirect them")))?;
+    if config.output.json {
+        let (stdout, stderr) = (CapturedOutput::default(), CapturedOutput::default());
+        stdio.stdout = Box::new(stdout.clone());
+        stdio.stderr = Box::new(stderr.clone());
+        record.captured = Some((stdout, stderr));
+    } else if tty {
+        let watch = InterruptWatch::default();
+        let stdin = io::stdin().as_fd().try_clone_to_owned()?;
+        let stdout = io::stdout().as_fd().try_clone_to_owned()?;
+        stdio.stdin = Stdin::Reader(Box::new(WatchedInput {
+            source: stdin.into(),
+            watch: watch.clone(),
+            interrupter: interrupter.clone(),
+        }));
+        stdio.stdout = Box::new(WatchedOutput { sink: FdOutput::new(stdout), watch });
+    }
+    Ok(stdio)
+}
+
+/// Notices in a raw terminal's bytes that the first Ctrl-C did nothing and the second came.
+#[derive(Clone, Default)]
+struct InterruptWatch {
+    /// When the last Ctrl-C was sent that the command has not answered.
+    unanswered: Arc<Mutex<Option<Instant>>>,
+}
+
+impl InterruptWatch {
+    /// True if this input makes the second Ctrl-C.
+    fn input(&self, bytes: &[u8], now: Instant) -> bool {
+        let mut unanswered = self.unanswered.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut second = false;
+        for byte in bytes {
+            if *byte == CTRL_C {
+                second |= unanswered.is_some_and(|at| now.duration_since(at) <= SECOND_INTERRUPT);
+                *unanswered = Some(now);
+            } else {
+                *unanswered = None;
+            }
+        }
+        second
+    }
+
+    /// Output that is more than the terminal's echo of Ctrl-C is an answer: a shell shows its prompt.
+    fn output(&self, bytes: &[u8]) {
+        if bytes.iter().any(|byte| !b"^C\r\n".contains(byte)) {
+            *self.unanswered.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        }
+    }
+}
+
+struct WatchedInput {
+    source: std::fs::File,
+    watch: InterruptWatch,
+    interrupter: Interrupter,
+}
+
+impl Read for WatchedInput {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let count = self.source.read(buf)?;
+        if self.watch.input(buf.get(..count).unwrap_or_default(), Instant::now()) {
+            self.interrupter.end(Interruption::Signal(SIGINT));
+        }
+        Ok(count)
+    }
+}
+
+struct WatchedOutput {
+    sink: FdOutput,
+    watch: InterruptWatch,
+}
+
+impl Write for WatchedOutput {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.watch.output(bytes);
+        self.sink.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.sink.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn two_interrupts_without_an_answer_end_the_machine() {
+        let watch = InterruptWatch::default();
+        let now = Instant::now();
+        assert!(!watch.input(b"\x03", now));
+        watch.output(b"^C");
+        assert!(watch.input(b"\x03", now + Duration::from_secs(1)));
+    }
+
+    #[test]
+    fn an_answer_other_input_or_time_makes_the_next_interrupt_the_first() {
+        let watch = InterruptWatch::default();
+        let now = Instant::now();
+        assert!(!watch.input(b"\x03", now));
+        watch.output(b"^C\r\n# ");
+        assert!(!watch.input(b"\x03", now));
+        assert!(!watch.input(b"x\x03", now));
+        assert!(!watch.input(b"\x03", now + Duration::from_secs(3)));
+        assert!(watch.input(b"\x03", now + Duration::from_secs(3)));
+    }
+}
