@@ -71,7 +71,10 @@ impl SoftVcpu {
             Ok(found) => found,
             Err(_) => {
                 cpu.alone = false;
-                cpu.take_fault();
+                cpu.attention = true;
+                if cpu.unsupported.is_none() {
+                    cpu.take_fault();
+                }
                 return;
             }
         };
