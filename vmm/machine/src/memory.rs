@@ -197,7 +197,8 @@ mod tests {
 
     #[test]
     fn byte_sizes_are_exact_up_to_10_mebibytes() {
-        let texts = [0, 512 << 20, 1536 << 10, 3 << 30, 4097, (100 << 20) + 4096].map(|n| ByteSize(n).to_string());
+        let texts =
+            [0, 512 << 20, 1536 << 10, 3 << 30, 4097, (100 << 20) + 4096].map(|n| ByteSize(n).to_string());
         assert_eq!(texts, ["0 bytes", "512M", "1536K", "3G", "4097 bytes", "100M"]);
     }
 }
