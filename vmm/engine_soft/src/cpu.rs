@@ -332,6 +332,7 @@ impl Cpu {
         self.mode = crate::decode::Mode::of(self);
         self.mmu.set_paging(self.cr0, self.cr3, self.cr4, self.efer);
         self.mmu.set_access_mode(self.cpl, self.cr4, self.rflags);
+        self.fpu_mode_changed();
         self.attention = true;
     }
 }

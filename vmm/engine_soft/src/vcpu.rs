@@ -206,6 +206,7 @@ impl Vcpu for SoftVcpu {
         impl Drop for Loan<'_> {
             fn drop(&mut self) {
                 self.0.cpu.io.leave();
+                self.0.cpu.fpu.settle();
             }
         }
         self.cpu.io.enter(io);

@@ -10,8 +10,13 @@ pub(crate) mod flags;
 pub(crate) mod mov;
 pub(crate) mod muldiv;
 pub(crate) mod shift;
+pub(crate) mod simd;
+pub(crate) mod simd_move;
+pub(crate) mod simd_state;
 pub(crate) mod stack;
 pub(crate) mod string;
+pub(crate) mod x87;
+pub(crate) mod x87_state;
 
 use iced_x86::Instruction;
 
@@ -38,11 +43,11 @@ pub(crate) fn integer_select(instruction: &Instruction, op: &mut Op, mode: Mode)
 /// Handlers of everything else: system instructions, segments, port I/O, SIMD and x87.
 pub(crate) fn select_other(
     _cpu: &Cpu,
-    _instruction: &Instruction,
-    _op: &mut Op,
-    _mode: Mode,
+    instruction: &Instruction,
+    op: &mut Op,
+    mode: Mode,
 ) -> Option<Selected> {
-    None
+    simd::select(instruction, op, mode).or_else(|| x87::select(instruction, op))
 }
 
 /// #UD.

@@ -172,6 +172,25 @@ impl Cpu {
         }
     }
 
+    /// Stores with the rights of a given kind of code: pushes on the stack of another privilege level.
+    pub(crate) fn store_as<W: Word>(&mut self, va: u64, value: W, rights: Rights) -> Step {
+        match self.mmu.tlb.write::<W>(rights, va) {
+            Some(ptr) => {
+                W::store(ptr, value);
+                Ok(())
+            }
+            None => self.store_slow(va, value, rights),
+        }
+    }
+
+    /// As [`Cpu::probe_write`], with the rights of a given kind of code.
+    pub(crate) fn probe_write_as(&mut self, va: u64, len: usize, rights: Rights) -> Step {
+        if self.mmu.tlb.write_len(rights, va, len as u64).is_some() {
+            return Ok(());
+        }
+        self.before_write(va, len as u64, rights)
+    }
+
     /// Rights of implicit supervisor accesses: SMAP applies whatever AC says.
     pub(crate) fn system_rights(&self) -> Rights {
         if self.mmu.config.smap { Rights::SupervisorSmap } else { Rights::Supervisor }
@@ -421,6 +440,7 @@ impl Cpu {
             }
             return;
         }
+        self.fpu.settle();
         self.io_accesses += 1;
         out.fill(0xff);
         for part in device_pieces(gpa, out.len()) {
@@ -441,6 +461,7 @@ impl Cpu {
             }
             return;
         }
+        self.fpu.settle();
         self.io_accesses += 1;
         for part in device_pieces(gpa, data.len()) {
             let source = &data[part.0..part.0 + part.1];

@@ -5,3 +5,6 @@
 
 pub(crate) mod alu;
 pub(crate) mod mem;
+pub(crate) mod thunk;
+pub(crate) mod wide;
+pub(crate) mod x87;
