@@ -15,7 +15,7 @@ use crate::initramfs::{self, Module};
 use crate::{packages, process};
 
 /// Raise when the steps below change what they make.
-const RECIPE: u32 = 1;
+const RECIPE: u32 = 2;
 
 /// The package that depends on the current cloud kernel.
 const META_PACKAGE: &str = "linux-image-cloud-amd64";
@@ -49,7 +49,11 @@ pub(crate) fn build(cache: &Cache, root: &Path) -> Result<PathBuf> {
         )?;
         let archive = only_file(dir, |name| name.ends_with(".deb"))?;
         process::run(Command::new("dpkg-deb").arg("-x").arg(&archive).arg(dir))?;
-        fs::remove_file(&archive).map_err(|error| cache::explain(error, &archive))
+        fs::remove_file(&archive).map_err(|error| cache::explain(error, &archive))?;
+        // The package brings no modules.dep: it is made at installation.
+        let (base, release) = modules_folder(dir)?;
+        let depmod = packages::find_program("depmod").context("depmod is not installed (Debian: kmod)")?;
+        process::run(Command::new(depmod).arg("-b").arg(&base).arg(&release))
     })?;
 
     let modules = modules(&unpacked)?;
@@ -100,23 +104,22 @@ fn only_file(dir: &Path, wanted: impl Fn(&str) -> bool) -> Result<PathBuf> {
     }
 }
 
-/// The modules of an unpacked kernel package, in load order and not compressed.
-fn modules(unpacked: &Path) -> Result<Vec<Module>> {
-    // Debian 13 has them under /usr.
-    let base = ["usr", "."]
-        .map(|prefix| unpacked.join(prefix))
+/// Where an unpacked kernel package has `lib/modules/<release>`, and the release. Debian 13 has it under /usr.
+fn modules_folder(unpacked: &Path) -> Result<(PathBuf, String)> {
+    let base = [unpacked.join("usr"), unpacked.to_owned()]
         .into_iter()
         .find(|base| base.join("lib/modules").is_dir());
     let base = base.context("the kernel package has no modules")?;
     let folder = only_file(&base.join("lib/modules"), |_| true)?;
-    let release = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    // The package brings no modules.dep: it is made at installation.
-    let depmod = packages::find_program("depmod").context("depmod is not installed (Debian: kmod)")?;
-    let outdir = tempfile::tempdir()?;
-    process::run(Command::new(depmod).arg("-b").arg(&base).arg("-o").arg(outdir.path()).arg(&release))?;
+    Ok((base, folder.file_name().unwrap_or_default().to_string_lossy().into_owned()))
+}
+
+/// The modules of an unpacked kernel package, in load order and not compressed.
+fn modules(unpacked: &Path) -> Result<Vec<Module>> {
+    let (base, release) = modules_folder(unpacked)?;
+    let folder = base.join("lib/modules").join(&release);
     let dependencies =
-        fs::read_to_string(outdir.path().join("lib/modules").join(&release).join("modules.dep"))
-            .context("depmod wrote no modules.dep")?;
+        fs::read_to_string(folder.join("modules.dep")).context("depmod wrote no modules.dep")?;
     let built_in =
         fs::read_to_string(folder.join("modules.builtin")).context("the package has no modules.builtin")?;
     load_order(&dependencies, &built_in, WANTED_MODULES)?
