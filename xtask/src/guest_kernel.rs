@@ -11,7 +11,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result, bail};
 
 use crate::cache::{self, Cache, Key};
-use crate::kernel_source::{self, KernelSource, KernelVersion};
+use crate::kernel_source::KernelSource;
 use crate::{packages, process};
 
 /// Raise when the steps below change what they make.
@@ -35,18 +35,23 @@ pub(crate) fn build(cache: &Cache, root: &Path, named: Option<&Path>) -> Result<
         packages::require(&[packages::KERNEL_SOURCE])?;
     }
     let source = KernelSource::find(named)?;
-    let recipe = Recipe::read(&root.join("guest-kernel"))?;
+    let version = source.version()?;
+    let recipe = Recipe::read(&root.join("guest-kernel"), &version.series())?;
+    if !recipe.known && named.is_none() {
+        bail!("Linux {} has no guest configuration: name another source with --source", version.series());
+    }
     let compiler = process::output(Command::new("gcc").arg("--version").env("LC_ALL", "C"))?;
-    let key =
-        recipe.add_to(source.add_to(Key::new("guest-kernel", RECIPE))?).bytes("compiler", &compiler).finish();
+    let key = recipe
+        .add_to(source.add_to(Key::new("guest-kernel", RECIPE))?)?
+        .bytes("compiler", &compiler)
+        .finish();
     let log = cache.root().join("guest-kernel.log");
     let dir = cache.artifact("kernel", &key, |dir| {
         cache::check_free_space(dir, SPACE_NEEDED_BYTES)?;
         let tree = dir.join("tree");
-        let version = source.unpack(&tree)?;
-        kernel_source::check_series(&version, named.is_some(), &recipe.known_series())?;
-        recipe.patch(&tree, &version)?;
-        recipe.configure(&tree, &version)?;
+        source.unpack(&tree)?;
+        recipe.patch(&tree)?;
+        recipe.configure(&tree)?;
         process::run_with_progress(
             make(&tree).arg(format!("-j{}", parallelism())).args(["vmlinux", "bzImage"]),
             &format!("building Linux {}.{}", version.series(), version.patch),
@@ -99,80 +104,70 @@ fn make(tree: &Path) -> Command {
     command
 }
 
-/// What this repository adds to the source: configuration and patches, for every kernel series it knows.
+/// What this repository adds to the source of one kernel series.
 struct Recipe {
-    /// The fragment that all series share.
-    common: String,
-    /// Name of a series, its own fragment, its patches in order of application.
-    series: Vec<(String, String, Vec<PathBuf>)>,
+    series: String,
+    /// Whether the series has a fragment of its own, and with it the promise that it builds.
+    known: bool,
+    /// The fragment that all series share, and the series' own.
+    fragment: String,
+    /// In order of application.
+    patches: Vec<PathBuf>,
 }
 
 impl Recipe {
     /// Reads `config/x86_64.config`, `config/x86_64-<series>.config` and `patches/<series>/*.patch`.
-    fn read(folder: &Path) -> Result<Self> {
-        let config = folder.join("config");
+    fn read(folder: &Path, series: &str) -> Result<Self> {
         let read =
             |path: &Path| fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()));
-        let mut series = Vec::new();
-        for path in sorted_files(&config)? {
-            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            let Some(name) = name.strip_prefix("x86_64-").and_then(|name| name.strip_suffix(".config"))
-            else {
-                continue;
-            };
-            let patches = folder.join("patches").join(name);
-            let patches = if patches.is_dir() { sorted_files(&patches)? } else { Vec::new() };
-            series.push((name.to_owned(), read(&path)?, patches));
+        let mut fragment = read(&folder.join("config/x86_64.config"))?;
+        let own = folder.join(format!("config/x86_64-{series}.config"));
+        let known = own.exists();
+        if known {
+            fragment.push_str(&read(&own)?);
         }
-        Ok(Self { common: read(&config.join("x86_64.config"))?, series })
+        let patches = folder.join("patches").join(series);
+        let patches = if patches.is_dir() { sorted_files(&patches)? } else { Vec::new() };
+        Ok(Self { series: series.to_owned(), known, fragment, patches })
     }
 
-    fn known_series(&self) -> Vec<String> {
-        self.series.iter().map(|(name, ..)| name.clone()).collect()
-    }
-
-    /// The version is known only once the source is unpacked, so the key covers every series.
-    fn add_to(&self, mut key: Key) -> Key {
-        key = key.text("configuration", &self.common);
-        for (name, config, patches) in &self.series {
-            key = key.text("series", name).text("its configuration", config);
-            for path in patches {
-                key = key.bytes("patch", &fs::read(path).unwrap_or_default());
-            }
+    /// Adds settings and patches to a key. Comments and order of the settings make no other kernel.
+    fn add_to(&self, mut key: Key) -> Result<Key> {
+        let mut settings: Vec<_> = self.fragment.lines().filter_map(setting).collect();
+        settings.sort_unstable();
+        for (name, value) in settings {
+            key = key.text(name, value.unwrap_or("n"));
         }
-        key
+        for path in &self.patches {
+            key = key.file("patch", path)?;
+        }
+        Ok(key)
     }
 
-    fn patch(&self, tree: &Path, version: &KernelVersion) -> Result<()> {
-        let series = version.series();
-        for (_, _, patches) in self.series.iter().filter(|(name, ..)| *name == series) {
-            for path in patches {
-                process::run(Command::new("patch").args(["-p1", "-s", "-d"]).arg(tree).arg("-i").arg(path))
-                    .with_context(|| format!("{} does not apply to Linux {series}", path.display()))?;
-            }
+    fn patch(&self, tree: &Path) -> Result<()> {
+        for path in &self.patches {
+            process::run(Command::new("patch").args(["-p1", "-s", "-d"]).arg(tree).arg("-i").arg(path))
+                .with_context(|| format!("{} does not apply to Linux {}", path.display(), self.series))?;
         }
         Ok(())
     }
 
     /// Writes the configuration and checks that Kconfig kept all of it. For a series that is not known, what it did
     /// not keep is only told.
-    fn configure(&self, tree: &Path, version: &KernelVersion) -> Result<()> {
-        let series = version.series();
-        let own = self.series.iter().find(|(name, ..)| *name == series).map(|(_, config, _)| config.as_str());
-        let fragment = [self.common.as_str(), own.unwrap_or_default()].join("\n");
+    fn configure(&self, tree: &Path) -> Result<()> {
         let path = tree.join("harrier.config");
-        fs::write(&path, &fragment).map_err(|error| cache::explain(error, &path))?;
+        fs::write(&path, &self.fragment).map_err(|error| cache::explain(error, &path))?;
         process::run(make(tree).env("KCONFIG_ALLCONFIG", &path).args(["-s", "allnoconfig"]))?;
         let dot_config = fs::read_to_string(tree.join(".config")).context("no configuration was written")?;
-        let lost = lost_settings(&fragment, &dot_config);
+        let lost = lost_settings(&self.fragment, &dot_config).join(" ");
         if lost.is_empty() {
             return Ok(());
         }
-        if own.is_none() {
-            eprintln!("xtask: Linux {series} does not take these options: {}", lost.join(" "));
+        if !self.known {
+            eprintln!("xtask: Linux {} does not take these options: {lost}", self.series);
             return Ok(());
         }
-        bail!("Kconfig of Linux {series} did not keep these lines of guest-kernel/config: {}", lost.join(" "))
+        bail!("Kconfig of Linux {} did not keep these lines of guest-kernel/config: {lost}", self.series)
     }
 }
 
@@ -222,21 +217,33 @@ mod tests {
         assert_eq!(lost, ["CONFIG_A=y", "CONFIG_B=64", "CONFIG_C=n"]);
     }
 
+    fn repository() -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../guest-kernel")
+    }
+
     #[test]
-    fn the_repositorys_configuration_has_no_option_twice() {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../guest-kernel");
-        let recipe = Recipe::read(&folder).unwrap();
-        assert!(recipe.known_series().contains(&"6.1".to_owned()));
-        for (name, own, _) in &recipe.series {
-            let mut names: Vec<_> = recipe.common.lines().chain(own.lines()).filter_map(setting).collect();
+    fn the_configuration_of_each_debian_release_has_no_option_twice() {
+        for series in ["6.1", "6.12"] {
+            let recipe = Recipe::read(&repository(), series).unwrap();
+            assert!(recipe.known);
+            let mut names: Vec<_> =
+                recipe.fragment.lines().filter_map(setting).map(|(name, _)| name).collect();
+            names.sort_unstable();
             let count = names.len();
-            names.sort();
-            names.dedup_by_key(|(name, _)| *name);
-            assert_eq!(
-                names.len(),
-                count,
-                "an option stands twice in x86_64.config with x86_64-{name}.config"
-            );
+            names.dedup();
+            assert_eq!(names.len(), count, "an option stands twice for Linux {series}");
         }
+        assert!(!Recipe::read(&repository(), "5.10").unwrap().known);
+    }
+
+    #[test]
+    fn comments_and_order_make_no_other_kernel_but_a_value_does() {
+        let key = |fragment: &str| {
+            let recipe =
+                Recipe { series: "6.1".into(), known: true, fragment: fragment.into(), patches: Vec::new() };
+            recipe.add_to(Key::new("r", 1)).unwrap().finish()
+        };
+        assert_eq!(key("# why\nCONFIG_A=y\nCONFIG_B=2\n"), key("CONFIG_B=2\n# other words\nCONFIG_A=y\n"));
+        assert_ne!(key("CONFIG_A=y\n"), key("# CONFIG_A is not set\n"));
     }
 }

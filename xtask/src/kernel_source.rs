@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 
 use crate::cache::Key;
 use crate::process;
@@ -74,6 +74,25 @@ impl KernelSource {
         Ok(Self::Archive(path.to_owned()))
     }
 
+    /// The version of the source, without unpacking more than that takes.
+    pub(crate) fn version(&self) -> Result<KernelVersion> {
+        match self {
+            Self::Folder(path) => KernelVersion::read(path),
+            Self::Archive(path) => {
+                let makefile = process::output(
+                    Command::new("tar")
+                        .args(["--wildcards", "--no-wildcards-match-slash", "--occurrence=1", "-xOf"])
+                        .arg(path)
+                        .arg("*/Makefile"),
+                )
+                .with_context(|| format!("cannot unpack {}", path.display()))?;
+                KernelVersion::parse(&String::from_utf8_lossy(&makefile)).with_context(|| {
+                    format!("{} holds no Linux source: no version in its Makefile", path.display())
+                })
+            }
+        }
+    }
+
     /// Adds the identity of the source to a key: an archive's bytes, or the names, sizes and times of a folder's files.
     pub(crate) fn add_to(&self, key: Key) -> Result<Key> {
         match self {
@@ -92,8 +111,8 @@ impl KernelSource {
         }
     }
 
-    /// Unpacks or copies the source to `tree`, which must not exist yet, and reads its version.
-    pub(crate) fn unpack(&self, tree: &Path) -> Result<KernelVersion> {
+    /// Unpacks or copies the source to `tree`, which must not exist yet.
+    pub(crate) fn unpack(&self, tree: &Path) -> Result<()> {
         match self {
             Self::Archive(path) => {
                 eprintln!("xtask: unpacking {}", path.display());
@@ -101,19 +120,15 @@ impl KernelSource {
                 process::run(
                     Command::new("tar").arg("-xf").arg(path).args(["--strip-components=1", "-C"]).arg(tree),
                 )
-                .with_context(|| format!("cannot unpack {}", path.display()))?;
+                .with_context(|| format!("cannot unpack {}", path.display()))
             }
             Self::Folder(path) => {
                 eprintln!("xtask: copying {}", path.display());
                 process::run(Command::new("cp").args(["-a", "--reflink=auto"]).arg(path).arg(tree))?;
                 // The folder may hold a build of its own configuration.
-                process::run(Command::new("make").arg("-C").arg(tree).args(["-s", "mrproper"]))?;
+                process::run(Command::new("make").arg("-C").arg(tree).args(["-s", "mrproper"]))
             }
         }
-        KernelVersion::read(tree).map_err(|error| match self {
-            Self::Archive(path) => error.context(format!("{} holds no kernel", path.display())),
-            Self::Folder(_) => error,
-        })
     }
 }
 
@@ -138,18 +153,6 @@ fn newest_archive(folder: &Path) -> Option<PathBuf> {
         .map(|entry| entry.path())
         .filter(|path| path.is_file() && series(path).is_some())
         .max_by_key(series)
-}
-
-/// Refuses a version that no configuration was written for, unless the user asked for it by name.
-pub(crate) fn check_series(version: &KernelVersion, named: bool, known: &[String]) -> Result<()> {
-    if named || known.contains(&version.series()) {
-        return Ok(());
-    }
-    bail!(
-        "Linux {} has no guest configuration (there are {}): name another source with --source FOLDER|ARCHIVE",
-        version.series(),
-        known.join(", ")
-    )
 }
 
 #[cfg(test)]
@@ -190,8 +193,35 @@ mod tests {
         let archive = dir.path().join("linux.tar.xz");
         fs::write(&archive, "not an archive").unwrap();
         let source = KernelSource::find(Some(&archive)).unwrap();
-        let error = format!("{:#}", source.unpack(&dir.path().join("tree")).unwrap_err());
-        assert!(error.starts_with("cannot unpack") && !error.contains('\n'), "{error}");
+        for error in [source.version().unwrap_err(), source.unpack(&dir.path().join("tree")).unwrap_err()] {
+            let error = format!("{error:#}");
+            assert!(error.starts_with("cannot unpack") && !error.contains('\n'), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_version_of_an_archive_is_that_of_its_topmost_makefile() {
+        let dir = tempfile::tempdir().unwrap();
+        let tree = dir.path().join("linux-6.1");
+        fs::create_dir_all(tree.join("Documentation")).unwrap();
+        fs::write(tree.join("Documentation/Makefile"), "VERSION = 9\nPATCHLEVEL = 9\nSUBLEVEL = 9\n")
+            .unwrap();
+        fs::write(tree.join("Makefile"), "VERSION = 6\nPATCHLEVEL = 1\nSUBLEVEL = 7\n").unwrap();
+        let archive = dir.path().join("linux.tar.xz");
+        process::run(
+            Command::new("tar")
+                .arg("-C")
+                .arg(dir.path())
+                .arg("-cJf")
+                .arg(&archive)
+                .args(["linux-6.1/Documentation", "linux-6.1/Makefile"]),
+        )
+        .unwrap();
+        let source = KernelSource::find(Some(&archive)).unwrap();
+        assert_eq!(source.version().unwrap(), KernelVersion { major: 6, minor: 1, patch: 7 });
+        let unpacked = dir.path().join("unpacked");
+        source.unpack(&unpacked).unwrap();
+        assert_eq!(KernelVersion::read(&unpacked).unwrap(), source.version().unwrap());
     }
 
     #[test]
