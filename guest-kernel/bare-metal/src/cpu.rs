@@ -139,6 +139,11 @@ pub fn rdtsc() -> u64 {
     u64::from(high) << 32 | u64::from(low)
 }
 
+/// The task-priority register as the APIC shows it.
+pub fn peek_lapic_tpr() -> u64 {
+    u64::from(crate::apic::read(crate::apic::TPR))
+}
+
 /// Forgets the translation of one address.
 pub fn invlpg(va: u64) {
     unsafe { asm!("invlpg [{}]", in(reg) va, options(nostack)) }
