@@ -25,7 +25,7 @@ fuzz_target!(|bytes: &[u8]| {
                 let (mut data, width) = input.access();
                 let _ = serial.read(offset, &mut data[..width]);
             }
-            5 => assert!(serial.enqueue(input.take(usize::from(offset) * 4)) <= 16),
+            5 => assert!(serial.enqueue(input.take(offset as usize * 4)) <= 16),
             6 => {
                 assert!(output.take().len() <= 32);
                 serial.output_has_room();
