@@ -61,10 +61,7 @@ impl Cache {
             return Ok(artifact);
         }
         remove_partial_builds(&folder);
-        let partial = tempfile::Builder::new()
-            .prefix(PARTIAL_PREFIX)
-            .tempdir_in(&folder)
-            .map_err(|error| explain(error, &folder))?;
+        let partial = self.scratch(kind)?;
         build(partial.path())?;
         sync_files(partial.path()).map_err(|error| explain(error, partial.path()))?;
         // From here on the directory is no longer temporary: it has its final name or stays as a partial build.
@@ -75,6 +72,16 @@ impl Cache {
         Ok(artifact)
     }
 
+    /// A scratch folder for a build of `kind`, beside its artifacts. For the holder of the kind's lock, within `artifact`.
+    /// Kept until after it, so that an artifact need not wait for the removal of what it was built in.
+    pub(crate) fn scratch(&self, kind: &str) -> Result<tempfile::TempDir> {
+        let folder = self.root.join(kind);
+        tempfile::Builder::new()
+            .prefix(PARTIAL_PREFIX)
+            .tempdir_in(&folder)
+            .map_err(|error| explain(error, &folder))
+    }
+
     /// Makes `<cache>/<kind>/current` lead to the artifact `key` of the same kind, replacing it in one step.
     pub(crate) fn set_current(&self, kind: &str, key: &str) -> Result<PathBuf> {
         let folder = self.root.join(kind);
@@ -83,10 +90,7 @@ impl Cache {
             return Ok(current);
         }
         let _lock = lock(&folder.join(".lock"), kind)?;
-        let staging = tempfile::Builder::new()
-            .prefix(PARTIAL_PREFIX)
-            .tempdir_in(&folder)
-            .map_err(|error| explain(error, &folder))?;
+        let staging = self.scratch(kind)?;
         let link = staging.path().join("current");
         std::os::unix::fs::symlink(key, &link).map_err(|error| explain(error, &link))?;
         fs::rename(&link, &current).map_err(|error| explain(error, &current))?;

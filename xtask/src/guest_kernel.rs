@@ -46,9 +46,10 @@ pub(crate) fn build(cache: &Cache, root: &Path, named: Option<&Path>) -> Result<
         .bytes("compiler", &compiler)
         .finish();
     let log = cache.root().join("guest-kernel.log");
+    let mut scratch = None;
     let dir = cache.artifact("kernel", &key, |dir| {
         cache::check_free_space(dir, SPACE_NEEDED_BYTES)?;
-        let tree = dir.join("tree");
+        let tree = scratch.insert(cache.scratch("kernel")?).path().join("tree");
         source.unpack(&tree)?;
         recipe.patch(&tree)?;
         recipe.configure(&tree)?;
@@ -57,8 +58,7 @@ pub(crate) fn build(cache: &Cache, root: &Path, named: Option<&Path>) -> Result<
             &format!("building Linux {}.{}", version.series(), version.patch),
             &log,
         )?;
-        collect(&tree, dir)?;
-        fs::remove_dir_all(&tree).map_err(|error| cache::explain(error, &tree))
+        collect(&tree, dir)
     })?;
     Ok(GuestKernel { dir, key })
 }

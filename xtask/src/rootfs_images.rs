@@ -75,12 +75,13 @@ pub(crate) fn build_debian(cache: &Cache) -> Result<PathBuf> {
     let (suite, mirror) = debian_archive()?;
     let key = Key::new("rootfs-debian", RECIPE).text("suite", &suite).finish();
     let log = cache.root().join("debootstrap.log");
+    let mut scratch = None;
     cache.artifact("rootfs-debian", &key, |dir| {
         if !packages::running_as_root() {
             bail!("debootstrap needs root: run `sudo -E cargo xtask rootfs-images --debian`");
         }
         cache::check_free_space(dir, 2 << 30)?;
-        let tree = dir.join("tree");
+        let tree = scratch.insert(cache.scratch("rootfs-debian")?).path().join("tree");
         process::run_with_progress(
             Command::new(packages::find_program("debootstrap").context("debootstrap is not installed")?)
                 .args(["--variant=minbase", "--include=python3-minimal", &suite])
@@ -91,8 +92,7 @@ pub(crate) fn build_debian(cache: &Cache) -> Result<PathBuf> {
         )?;
         let archives = tree.join("var/cache/apt/archives");
         fs::remove_dir_all(&archives).map_err(|error| cache::explain(error, &archives))?;
-        make_ext4(&tree, &dir.join("debian.ext4"), "1G")?;
-        fs::remove_dir_all(&tree).map_err(|error| cache::explain(error, &tree))
+        make_ext4(&tree, &dir.join("debian.ext4"), "1G")
     })?;
     cache.set_current("rootfs-debian", &key)
 }
