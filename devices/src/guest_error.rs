@@ -1,4 +1,4 @@
-//! Reports of guest misbehaviour: a log line, but never more of them than a hostile guest could make hurt.
+//! Reports of what a guest causes: a log line, but never so many that a hostile guest could make them hurt.
 
 /// Counts what one device complains about and thins the lines out: the 1st, 2nd, 4th, 8th… is logged.
 #[derive(Debug, Default)]

@@ -6,6 +6,7 @@ use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::queue::{DeviceQueue, QueueError};
 use super::{Progress, Running, VirtioDevice};
+use crate::guest_error::GuestErrors;
 
 const DEVICE_TYPE: u32 = 4;
 const QUEUE_SIZES: [u16; 1] = [64];
@@ -17,16 +18,22 @@ const BATCH: usize = 16;
 
 /// The entropy device.
 #[derive(Debug, Default)]
-pub struct Rng {}
+pub struct Rng {
+    errors: GuestErrors,
+}
 
 impl Rng {
     /// A device that takes from the host's getrandom(2).
     pub fn new() -> Self {
-        Rng {}
+        Self::default()
     }
 }
 
-fn serve_one(queue: &mut DeviceQueue, mem: &GuestMemory) -> Result<bool, QueueError> {
+fn serve_one(
+    errors: &mut GuestErrors,
+    queue: &mut DeviceQueue,
+    mem: &GuestMemory,
+) -> Result<bool, QueueError> {
     let Some(mut chain) = queue.pop(mem)? else { return Ok(false) };
     let mut piece = [0; 256];
     let mut left = chain.writable.len().min(MAX_REQUEST);
@@ -41,7 +48,7 @@ fn serve_one(queue: &mut DeviceQueue, mem: &GuestMemory) -> Result<bool, QueueEr
             }
             Err(Errno::INTR) => {}
             Err(error) => {
-                log::warn!("rng: the host gives no randomness: {error}");
+                errors.report("rng", format_args!("no randomness: host: {error}"));
                 break;
             }
         }
@@ -76,7 +83,7 @@ impl VirtioDevice for Rng {
     fn process_queue(&mut self, _queue: usize, running: Running<'_>) -> Result<Progress, QueueError> {
         let Some(queue) = running.queues.first_mut() else { return Ok(Progress::Done) };
         for _ in 0..BATCH {
-            if !serve_one(queue, running.mem)? {
+            if !serve_one(&mut self.errors, queue, running.mem)? {
                 return Ok(Progress::Done);
             }
         }

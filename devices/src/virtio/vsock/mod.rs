@@ -158,7 +158,7 @@ impl Vsock {
     /// Adds a connection, or answers false if there are too many or the host has no room.
     fn add(&mut self, connection: Connection) -> bool {
         if self.connections.len() >= MAX_CONNECTIONS {
-            log::warn!("vsock: more than {MAX_CONNECTIONS} connections; one was refused");
+            self.report(format_args!("more than {MAX_CONNECTIONS} connections; one is refused"));
             return false;
         }
         let id = self.next_id;
@@ -168,7 +168,7 @@ impl Vsock {
             self.epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(events, id))
         });
         if let Err(error) = watched {
-            log::warn!("vsock: a connection cannot be watched and was refused: {error}");
+            self.report(format_args!("a connection is refused: host: {error}"));
             return false;
         }
         self.next_id += 1;
