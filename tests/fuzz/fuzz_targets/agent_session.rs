@@ -4,8 +4,8 @@
 #![no_main]
 
 use harrier_agent_protocol::{
-    AgentMessage, BootTimes, CommandSpec, FailureKind, Frame, Hello, HostMessage, Inbox, LogLevel, Outbox,
-    Status, Stream, Usage, WINDOW, WindowSize,
+    AgentMessage, BootTimes, CommandSpec, FailureKind, Frame, HEADER_LEN, Hello, HostMessage, LogLevel,
+    Outbox, Status, Stream, Usage, WINDOW, WindowSize,
 };
 use harrier_jobs::session::{Event, Phase, Session};
 use libfuzzer_sys::fuzz_target;
@@ -45,12 +45,28 @@ static BLOCK: [u8; 64 * 1024 - 64] = [b'x'; 64 * 1024 - 64];
 fn say(session: &mut Session, kept: &mut [u64; 2], message: &AgentMessage<'_>) -> bool {
     let mut outbox = Outbox::default();
     message.send(&mut outbox);
+    let bytes = sent(&mut outbox);
+    frames(&bytes).all(|frame| hear(session, kept, frame))
+}
+
+fn sent(outbox: &mut Outbox) -> Vec<u8> {
     let mut bytes = Vec::new();
     outbox.flush(&mut bytes).expect("a vector takes everything");
-    let mut inbox = Inbox::default();
-    inbox.fill(&mut bytes.as_slice()).expect("a new inbox has room");
-    let frame = inbox.next_frame().expect("our own header").expect("a whole frame");
-    hear(session, kept, frame)
+    assert!(outbox.is_empty());
+    bytes
+}
+
+/// The frames of our own making; an `Inbox` for each step would take most of the time.
+fn frames(mut bytes: &[u8]) -> impl Iterator<Item = Frame<'_>> {
+    std::iter::from_fn(move || {
+        let (header, rest) = bytes.split_first_chunk::<HEADER_LEN>()?;
+        let [l0, l1, l2, l3, k0, k1, 0, 0, i0, i1, i2, i3] = *header else {
+            panic!("reserved field in {header:?}")
+        };
+        let (payload, rest) = rest.split_at(u32::from_le_bytes([l0, l1, l2, l3]) as usize);
+        bytes = rest;
+        Some(Frame { kind: u16::from_le_bytes([k0, k1]), id: u32::from_le_bytes([i0, i1, i2, i3]), payload })
+    })
 }
 
 fn hear(session: &mut Session, kept: &mut [u64; 2], frame: Frame<'_>) -> bool {
@@ -177,16 +193,10 @@ fuzz_target!(|data: &[u8]| {
             _ => {
                 // The connection takes what there is; all of it are messages that the agent would understand.
                 session.send_control();
-                let mut bytes = Vec::new();
-                session.outbox.flush(&mut bytes).expect("a vector takes everything");
-                let mut source = bytes.as_slice();
-                let mut inbox = Inbox::default();
-                while inbox.fill(&mut source).expect("the frames are taken each time") > 0 {
-                    while let Some(frame) = inbox.next_frame().expect("our own header") {
-                        HostMessage::decode(frame).expect("our own message");
-                    }
+                let bytes = sent(&mut session.outbox);
+                for frame in frames(&bytes) {
+                    HostMessage::decode(frame).expect("our own message");
                 }
-                assert!(session.outbox.is_empty());
                 true
             }
         };
