@@ -4,7 +4,8 @@
 //! calibration, and is the same on every host.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Frequency of the TSC when nobody asks for another.
 const DEFAULT_TSC_KHZ: u32 = 1_000_000;
@@ -13,13 +14,23 @@ pub(crate) struct Clock {
     start: Instant,
     /// Added to the time since `start` (wrapping) to give the paravirtual clock.
     offset_ns: AtomicU64,
+    /// Grows when the paravirtual clock is set: the clock pages have to be written again.
+    generation: AtomicU64,
+    /// TSC offset that a restored processor got; the next one gets the same if it is close.
+    restored_offset: Mutex<Option<u64>>,
     khz: u32,
 }
 
 impl Clock {
     pub(crate) fn new(tsc_khz: Option<u32>) -> Clock {
         let khz = tsc_khz.filter(|&khz| khz > 0).unwrap_or(DEFAULT_TSC_KHZ);
-        Clock { start: Instant::now(), offset_ns: AtomicU64::new(0), khz }
+        Clock {
+            start: Instant::now(),
+            offset_ns: AtomicU64::new(0),
+            generation: AtomicU64::new(0),
+            restored_offset: Mutex::new(None),
+            khz,
+        }
     }
 
     /// Nanoseconds since the machine was created; never jumps. Deadlines are in this time.
@@ -36,6 +47,53 @@ impl Clock {
     /// Sets the paravirtual clock.
     pub(crate) fn set_guest_ns(&self, ns: u64) {
         self.offset_ns.store(ns.wrapping_sub(self.host_ns()), Ordering::Relaxed);
+        self.generation.fetch_add(1, Ordering::Release);
+    }
+
+    /// Changes whenever the paravirtual clock was set.
+    #[inline]
+    pub(crate) fn generation(&self) -> u64 {
+        self.generation.load(Ordering::Acquire)
+    }
+
+    /// The paravirtual clock at a host time.
+    pub(crate) fn guest_ns_at(&self, host_ns: u64) -> u64 {
+        host_ns.wrapping_add(self.offset_ns.load(Ordering::Relaxed))
+    }
+
+    /// Wall-clock time at which the paravirtual clock was zero, since 1970.
+    pub(crate) fn guest_epoch(&self) -> Duration {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        now.saturating_sub(Duration::from_nanos(self.guest_ns()))
+    }
+
+    /// TSC offset for a processor that is restored with `wanted`. The counters of one machine's processors
+    /// were saved one after the other; those that agree to within a second belong together and stay equal.
+    pub(crate) fn common_offset(&self, wanted: u64) -> u64 {
+        let mut last = self.restored_offset.lock().unwrap_or_else(PoisonError::into_inner);
+        let second = u64::from(self.khz) * 1000;
+        match *last {
+            Some(offset) if offset.wrapping_sub(wanted).min(wanted.wrapping_sub(offset)) < second => offset,
+            _ => {
+                *last = Some(wanted);
+                wanted
+            }
+        }
+    }
+
+    /// Multiplier and shift with which a clock page turns ticks into nanoseconds:
+    /// `((ticks << shift) * multiplier) >> 32`, a negative shift to the right.
+    pub(crate) fn page_scale(&self) -> (u32, i8) {
+        let mut shift = 0i32;
+        // The multiplier shall use all of its 32 bits: ns per tick, as a fraction, between 1/2 and 1.
+        let exact = |shift: i32| (1_000_000u128 << (32 - shift)) / u128::from(self.khz);
+        while exact(shift) >> 32 != 0 {
+            shift += 1;
+        }
+        while exact(shift) >> 31 == 0 {
+            shift -= 1;
+        }
+        (exact(shift) as u32, shift as i8)
     }
 
     pub(crate) fn tsc_khz(&self) -> u32 {
@@ -72,5 +130,25 @@ mod tests {
         assert_eq!(clock.ticks_at(1_000_000_000), 2_500_000_000);
         assert_eq!(clock.ticks_to_ns(5), 2);
         assert_eq!(Clock::new(None).ticks_at(7), 7);
+    }
+
+    #[test]
+    fn the_clock_page_turns_ticks_into_nanoseconds() {
+        for khz in [1, 999, 1_000_000, 2_500_000, 3_999_999, u32::MAX] {
+            let clock = Clock::new(Some(khz));
+            let (multiplier, shift) = clock.page_scale();
+            let ticks = 10 * u128::from(khz) * 1000;
+            let shifted = if shift >= 0 { ticks << shift } else { ticks >> -shift };
+            let ns = shifted * u128::from(multiplier) >> 32;
+            assert!(ns.abs_diff(10_000_000_000) < 20_000, "{khz}: {ns}");
+        }
+    }
+
+    #[test]
+    fn processors_restored_together_keep_one_tsc() {
+        let clock = Clock::new(None);
+        assert_eq!(clock.common_offset(5_000_000_000), 5_000_000_000);
+        assert_eq!(clock.common_offset(5_400_000_000), 5_000_000_000);
+        assert_eq!(clock.common_offset(9_000_000_000), 9_000_000_000);
     }
 }

@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
-use harrier_engine::cpu_state::{DescriptorTable, MpState, Segment};
+use harrier_engine::cpu_state::{DescriptorTable, MpState, PendingException, Segment};
 
 use crate::decode::op::{Op, REG_BLOCK, Step, Stop};
 use crate::fault::{Fault, vector};
+use crate::cpuid::Features;
 use crate::fpu::Fpu;
 use crate::io_slot::IoSlot;
 use crate::lapic::Lapic;
@@ -175,10 +176,22 @@ pub(crate) struct Cpu {
     pub nmi_masked: bool,
     /// A debug trap (single step, breakpoint) is due after this instruction; bits for DR6.
     pub debug_trap: u64,
+    /// TF was set when the instruction that runs alone began: a debug trap follows it.
+    pub step_trap: bool,
+    /// An exception, or an acknowledged external interrupt, that a restored state had not delivered yet.
+    pub pending_exception: Option<PendingException>,
+    pub pending_interrupt: Option<u8>,
     /// The processor stopped by a triple fault.
     pub triple_fault: bool,
     /// An instruction that this engine cannot execute stopped it; says what.
     pub unsupported: Option<String>,
+
+    /// What the CPU model offers.
+    pub features: Features,
+    /// Added to the machine's TSC ticks (wrapping).
+    pub tsc_offset: u64,
+    /// Generation of the paravirtual clock that the clock page shows.
+    pub clock_seen: u64,
 
     /// Devices, while a run is under way.
     pub io: IoSlot,

@@ -15,6 +15,7 @@ mod clock;
 mod cpu;
 mod cpuid;
 mod decode;
+mod descriptor;
 mod engine;
 mod exception;
 mod exec;

@@ -196,7 +196,7 @@ impl SoftVcpu {
         if mail.log_writes {
             cpu.mmu.forget_writable();
         }
-        cpu.accept_mail(mail.interrupts, mail.nmi, mail.init, mail.sipi);
+        cpu.accept_mail(mail.interrupts);
     }
 }
 

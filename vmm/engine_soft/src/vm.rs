@@ -10,7 +10,7 @@ use harrier_engine::{EngineError, GsiRoute, GuestRegion, Msi, PageLog, Vcpu, Vm,
 use vm_memory::{Address, GuestMemoryRegion, MmapRegion};
 
 use crate::clock::Clock;
-use crate::interrupt::Destinations;
+use crate::interrupt::{Destinations, InterruptMail};
 use crate::mmu::PAGE;
 use crate::mmu::map::{Mapped, MemoryMap, chunk_mask};
 use crate::vcpu::SoftVcpu;
@@ -20,12 +20,8 @@ use crate::vcpu::SoftVcpu;
 pub(crate) struct Mail {
     /// Leave run.
     pub kicked: bool,
-    /// Fixed and lowest-priority interrupts: vector and whether level triggered.
-    pub interrupts: Vec<(u8, bool)>,
-    pub nmi: bool,
-    pub init: bool,
-    /// Start-up vector page.
-    pub sipi: Option<u8>,
+    /// Interrupts, NMI, INIT and start-up messages.
+    pub interrupts: InterruptMail,
     /// Memory that held decoded code was written: page and chunks.
     pub written_code: HashMap<u64, u64>,
     /// Pages in which another vCPU decoded code for the first time.

@@ -181,6 +181,9 @@ impl CodeCache {
                 self.ops.truncate(first);
                 continue;
             }
+            if let Some(last) = self.ops.last_mut() {
+                last.exec = crate::exec::system::at_block_end(last.exec);
+            }
             let index = self.blocks.len() as u32;
             self.blocks.push(Block {
                 first: first as u32,

@@ -44,8 +44,11 @@ pub(crate) fn lower(cpu: &Cpu, instruction: &Instruction, raw: &[u8], mode: Mode
         return Lowered { op, ends: true };
     }
     set_operands(&mut op, instruction, mode);
+    if !cpu.features.allows(instruction) {
+        return Lowered { op, ends: true };
+    }
     let selected = exec::integer_select(instruction, &mut op, mode)
-        .or_else(|| exec::select_other(cpu, instruction, &mut op, mode));
+        .or_else(|| exec::select_other(instruction, &mut op, mode));
     match selected {
         Some(selected) => {
             op.exec = selected.exec;

@@ -6,15 +6,19 @@ pub(crate) mod alu;
 pub(crate) mod atomic;
 pub(crate) mod bits;
 pub(crate) mod branch;
+pub(crate) mod far;
 pub(crate) mod flags;
+pub(crate) mod io;
 pub(crate) mod mov;
 pub(crate) mod muldiv;
+pub(crate) mod segment;
 pub(crate) mod shift;
 pub(crate) mod simd;
 pub(crate) mod simd_move;
 pub(crate) mod simd_state;
 pub(crate) mod stack;
 pub(crate) mod string;
+pub(crate) mod system;
 pub(crate) mod x87;
 pub(crate) mod x87_state;
 
@@ -41,13 +45,13 @@ pub(crate) fn integer_select(instruction: &Instruction, op: &mut Op, mode: Mode)
 }
 
 /// Handlers of everything else: system instructions, segments, port I/O, SIMD and x87.
-pub(crate) fn select_other(
-    _cpu: &Cpu,
-    instruction: &Instruction,
-    op: &mut Op,
-    mode: Mode,
-) -> Option<Selected> {
-    simd::select(instruction, op, mode).or_else(|| x87::select(instruction, op))
+pub(crate) fn select_other(instruction: &Instruction, op: &mut Op, mode: Mode) -> Option<Selected> {
+    system::select(instruction, op, mode)
+        .or_else(|| far::select(instruction, op, mode))
+        .or_else(|| segment::select(instruction, op, mode))
+        .or_else(|| io::select(instruction, op, mode))
+        .or_else(|| simd::select(instruction, op, mode))
+        .or_else(|| x87::select(instruction, op))
 }
 
 /// #UD.
