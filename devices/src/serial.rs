@@ -10,7 +10,7 @@ use std::io;
 use std::sync::Arc;
 
 use harrier_engine::Flow;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::bus::BusDevice;
 use crate::byte_output::ByteOutput;
@@ -108,7 +108,7 @@ impl Serial {
         Ok(Serial {
             line,
             output,
-            input_room: EventFd::new(EFD_NONBLOCK)?,
+            input_room: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
             input_refused: false,
             interrupt_enable: 0,
             line_control: LCR_8_BITS,

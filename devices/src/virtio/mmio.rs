@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use harrier_engine::{Flow, GuestMemory};
 use vmm_sys_util::epoll::EventSet;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::queue::{DeviceQueue, QueueError, QueueSetup};
 use super::{Progress, Running, VirtioDevice};
@@ -446,7 +446,7 @@ impl VirtioMmio {
             .map_err(|source| TransportError::Queue { device: name, source })?;
         let notifications = queues
             .iter()
-            .map(|_| EventFd::new(EFD_NONBLOCK))
+            .map(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC))
             .collect::<Result<Vec<_>, _>>()
             .map_err(|source| TransportError::EventFd { device: name, source })?;
         let core = Core {

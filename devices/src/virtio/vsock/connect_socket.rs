@@ -136,7 +136,7 @@ mod tests {
     use std::sync::Arc;
 
     use event_manager::{EventManager, SubscriberOps};
-    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+    use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
     use vmm_sys_util::tempdir::TempDir;
 
     use super::*;
@@ -145,7 +145,8 @@ mod tests {
     fn a_client_names_a_port_and_the_rest_of_its_bytes_stay_in_the_stream() {
         let dir = TempDir::new().unwrap();
         let path = dir.as_path().join("vsock");
-        let (handle, requests) = VsockHandle::new(Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()));
+        let (handle, requests) =
+            VsockHandle::new(Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).unwrap()));
         let mut manager = EventManager::<Box<dyn MutEventSubscriber>>::new().unwrap();
         manager.add_subscriber(Box::new(ConnectSocket::bind(&path, handle).unwrap()));
         let mut client = UnixStream::connect(&path).unwrap();
@@ -166,7 +167,8 @@ mod tests {
     fn nonsense_is_hung_up_on() {
         let dir = TempDir::new().unwrap();
         let path = dir.as_path().join("vsock");
-        let (handle, requests) = VsockHandle::new(Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()));
+        let (handle, requests) =
+            VsockHandle::new(Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).unwrap()));
         let mut manager = EventManager::<Box<dyn MutEventSubscriber>>::new().unwrap();
         manager.add_subscriber(Box::new(ConnectSocket::bind(&path, handle).unwrap()));
         for nonsense in

@@ -22,7 +22,7 @@ use std::sync::mpsc::Receiver;
 
 use harrier_engine::GuestMemory;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::chain::Buffers;
 use super::queue::{DeviceQueue, QueueError};
@@ -124,7 +124,7 @@ impl Vsock {
     /// The host has no descriptors to give.
     pub fn new(guest_cid: u32, backend: Box<dyn VsockBackend>) -> io::Result<Self> {
         let epoll = Epoll::new()?;
-        let wake = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+        let wake = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
         epoll.ctl(ControlOperation::Add, wake.as_raw_fd(), EpollEvent::new(EventSet::IN, WAKE))?;
         let (handle, requests) = VsockHandle::new(wake.clone());
         Ok(Vsock {
