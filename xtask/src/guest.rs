@@ -49,3 +49,16 @@ pub(crate) fn link_or_copy(from: &Path, to: &Path) -> Result<()> {
     }
     fs::copy(from, to).map(drop).map_err(|error| cache::explain(error, to))
 }
+
+#[cfg(test)]
+mod tests {
+    /// Linux takes 2047 characters on x86 (COMMAND_LINE_SIZE); the monitor and the user append to ours.
+    #[test]
+    fn the_guests_command_line_is_one_short_line_of_words() {
+        let line = include_str!("../../guest-kernel/cmdline");
+        let words: Vec<_> = line.split_ascii_whitespace().collect();
+        assert_eq!(format!("{}\n", words.join(" ")), line);
+        assert!(line.len() < 512 && line.is_ascii());
+        assert!(!words.contains(&"--"), "what follows would go to the agent");
+    }
+}

@@ -57,17 +57,23 @@ pub(crate) fn run_with_progress(command: &mut Command, what: &str, log: &Path) -
     progress.end();
     if !status.success() {
         let text = String::from_utf8_lossy(&fs::read(log).unwrap_or_default()).into_owned();
-        return Err(anyhow!("{name} failed: {} (whole output: {})", telling_line(&text), log.display()));
+        return Err(anyhow!("{name} failed: {} (its whole output: {})", telling_line(&text), log.display()));
     }
     Ok(())
 }
 
-/// The line of a program's output that says what went wrong: the first one that speaks of an error, else the last.
+/// The line of a program's output that says what went wrong: a full disk, else the first line that speaks of an error,
+/// else the first.
 fn telling_line(text: &str) -> &str {
     let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+    let speaks_of_error = |line: &&str| {
+        line.to_ascii_lowercase().contains("error") && !line.ends_with("due to previous errors")
+    };
     let out_of_space = lines.clone().find(|line| line.contains("No space left"));
-    let error = || lines.clone().find(|line| line.to_ascii_lowercase().contains("error"));
-    out_of_space.or_else(error).or_else(|| lines.next_back()).unwrap_or("it gave no reason")
+    out_of_space
+        .or_else(|| lines.clone().find(speaks_of_error))
+        .or_else(|| lines.next())
+        .unwrap_or("it gave no reason")
 }
 
 fn name_of(command: &Command) -> String {
@@ -129,6 +135,8 @@ mod tests {
     fn a_full_disk_is_told_before_the_errors_that_follow_from_it() {
         let text = "cc: error: cannot write\nld: No space left on device\nmake: *** Error 1\n";
         assert_eq!(telling_line(text), "ld: No space left on device");
+        let text = "tar: not an archive\ntar: Exiting with failure status due to previous errors\n";
+        assert_eq!(telling_line(text), "tar: not an archive");
         assert_eq!(telling_line(""), "it gave no reason");
     }
 
