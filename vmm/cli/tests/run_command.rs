@@ -1,0 +1,160 @@
+//! Commands in the default guest, as a user runs them. They need what `cargo xtask setup` makes.
+
+mod support;
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::process::{Child, Stdio};
+
+use support::{harrier, output, signal, texts, wait};
+
+/// The exit code, stdout and stderr of a command in the guest.
+fn run(args: &[&str]) -> (i32, String, String) {
+    texts(output(&[&["run", "--quiet"], args].concat()))
+}
+
+fn shell(script: &str) -> (i32, String, String) {
+    run(&["--", "sh", "-c", script])
+}
+
+/// A shell in the guest that has said a first line; signals reach it from here on.
+fn running_shell(options: &[&str], script: &str) -> Child {
+    let script = format!("echo up; {script}");
+    let mut child =
+        harrier(&[&["run", "--quiet"], options, &["--", "sh", "-c", &script]].concat()).spawn().unwrap();
+    let mut line = String::new();
+    let mut stdout = BufReader::with_capacity(1, child.stdout.take().unwrap());
+    stdout.read_line(&mut line).unwrap();
+    assert_eq!(line, "up\n");
+    child.stdout = Some(stdout.into_inner());
+    child
+}
+
+#[test]
+fn the_exit_code_is_the_commands() {
+    assert_eq!(run(&["--", "true"]), (0, String::new(), String::new()));
+    assert_eq!(run(&["false"]).0, 1);
+    assert_eq!(shell("exit 42").0, 42);
+    assert_eq!(shell("kill -9 $$").0, 137);
+}
+
+#[test]
+fn commands_that_cannot_start_have_their_codes_and_a_line() {
+    let (code, stdout, stderr) = run(&["--", "no-such-command"]);
+    assert_eq!((code, stdout.as_str(), stderr.lines().count()), (127, "", 1), "{stderr}");
+    assert!(stderr.starts_with("harrier: ") && stderr.contains("no-such-command"), "{stderr}");
+    let (code, stdout, stderr) = run(&["--", "/proc/version"]);
+    assert_eq!((code, stdout.as_str(), stderr.lines().count()), (126, "", 1), "{stderr}");
+}
+
+#[test]
+fn stdout_and_stderr_stay_apart() {
+    assert_eq!(shell("echo out; echo err >&2; exit 3"), (3, "out\n".to_owned(), "err\n".to_owned()));
+}
+
+#[test]
+fn environment_and_directory_reach_the_command() {
+    let (code, stdout, stderr) =
+        run(&["-e", "A=b c", "--workdir", "/tmp", "--", "sh", "-c", "echo \"$A\"; pwd; uname -s"]);
+    assert_eq!((code, stdout.as_str(), stderr.as_str()), (0, "b c\n/tmp\nLinux\n", ""));
+}
+
+#[test]
+fn megabytes_of_any_bytes_pass_in_both_directions() {
+    let data: Vec<u8> = (0..3_000_000u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    let mut child = harrier(&["run", "--quiet", "--", "cat"]).stdin(Stdio::piped()).spawn().unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    let sent = data.clone();
+    let writer = std::thread::spawn(move || stdin.write_all(&sent));
+    let mut received = Vec::new();
+    child.stdout.as_mut().unwrap().read_to_end(&mut received).unwrap();
+    writer.join().unwrap().unwrap();
+    assert_eq!(wait(child).status.code(), Some(0));
+    assert!(received == data, "{} of {} bytes", received.len(), data.len());
+}
+
+#[test]
+fn a_reader_that_goes_away_ends_the_command() {
+    let mut child = harrier(&["run", "--quiet", "--", "yes"]).spawn().unwrap();
+    let mut some = [0; 4096];
+    child.stdout.as_mut().unwrap().read_exact(&mut some).unwrap();
+    drop(child.stdout.take());
+    let (code, _, stderr) = texts(wait(child));
+    assert_eq!((code, stderr.as_str()), (141, ""));
+}
+
+#[test]
+fn timeout_and_signals_end_everything() {
+    let (code, _, stderr) = run(&["--timeout", "5s", "--", "sleep", "1000"]);
+    assert_eq!((code, stderr.lines().count()), (124, 1), "{stderr}");
+    for (name, code) in [("TERM", 143), ("HUP", 129)] {
+        let child = running_shell(&[], "trap '' TERM HUP; sleep 1000");
+        signal(&child, name);
+        let (exit, _, stderr) = texts(wait(child));
+        assert_eq!((exit, stderr.as_str()), (code, ""), "{name}");
+    }
+}
+
+#[test]
+fn the_first_interrupt_reaches_the_command_and_the_second_ends_the_machine() {
+    let child = running_shell(&[], "trap 'exit 7' INT; while :; do sleep 0.1; done");
+    signal(&child, "INT");
+    assert_eq!(wait(child).status.code(), Some(7));
+    let mut child = running_shell(&[], "trap 'echo caught' INT; while :; do sleep 0.1; done");
+    signal(&child, "INT");
+    let mut line = String::new();
+    let mut stdout = BufReader::with_capacity(1, child.stdout.take().unwrap());
+    stdout.read_line(&mut line).unwrap();
+    assert_eq!(line, "caught\n");
+    signal(&child, "INT");
+    assert_eq!(wait(child).status.code(), Some(130));
+}
+
+#[test]
+fn json_is_one_object_with_the_output_in_it() {
+    let output = output(&["run", "--json", "--", "sh", "-c", "echo out; printf '\\377' >&2; exit 5"]);
+    assert_eq!(output.status.code(), Some(5));
+    let object: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(object["exit_code"], 5);
+    assert_eq!(object["status"], "exited");
+    assert_eq!(object["stdout"], "out\n");
+    assert_eq!(object["stderr_base64"], "/w==");
+    for phase in ["set_up", "kernel_entry_to_agent", "agent_to_command", "command", "total"] {
+        assert!(object["timings_ms"][phase].as_f64().is_some(), "{phase}");
+    }
+    assert!(object["instructions"].as_u64().unwrap() > 1_000_000);
+}
+
+#[test]
+fn several_processors_and_more_disks_are_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = dir.path().join("disk");
+    std::fs::write(&disk, [b'd'; 8192]).unwrap();
+    let disk = disk.to_str().unwrap();
+    let read_only = format!("{disk}:ro");
+    let (code, stdout, stderr) = run(&[
+        "--cpus",
+        "3",
+        "--disk",
+        &read_only,
+        "--",
+        "sh",
+        "-c",
+        "nproc; head -c 4 /dev/vda; blockdev --getsize64 /dev/vda",
+    ]);
+    assert_eq!((code, stdout.as_str(), stderr.as_str()), (0, "3\ndddd8192\n", ""));
+    let (code, _, stderr) = run(&["--disk", disk, "--", "sh", "-c", "echo changed > /dev/vda; sync"]);
+    assert_eq!((code, stderr.as_str()), (0, ""));
+    assert!(std::fs::read(disk).unwrap().starts_with(b"changed\n"));
+}
+
+#[test]
+fn a_guest_that_dies_under_the_command_is_told() {
+    let (code, _, stderr) = shell("echo c > /proc/sysrq-trigger; sleep 1000");
+    assert_eq!((code, stderr.lines().count()), (125, 1), "{stderr}");
+    let (code, _, stderr) = shell("poweroff -f; sleep 1000");
+    assert_eq!(code, 125);
+    assert!(stderr.contains("the guest switched itself off"), "{stderr}");
+    let (code, _, stderr) = shell("reboot -f; sleep 1000");
+    assert_eq!(code, 125);
+    assert!(stderr.contains("the guest reset itself"), "{stderr}");
+}

@@ -1,0 +1,129 @@
+//! Small guests made of a few instructions, and running `harrier` on them.
+
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+/// Machine code for the guests below, in 64-bit mode.
+#[derive(Default)]
+pub struct Code {
+    bytes: Vec<u8>,
+}
+
+impl Code {
+    /// `mov dx, port; mov al, value; out dx, al`
+    pub fn out(mut self, port: u16, value: u8) -> Self {
+        let [low, high] = port.to_le_bytes();
+        self.bytes.extend_from_slice(&[0x66, 0xba, low, high, 0xb0, value, 0xee]);
+        self
+    }
+
+    /// Prints on the serial port.
+    pub fn print(self, text: &str) -> Self {
+        text.bytes().fold(self, |code, byte| code.out(0x3f8, byte))
+    }
+
+    /// `ud2`, which without an IDT is a triple fault.
+    pub fn fault(mut self) -> Self {
+        self.bytes.extend_from_slice(&[0x0f, 0x0b]);
+        self
+    }
+
+    /// `cli; jmp .`
+    pub fn spin(mut self) -> Self {
+        self.bytes.extend_from_slice(&[0xfa, 0xeb, 0xfe]);
+        self
+    }
+
+    /// `cli; hlt; jmp` back to the hlt.
+    pub fn halt(mut self) -> Self {
+        self.bytes.extend_from_slice(&[0xfa, 0xf4, 0xeb, 0xfd]);
+        self
+    }
+
+    /// Copies bytes from the serial port to the serial port until a newline has passed.
+    pub fn echo_line(mut self) -> Self {
+        self.bytes.extend_from_slice(&[
+            0x66, 0xba, 0xfd, 0x03, // mov dx, 0x3fd
+            0xec, // in al, dx
+            0xa8, 0x01, // test al, 1
+            0x74, 0xfb, // jz in
+            0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
+            0xec, // in al, dx
+            0xee, // out dx, al
+            0x3c, 0x0a, // cmp al, 10
+            0x75, 0xed, // jne start
+        ]);
+        self
+    }
+
+    /// An ELF kernel with a 64-bit entry.
+    pub fn kernel(self) -> Vec<u8> {
+        const ENTRY: u64 = 0x100_0000;
+        let mut file = vec![0x7f, b'E', b'L', b'F', 2, 1, 1];
+        file.resize(16, 0);
+        file.extend_from_slice(&[2, 0, 62, 0, 1, 0, 0, 0]);
+        for word in [ENTRY, 64, 0] {
+            file.extend_from_slice(&word.to_le_bytes());
+        }
+        file.extend_from_slice(&[0, 0, 0, 0, 64, 0, 56, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+        file.extend_from_slice(&[1, 0, 0, 0, 7, 0, 0, 0]);
+        let len = self.bytes.len() as u64;
+        for word in [120, ENTRY, ENTRY, len, len, 4096] {
+            file.extend_from_slice(&word.to_le_bytes());
+        }
+        file.extend_from_slice(&self.bytes);
+        file
+    }
+}
+
+/// A kernel file that goes away with this value.
+pub struct KernelFile {
+    _dir: tempfile::TempDir,
+    pub path: String,
+}
+
+impl KernelFile {
+    pub fn new(code: Code) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("kernel").to_str().unwrap().to_owned();
+        std::fs::write(&path, code.kernel()).unwrap();
+        KernelFile { _dir: dir, path }
+    }
+}
+
+/// A command line of `harrier` with all its streams piped.
+pub fn harrier(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_harrier"));
+    command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+/// The end of a run that has to come by itself.
+pub fn output(args: &[&str]) -> Output {
+    harrier(args).output().unwrap()
+}
+
+/// Exit code, stdout and stderr as text.
+pub fn texts(output: Output) -> (i32, String, String) {
+    let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+    (output.status.code().unwrap_or(-1), text(output.stdout), text(output.stderr))
+}
+
+/// Sends a signal to a child, by name.
+pub fn signal(child: &Child, name: &str) {
+    let status = Command::new("kill").args([&format!("-{name}"), &child.id().to_string()]).status().unwrap();
+    assert!(status.success());
+}
+
+/// Waits for a child, but not for ever.
+pub fn wait(mut child: Child) -> Output {
+    let deadline = Instant::now() + Duration::from_secs(120);
+    while child.try_wait().unwrap().is_none() {
+        if Instant::now() > deadline {
+            child.kill().unwrap();
+            panic!("harrier did not end");
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    child.wait_with_output().unwrap()
+}
