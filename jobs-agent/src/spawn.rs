@@ -124,7 +124,7 @@ fn open_pipes(user: Option<User>) -> io::Result<Streams> {
     for fd in [&agent_stdin, &agent_stdout, &agent_stderr] {
         set_nonblocking(fd)?;
     }
-    // So that opening /dev/stdout works for the user too.
+    // So that the user may open /dev/stdout, that is /proc/self/fd/1, too.
     for fd in [&stdin, &stdout, &stderr] {
         own(fd, user)?;
     }

@@ -434,7 +434,7 @@ fn a_user_is_taken_on_where_the_agent_may() {
     let id = Command::new("id").arg("-u").output().unwrap();
     let spec = CommandSpec {
         user: Some(User { uid: 1234, gid: 99 }),
-        ..sh("id -u; id -g; id -G; echo $HOME >/dev/stdout")
+        ..sh("id -u; id -g; id -G; echo $HOME >/proc/self/fd/1")
     };
     let ended = run(spec);
     if id.stdout == b"0\n" {
@@ -594,4 +594,35 @@ fn a_host_that_hangs_up_takes_its_commands_along() {
         thread::sleep(Duration::from_millis(10));
         false
     }));
+}
+
+#[test]
+fn noise_from_the_host_never_crashes_the_agent() {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut noise = move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state
+    };
+    for _ in 0..40 {
+        let mut host = RawHost::new();
+        host.say(&HostMessage::Hello(Hello::OURS));
+        host.say(&HostMessage::Run { id: 1, bytes: &CommandSpec::new(["cat"]).encode().unwrap() });
+        for _ in 0..noise() % 30 {
+            let length = (noise() % 16) as usize;
+            let mut frame = Vec::from((length as u32).to_le_bytes());
+            // Mostly messages that it knows; SHUTDOWN, the last kind, seldom.
+            frame.extend_from_slice(&((1 + noise() % 9 + noise() % 2) as u16).to_le_bytes());
+            frame.extend_from_slice(&[0, 0, (noise() % 3) as u8, 0, 0, 0]);
+            frame.extend((0..length).map(|_| (noise() % 3) as u8));
+            if host.connection.write_all(&frame).is_err() {
+                break;
+            }
+        }
+        host.connection.shutdown(std::net::Shutdown::Write).unwrap();
+        host.listen(|_| false);
+        let code = host.agent.wait().unwrap().code();
+        assert!(matches!(code, Some(0 | 1)), "the agent ended with {code:?}");
+    }
 }
