@@ -1,0 +1,165 @@
+//! Runs the bare-metal guests of `guest-kernel/bare-metal` on the engines.
+//!
+//! [`engines`] is the one list of engines that the tests know, [`GUESTS`] the one list of guests. [`run`] boots a
+//! guest in a whole machine and [`Transcript`] is what it said.
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use harrier_engine::{CpuModel, Engine};
+use harrier_engine_soft::SoftEngine;
+use harrier_machine::boot::{Boot, ElfEntry, FileImage};
+use harrier_machine::{MachineBuilder, MachineConfig, MachineEnd, RunReport};
+
+/// Every engine, available here or not.
+pub fn engines() -> Vec<Box<dyn Engine>> {
+    vec![Box::new(SoftEngine)]
+}
+
+/// A bare-metal guest.
+#[derive(Debug, Clone, Copy)]
+pub struct Guest {
+    /// File name of its program.
+    pub name: &'static str,
+    /// Processors that it wants.
+    pub cpus: u32,
+    /// Checks that it makes on a complete processor, those that it skips for want of a feature included.
+    pub checks: u32,
+}
+
+/// The guests that check something.
+pub const GUESTS: &[Guest] = &[
+    Guest { name: "integer", cpus: 1, checks: 276 },
+    Guest { name: "strings", cpus: 1, checks: 308 },
+    Guest { name: "paging", cpus: 1, checks: 0 },
+    Guest { name: "long_mode", cpus: 1, checks: 0 },
+];
+
+/// How long a guest may take. They need well under a second of a processor for themselves.
+pub const DEADLINE: Duration = Duration::from_secs(60);
+/// What every guest can count on.
+pub const MEMORY_BYTES: u64 = 64 << 20;
+
+impl Guest {
+    /// Where the build put its program.
+    pub fn path(&self) -> PathBuf {
+        PathBuf::from(env!("BARE_METAL_GUESTS")).join(self.name)
+    }
+
+    /// Its command line.
+    pub fn command_line(&self) -> String {
+        format!("cpus={}", self.cpus)
+    }
+}
+
+/// What a guest said on its serial port.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Transcript {
+    /// The text.
+    pub text: String,
+}
+
+impl Transcript {
+    fn starting_with<'a>(&'a self, prefix: &'a str) -> impl Iterator<Item = &'a str> {
+        self.text.lines().filter(move |line| line.starts_with(prefix))
+    }
+
+    /// The names of the checks that were skipped, with reasons.
+    pub fn skipped(&self) -> Vec<&str> {
+        self.starting_with("skip ").collect()
+    }
+
+    /// Checks made and skipped.
+    pub fn checks(&self) -> u32 {
+        u32::try_from(self.starting_with("ok ").count() + self.skipped().len()).unwrap_or(u32::MAX)
+    }
+
+    /// Finds out whether all went well: nothing failed, and the guest's own sums agree with its lines.
+    ///
+    /// # Errors
+    /// The failures, or what is missing.
+    pub fn verdict(&self) -> Result<(), String> {
+        let failures: Vec<&str> = self.starting_with("not ok ").collect();
+        if !failures.is_empty() {
+            return Err(failures.join("\n"));
+        }
+        let ok = self.starting_with("ok ").count();
+        let last = format!("done {ok} 0 {}", self.skipped().len());
+        match self.text.lines().last() {
+            Some(line) if line == last => Ok(()),
+            Some(line) => Err(format!("the last line is '{line}', not '{last}'")),
+            None => Err("the guest said nothing".to_owned()),
+        }
+    }
+}
+
+/// Collects what the serial port prints.
+#[derive(Clone, Default)]
+struct Collector(Arc<Mutex<Vec<u8>>>);
+
+impl Write for Collector {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Boots `guest` on `engine` and waits for its end, at most `deadline`.
+///
+/// # Errors
+/// The machine could not be built or started; the text says why.
+pub fn run(
+    engine: &dyn Engine,
+    guest: &Guest,
+    command_line: &str,
+    deadline: Duration,
+) -> Result<(RunReport, Transcript), Box<dyn std::error::Error>> {
+    let config =
+        MachineConfig { vcpu_count: guest.cpus, memory_bytes: MEMORY_BYTES, cpu_model: CpuModel::V2 };
+    let mut builder = MachineBuilder::new(engine, &config)?;
+    let said = Collector::default();
+    builder.add_platform_devices()?;
+    builder.add_debug_exit()?;
+    builder.add_serial(Box::new(said.clone()), None)?;
+    let image = FileImage::open(&guest.path())?;
+    let boot = Boot::Kernel { kernel: &image, elf_entry: ElfEntry::Auto, initrd: None, command_line };
+    let mut machine = builder.build(&boot)?;
+    let handle = machine.handle();
+    machine.start()?;
+    if handle.wait_for_end(Some(Instant::now() + deadline)).is_none() {
+        handle.stop();
+    }
+    let report = machine.wait();
+    let bytes = said.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    Ok((report, Transcript { text: String::from_utf8_lossy(&bytes).into_owned() }))
+}
+
+/// Runs `guest` on `engine` and checks everything that it says.
+///
+/// # Errors
+/// What went wrong, for people.
+pub fn check(engine: &dyn Engine, guest: &Guest) -> Result<Transcript, String> {
+    let (report, transcript) =
+        run(engine, guest, &guest.command_line(), DEADLINE).map_err(|err| err.to_string())?;
+    let with_end = |what: String| format!("{what}\n{}\n{}", report.end, tail(&transcript.text));
+    transcript.verdict().map_err(with_end)?;
+    if report.end != MachineEnd::DebugExit(0) {
+        return Err(with_end("every check succeeded, and yet".to_owned()));
+    }
+    if transcript.checks() != guest.checks {
+        return Err(format!("{} checks instead of {}", transcript.checks(), guest.checks));
+    }
+    Ok(transcript)
+}
+
+/// The last lines, where a guest that stopped says how far it came.
+fn tail(text: &str) -> String {
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(3)..].join("\n")
+}
