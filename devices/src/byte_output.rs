@@ -15,6 +15,9 @@ pub const DEFAULT_CAPACITY: usize = 64 * 1024;
 /// How long the writer waits for the rest of a line, so that a line is one write and not eighty.
 const LINGER: Duration = Duration::from_millis(1);
 
+/// How long a dropped writer waits for a sink that is slow but alive.
+const DROP_LIMIT: Duration = Duration::from_secs(2);
+
 #[derive(Default)]
 struct State {
     bytes: VecDeque<u8>,
@@ -181,7 +184,7 @@ impl OutputWriter {
 
 impl Drop for OutputWriter {
     fn drop(&mut self) {
-        self.end(Duration::from_millis(200));
+        self.end(DROP_LIMIT);
     }
 }
 

@@ -5,6 +5,8 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
+
 use super::connection::BUFFER_LEN;
 use super::packet::{SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
 use super::*;
@@ -569,4 +571,41 @@ fn a_listener_with_a_full_backlog_refuses() {
     assert_eq!(answers.iter().filter(|&&answer| answer == op::RESPONSE).count(), 128);
     assert!(guest.listener.accept(Duration::ZERO).is_ok());
     assert!(guest.ports.listen(PORT).is_err());
+}
+
+#[test]
+fn an_event_loop_hears_of_the_host_side_and_sleeps_otherwise() {
+    let mut guest = Guest::new();
+    guest.give_buffers(2);
+    let mut host = guest.connect(1);
+    let mut manager = EventManager::<Box<dyn MutEventSubscriber + Send>>::new().unwrap();
+    manager.add_subscriber(guest.driver.transport.events());
+    let settle = |manager: &mut EventManager<_>| {
+        for _ in 0..100 {
+            if manager.run_with_timeout(0).unwrap() == 0 {
+                return;
+            }
+        }
+        panic!("the loop spins");
+    };
+    settle(&mut manager);
+    host.write_all(&pattern(10_000)).unwrap();
+    settle(&mut manager);
+    guest.collect();
+    assert_eq!(guest.received.len(), 1, "one buffer was left");
+    // Out of buffers, out of credit, closed: nothing of that may keep the loop awake.
+    drop(host);
+    settle(&mut manager);
+    drop(guest.handle.connect(9).unwrap());
+    settle(&mut manager);
+    for _ in 0..10 {
+        guest.give_buffers(1);
+        settle(&mut manager);
+    }
+    guest.collect();
+    let bytes: usize = guest.received.iter().map(|(_, payload)| payload.len()).sum();
+    assert_eq!(bytes, 10_000);
+    let mut last: Vec<u16> = guest.received.iter().rev().take(3).map(|(header, _)| header.op).collect();
+    last.sort_unstable();
+    assert!(last.contains(&op::SHUTDOWN) && last.contains(&op::RST), "{last:?}");
 }
