@@ -159,12 +159,12 @@ impl OutputWriter {
 
     fn end(&mut self, limit: Duration) -> bool {
         let Some(thread) = self.thread.take() else { return true };
-        let deadline = Instant::now() + limit;
+        let begin = Instant::now();
         let mut state = self.output.lock();
         state.finished = true;
         self.output.shared.changed.notify_all();
         while !state.ended {
-            let left = deadline.saturating_duration_since(Instant::now());
+            let left = limit.saturating_sub(begin.elapsed());
             if left.is_zero() {
                 return false;
             }

@@ -26,12 +26,13 @@ const QUEUE_SIZES: [u16; 1] = [QUEUE_SIZE];
 /// Data segments of a request: what a chain holds besides header and status.
 const MAX_SEGMENTS: u32 = QUEUE_SIZE as u32 - 2;
 /// Bytes of data in one request at most, far above what drivers ask for: memory may be named many times over.
-const MAX_REQUEST: usize = 256 << 20;
+const MAX_REQUEST: usize = 64 << 20;
 /// Sectors in one discard or write-zeroes range.
 const MAX_RANGE_SECTORS: u32 = 1 << 22;
 const MAX_RANGES: u32 = 16;
-/// Requests served before others have their turn.
+/// Requests served, and bytes moved for them, before others have their turn.
 const BATCH: usize = 32;
+const BATCH_BYTES: usize = 64 << 20;
 /// Length of the identifier in bytes.
 const ID_LEN: usize = 20;
 
@@ -325,12 +326,14 @@ impl Block {
         if given == data_len { given + 1 } else { given }
     }
 
-    fn serve_one(&mut self, queue: &mut DeviceQueue, mem: &GuestMemory) -> Result<bool, QueueError> {
-        let Some(chain) = queue.pop(mem)? else { return Ok(false) };
+    /// Answers how many bytes the request named, or `None` if there was none.
+    fn serve_one(&mut self, queue: &mut DeviceQueue, mem: &GuestMemory) -> Result<Option<usize>, QueueError> {
+        let Some(chain) = queue.pop(mem)? else { return Ok(None) };
         let head = chain.head();
+        let bytes = chain.readable.len() + chain.writable.len();
         let written = self.serve_chain(chain);
         queue.complete(mem, head, written)?;
-        Ok(true)
+        Ok(Some(bytes))
     }
 }
 
@@ -366,9 +369,14 @@ impl VirtioDevice for Block {
 
     fn process_queue(&mut self, _queue: usize, running: Running<'_>) -> Result<Progress, QueueError> {
         let Some(queue) = running.queues.first_mut() else { return Ok(Progress::Done) };
+        let mut moved = 0;
         for _ in 0..BATCH {
-            if !self.serve_one(queue, running.mem)? {
-                return Ok(Progress::Done);
+            match self.serve_one(queue, running.mem)? {
+                Some(bytes) => moved += bytes,
+                None => return Ok(Progress::Done),
+            }
+            if moved >= BATCH_BYTES {
+                break;
             }
         }
         Ok(Progress::More)

@@ -236,6 +236,32 @@ fn more_requests_than_a_batch_are_all_served() {
 }
 
 #[test]
+fn a_request_for_more_data_than_anybody_needs_fails_and_others_have_their_turn() {
+    // The same memory named many times over: 120 MiB of data for a disk that is large enough.
+    let mut disk = Disk::new(&[], false);
+    let large = disk.file.as_file().try_clone().unwrap();
+    large.set_len(1 << 30).unwrap();
+    disk.driver = Driver::new(Box::new(Block::from_file(large, false, b"").unwrap()));
+    let many = [(0, 12 << 20, 0); 10];
+    assert_eq!(disk.request(REQUEST_WRITE, 0, &many).0, Status::IoError as u8);
+    assert_eq!(disk.request(REQUEST_WRITE, 0, &many[..5]).0, 0);
+    disk.driver.write(HEADER, &[0; 16]);
+    disk.driver.write(HEADER, &REQUEST_WRITE.to_le_bytes());
+    for _ in 0..4 {
+        let mut chain = vec![(HEADER, 16, 0)];
+        chain.extend(&many[..5]);
+        chain.push((STATUS, 1, WRITE));
+        disk.driver.offer(0, &chain);
+    }
+    disk.driver.kick(0);
+    let mut served = std::iter::from_fn(|| disk.driver.used(0)).count();
+    assert_eq!(served, 2);
+    disk.driver.transport.process_pending();
+    served += std::iter::from_fn(|| disk.driver.used(0)).count();
+    assert_eq!(served, 4);
+}
+
+#[test]
 fn unusable_images_are_refused_with_their_name() {
     let dir = vmm_sys_util::tempdir::TempDir::new().unwrap();
     let missing = dir.as_path().join("missing.img");
