@@ -88,6 +88,8 @@ macro_rules! instances {
 
 fn handler(wanted: Shape) -> Option<Exec> {
     instances! { wanted,
+        [X N N N] 0;
+        [M N N N] MMX;
         [X X N N] 0, FP, FLAGS, FP | FLAGS, STRING | FLAGS;
         [X MEM N N] 0, FP, FLAGS, FP | FLAGS, STRING | FLAGS;
         [MEM X N N] 0;
@@ -212,7 +214,7 @@ fn properties(instruction: &Instruction) -> Option<Shape> {
     if is_floating_point(mnemonic) {
         shape |= FP;
     }
-    if instruction.rflags_modified() != 0 {
+    if thunk::status_flags(instruction.rflags_modified()) != 0 {
         shape |= FLAGS;
     }
     if thunk::is_string_compare(mnemonic) {

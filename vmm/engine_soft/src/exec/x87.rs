@@ -181,7 +181,11 @@ pub(crate) fn select(instruction: &Instruction, op: &mut Op) -> Option<Selected>
         return Some(selected);
     }
     let memory = instruction.op_count() > 0 && instruction.op_kind(0) == OpKind::Memory;
-    op.rm = if memory { instruction.memory_size().size() as u8 } else { 0 };
+    op.rm = match instruction.mnemonic() {
+        Mnemonic::Fldcw => 2,
+        _ if memory => instruction.memory_size().size() as u8,
+        _ => 0,
+    };
     op.aux = opcode(instruction);
     let (exec, by_thunk): (Exec, bool) = match instruction.mnemonic() {
         Mnemonic::Fldcw => (load_control, true),
@@ -190,7 +194,9 @@ pub(crate) fn select(instruction: &Instruction, op: &mut Op) -> Option<Selected>
         Mnemonic::Fnstsw if memory => (store_status, false),
         Mnemonic::Fnstsw => (status_to_ax, false),
         Mnemonic::Fneni | Mnemonic::Fndisi | Mnemonic::Fnsetpm => (ignored, false),
-        _ if instruction.rflags_read() | instruction.rflags_modified() != 0 => (with_flags, true),
+        _ if thunk::status_flags(instruction.rflags_read() | instruction.rflags_modified()) != 0 => {
+            (with_flags, true)
+        }
         Mnemonic::Fst
         | Mnemonic::Fstp
         | Mnemonic::Fist

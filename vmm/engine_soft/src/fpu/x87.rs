@@ -55,9 +55,10 @@ impl Default for X87 {
 }
 
 impl X87 {
-    /// FNINIT; the registers keep their bits.
+    /// FNINIT; the physical registers keep their bits.
     pub(crate) fn initialise(&mut self) {
         self.settle();
+        self.set_top(0);
         self.set_word(0, CONTROL_INIT);
         self.set_word(4, 0);
         self.set_word(8, 0xffff);

@@ -27,7 +27,7 @@ use std::sync::{LazyLock, Mutex, PoisonError};
 
 use iced_x86::{
     Code, CodeSize, CpuidFeature, Decoder, DecoderOptions, Encoder, EncodingKind, FlowControl, Instruction,
-    InstructionInfoFactory, MemoryOperand, Mnemonic, OpAccess, OpKind, Register,
+    InstructionInfoFactory, MemoryOperand, Mnemonic, OpAccess, OpKind, Register, RflagsBits,
 };
 
 use super::mem::HostPtr;
@@ -297,8 +297,11 @@ impl Builder<'_> {
             code.extend(self.load_implicit(Register::RAX, RAX_AT)?);
             code.extend(self.load_implicit(Register::RDX, RDX_AT)?);
         }
-        let flags = guest.rflags_read() | guest.rflags_modified();
-        if flags != 0 {
+        let modified = status_flags(guest.rflags_modified());
+        // What the instruction leaves alone or reads has to be there before.
+        let incoming =
+            status_flags(guest.rflags_read()) != 0 || (modified != 0 && modified != status_flags(u32::MAX));
+        if incoming {
             // mov ax, [r8 + FLAGS]; add al, 127; sahf
             let from = MemoryOperand::with_base_displ(Register::R8, FLAGS);
             let ax = Instruction::with2(Code::Movzx_r32_rm16, Register::EAX, from).ok()?;
@@ -309,7 +312,7 @@ impl Builder<'_> {
             }
         }
         code.extend(&main);
-        if guest.rflags_modified() != 0 {
+        if modified != 0 {
             // lahf; seto al; mov [r8 + FLAGS], ax
             code.extend([0x9f, 0x0f, 0x90, 0xc0]);
             let to = MemoryOperand::with_base_displ(Register::R8, FLAGS);
@@ -339,7 +342,7 @@ impl Builder<'_> {
         if vex {
             code.extend([0xc5, 0xf8, 0x77]);
         }
-        if is_x87(guest) && !(guest.code() == Code::Fnstsw_AX) {
+        if is_x87(guest) {
             // fnstsw ax
             code.extend([0xdf, 0xe0]);
         }
@@ -477,6 +480,12 @@ pub(crate) fn is_string_compare(mnemonic: Mnemonic) -> bool {
 /// Instructions that read XMM0 besides their operands.
 fn uses_xmm0(mnemonic: Mnemonic) -> bool {
     matches!(mnemonic, Mnemonic::Blendvps | Mnemonic::Blendvpd | Mnemonic::Pblendvb | Mnemonic::Sha256rnds2)
+}
+
+/// The status flags among iced-x86's flag bits, which include the condition codes of the x87 unit.
+pub(crate) fn status_flags(bits: u32) -> u32 {
+    use RflagsBits as R;
+    bits & (R::OF | R::SF | R::ZF | R::AF | R::CF | R::PF)
 }
 
 fn is_x87(instruction: &Instruction) -> bool {

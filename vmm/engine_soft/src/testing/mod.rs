@@ -1,6 +1,7 @@
 //! A machine for unit tests: flat 64-bit code without paging, in memory where guest and host addresses agree.
 
 mod differential;
+mod simd;
 
 use std::sync::Arc;
 
