@@ -9,6 +9,7 @@
 
 pub mod cpu_model;
 pub mod cpu_state;
+pub mod cpuid;
 pub mod memory;
 mod seam;
 

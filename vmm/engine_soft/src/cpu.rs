@@ -6,7 +6,7 @@ use harrier_engine::cpu_state::{DescriptorTable, MpState, PendingException, Segm
 
 use crate::decode::op::{Op, REG_BLOCK, Step, Stop};
 use crate::fault::{Fault, vector};
-use crate::cpuid::Features;
+use harrier_engine::cpuid::Features;
 use crate::fpu::Fpu;
 use crate::io_slot::IoSlot;
 use crate::lapic::Lapic;

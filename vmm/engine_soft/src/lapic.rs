@@ -6,7 +6,7 @@
 use harrier_engine::cpu_state::LapicState;
 
 use crate::cpu::Cpu;
-use crate::cpuid::APIC_BUS_KHZ;
+use harrier_engine::cpuid::APIC_BUS_KHZ;
 use crate::decode::op::Stop;
 use crate::interrupt::{Destination, Identity, Message, send};
 use crate::mmu::PHYSICAL_BITS;

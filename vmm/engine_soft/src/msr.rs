@@ -6,7 +6,7 @@
 use harrier_engine::cpu_state::msr;
 
 use crate::cpu::{Cpu, FS, GS, cr0, efer};
-use crate::cpuid::Features;
+use harrier_engine::cpuid::Features;
 use crate::decode::op::{Step, Stop};
 use crate::native::mem::Word;
 

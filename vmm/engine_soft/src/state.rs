@@ -6,10 +6,11 @@ use harrier_engine::cpu_state::{
     ControlRegisters, DescriptorTable, Events, GeneralRegisters, MpState, PendingException, SAVED_MSRS,
     Segment, SegmentRegisters, Tsc, msr,
 };
+use harrier_engine::cpuid::Features;
 use harrier_engine::{CpuState, EngineError};
 
 use crate::cpu::{CS, Cpu, DS, ES, FS, GS, Msrs, SS, cr0, cr4, efer, rflags};
-use crate::cpuid::Features;
+use crate::cpuid::FeatureRules as _;
 use crate::decode::Mode;
 use crate::decode::op::REG_ZERO;
 use crate::exception::dr6;

@@ -2,10 +2,11 @@
 //! time-stamp counter, model-specific registers, HLT, cache and look-aside buffer control (Intel SDM volume 2).
 
 use harrier_engine::cpu_state::MpState;
+use harrier_engine::cpuid::Features;
 use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 
 use crate::cpu::{CS, Cpu, RAX, RBX, RCX, RDX, cr0, cr4, efer, rflags};
-use crate::cpuid::Features;
+use crate::cpuid::FeatureRules as _;
 use crate::decode::Mode;
 use crate::decode::lower::{Selected, slot};
 use crate::decode::op::{Exec, Op, SEG_FLAT_STACK, Step, Stop};
