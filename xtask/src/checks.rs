@@ -9,6 +9,9 @@ use anyhow::Result;
 use crate::cache::Cache;
 use crate::{debian_kernel, guest, packages, process, rootfs_images};
 
+/// Packages that need other compiler flags than the workspace and are built apart.
+const OTHER_WORKSPACES: &[&str] = &["guest-kernel/bare-metal/Cargo.toml", "tests/fuzz/Cargo.toml"];
+
 /// Prepares everything that any test boots, then checks format, lints and tests.
 pub(crate) fn run(cache: &Cache, root: &Path) -> Result<()> {
     let started = Instant::now();
@@ -19,6 +22,9 @@ pub(crate) fn run(cache: &Cache, root: &Path) -> Result<()> {
     debian_kernel::build(cache, root)?;
 
     step(root, "format", &["fmt", "--all", "--check"])?;
+    for manifest in OTHER_WORKSPACES {
+        step(root, "format", &["fmt", "--check", "--manifest-path", manifest])?;
+    }
     step(root, "lints", &["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"])?;
     if has_nextest() {
         step(root, "tests", &["nextest", "run", "--workspace"])?;
@@ -32,7 +38,7 @@ pub(crate) fn run(cache: &Cache, root: &Path) -> Result<()> {
 }
 
 fn step(root: &Path, what: &str, arguments: &[&str]) -> Result<()> {
-    eprintln!("xtask: {what}");
+    eprintln!("xtask: checking {what}");
     process::run_visibly(cargo().current_dir(root).args(arguments))
 }
 
