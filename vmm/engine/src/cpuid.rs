@@ -86,7 +86,7 @@ const fn row(
 
 /// All features with their bits (AMD APM volume 3, appendix E). What is not here is hidden.
 pub const FEATURES: &[FeatureBit] = {
-    use CpuModel::{V1, V2, V3};
+    use CpuModel::{Host, V1, V2, V3};
     const AMD: u32 = 0x8000_0001;
     &[
         row(Features::FPU, "fpu", V1, 1, EDX, 0),
@@ -131,7 +131,8 @@ pub const FEATURES: &[FeatureBit] = {
         row(Features::NX, "nx", V1, AMD, EDX, 20),
         row(Features::MMX, "mmx", V1, AMD, EDX, 23),
         row(Features::FXSR, "fxsr", V1, AMD, EDX, 24),
-        row(Features::RDTSCP, "rdtscp", V1, AMD, EDX, 27),
+        // Not in the psABI's levels, and there are hosts whose KVM cannot virtualize TSC_AUX.
+        row(Features::RDTSCP, "rdtscp", Host, AMD, EDX, 27),
         row(Features::LM, "lm", V1, AMD, EDX, 29),
         row(Features::LAHF, "lahf_lm", V1, AMD, ECX, 0),
         row(Features::TOPOEXT, "topoext", V1, AMD, ECX, 22),
