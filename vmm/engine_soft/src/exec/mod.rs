@@ -4,6 +4,7 @@
 
 pub(crate) mod alu;
 pub(crate) mod atomic;
+pub(crate) mod avx;
 pub(crate) mod bits;
 pub(crate) mod branch;
 pub(crate) mod far;
@@ -19,8 +20,10 @@ pub(crate) mod simd_state;
 pub(crate) mod stack;
 pub(crate) mod string;
 pub(crate) mod system;
+pub(crate) mod vex_integer;
 pub(crate) mod x87;
 pub(crate) mod x87_state;
+pub(crate) mod xsave;
 
 use iced_x86::Instruction;
 

@@ -1,8 +1,9 @@
-//! MMX, SSE and AVX instructions, executed by the host through thunks.
+//! MMX, SSE, AVX and BMI instructions, executed by the host through thunks.
 //!
 //! An instruction's [`Shape`] says where its operands are and what it needs besides; the handler for a shape
 //! checks, finds the operands and calls the thunk. Plain moves and bitwise logic have handlers of their own in
-//! [`super::simd_move`], instructions that are about state or memory order in [`super::simd_state`].
+//! [`super::simd_move`] and [`super::avx`], instructions that are about state or memory order in
+//! [`super::simd_state`] and [`super::xsave`].
 
 use iced_x86::{CpuidFeature, EncodingKind, Instruction, Mnemonic, OpKind};
 
@@ -32,12 +33,15 @@ const MMX: Shape = 1 << 12;
 const AVX: Shape = 2 << 12;
 const INTEGER: Shape = 3 << 12;
 const KIND: Shape = 3 << 12;
+const BMI: Shape = INTEGER | PROTECTED;
 /// Depends on MXCSR and raises floating-point exceptions.
 const FP: Shape = 1 << 14;
 /// Changes the status flags.
 const FLAGS: Shape = 1 << 15;
 /// PCMPESTRx or PCMPISTRx.
 const STRING: Shape = 1 << 16;
+/// General registers with a VEX prefix, which real mode does not know.
+const PROTECTED: Shape = 1 << 17;
 
 /// In the slot of a memory operand: #GP unless it is aligned to its size; below it the size's logarithm.
 const ALIGNED: u8 = 0x80;
@@ -96,7 +100,11 @@ fn handler(wanted: Shape) -> Option<Exec> {
         [X G N N] 0, FP;
         [G X N N] 0, FP;
         [G MEM N N] FP, INTEGER;
-        [G G N N] INTEGER;
+        [G G N N] INTEGER, BMI, BMI | FLAGS;
+        [G MEM N N] BMI, BMI | FLAGS;
+        [G G G N] BMI, BMI | FLAGS;
+        [G G MEM N] BMI, BMI | FLAGS;
+        [G MEM G N] BMI, BMI | FLAGS;
         [M M N N] MMX;
         [M MEM N N] MMX, MMX | FP;
         [M G N N] MMX;
@@ -128,10 +136,13 @@ fn avx_handler(wanted: Shape) -> Option<Exec> {
 
 /// Handler of a SIMD instruction, or `None` when this is none that the host can execute.
 pub(crate) fn select(instruction: &Instruction, op: &mut Op, mode: Mode) -> Option<Selected> {
-    if let Some(selected) =
-        super::simd_move::select(instruction, op).or_else(|| super::simd_state::select(instruction, op, mode))
-    {
-        return Some(selected);
+    let by_hand = super::simd_move::select(instruction, op)
+        .or_else(|| super::simd_state::select(instruction, op, mode))
+        .or_else(|| super::avx::select(instruction, op))
+        .or_else(|| super::xsave::select(instruction))
+        .or_else(|| super::vex_integer::select(instruction, op));
+    if by_hand.is_some() {
+        return by_hand;
     }
     if !instruction.cpuid_features().iter().copied().all(is_simd) {
         return None;
@@ -198,6 +209,8 @@ fn is_simd(feature: CpuidFeature) -> bool {
             | F16C
             | VAES
             | VPCLMULQDQ
+            | BMI1
+            | BMI2
     )
 }
 
@@ -208,8 +221,11 @@ fn properties(instruction: &Instruction) -> Option<Shape> {
         _ => return None,
     };
     let mnemonic = instruction.mnemonic();
+    let integer = |feature: &CpuidFeature| matches!(feature, CpuidFeature::BMI1 | CpuidFeature::BMI2);
     if mnemonic == Mnemonic::Crc32 {
-        shape |= INTEGER;
+        shape = INTEGER;
+    } else if instruction.cpuid_features().iter().any(integer) {
+        shape = INTEGER | PROTECTED;
     }
     if is_floating_point(mnemonic) {
         shape |= FP;
@@ -247,6 +263,7 @@ fn by_thunk<const S: Shape>(cpu: &mut Cpu, op: &Op) -> Step {
         }
         AVX if !cpu.fpu.usable.avx => return cpu.deny_avx(),
         0 => cpu.sse_check()?,
+        _ if S & PROTECTED != 0 && (cpu.real_mode() || cpu.v86()) => return cpu.raise_ud(),
         _ => {}
     }
     let [low, high] = op.aux.to_le_bytes();
@@ -377,7 +394,7 @@ impl Mask {
         Mask { chosen: (0..count).fold(0, |mask, at| mask | u32::from(chosen(at)) << at), count }
     }
 
-    fn elements(&self) -> impl Iterator<Item = usize> + use<> {
+    pub(crate) fn elements(&self) -> impl Iterator<Item = usize> + use<> {
         let chosen = self.chosen;
         (0..self.count).filter(move |at| chosen >> at & 1 != 0)
     }

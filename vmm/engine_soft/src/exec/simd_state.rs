@@ -102,9 +102,13 @@ fn store_general<W: Word>(cpu: &mut Cpu, op: &Op) -> Step {
 }
 
 /// MASKMOVDQU and MASKMOVQ: stores the bytes whose mask byte has its top bit set, to DS:RDI.
-fn masked_store<const VECTOR: bool>(cpu: &mut Cpu, op: &Op) -> Step {
+fn masked_store<const VECTOR: bool, const VEX: bool>(cpu: &mut Cpu, op: &Op) -> Step {
     let (data, mask, size) = if VECTOR {
-        cpu.sse_check()?;
+        if VEX {
+            cpu.avx_check()?;
+        } else {
+            cpu.sse_check()?;
+        }
         (cpu.fpu.xmm(op.reg), cpu.fpu.xmm(op.rm), 16)
     } else {
         cpu.mmx_check()?;
@@ -144,7 +148,7 @@ pub(crate) fn select(instruction: &Instruction, op: &mut Op, mode: Mode) -> Opti
                 store_general::<u32>
             }
         }
-        Maskmovq | Maskmovdqu => {
+        Maskmovq | Maskmovdqu | Vmaskmovdqu => {
             let size = match instruction.op_kind(0) {
                 OpKind::MemorySegDI => 2,
                 OpKind::MemorySegEDI => 4,
@@ -157,7 +161,11 @@ pub(crate) fn select(instruction: &Instruction, op: &mut Op, mode: Mode) -> Opti
             op.addr = address_kind(size, mode);
             op.reg = slot(instruction.op_register(1));
             op.rm = slot(instruction.op_register(2));
-            if instruction.mnemonic() == Maskmovq { masked_store::<false> } else { masked_store::<true> }
+            match instruction.mnemonic() {
+                Maskmovq => masked_store::<false, false>,
+                Maskmovdqu => masked_store::<true, false>,
+                _ => masked_store::<true, true>,
+            }
         }
         _ => return None,
     };

@@ -9,8 +9,8 @@ pub(crate) const LEGACY: usize = 512;
 /// XSAVE header after the legacy region.
 const HEADER: usize = 64;
 /// Offset and size of the AVX component in the standard layout.
-const AVX_AT: usize = LEGACY + HEADER;
-const AVX_SIZE: usize = 256;
+pub(crate) const AVX_AT: usize = LEGACY + HEADER;
+pub(crate) const AVX_SIZE: usize = 256;
 
 /// Components of XCR0 and XSTATE_BV.
 pub(crate) const X87_STATE: u64 = 1;
@@ -126,25 +126,25 @@ impl Fpu {
             self.put_xmm(&mut area, 16);
         }
         if present & AVX_STATE != 0 {
-            self.put_avx(&mut area, AVX_AT);
+            self.put_avx(&mut area, 16);
         }
         put(&mut area, LEGACY, &present.to_le_bytes());
         area
     }
 
-    /// The upper halves of the YMM registers, at an offset.
-    pub(crate) fn put_avx(&self, area: &mut [u8], at: usize) {
-        for (index, register) in self.ymm.iter().enumerate() {
-            put(area, at + 16 * index, &register[2].to_le_bytes());
-            put(area, at + 16 * index + 8, &register[3].to_le_bytes());
+    /// The upper halves of the first `count` YMM registers.
+    pub(crate) fn put_avx(&self, area: &mut [u8], count: usize) {
+        for (index, register) in self.ymm.iter().take(count).enumerate() {
+            put(area, AVX_AT + 16 * index, &register[2].to_le_bytes());
+            put(area, AVX_AT + 16 * index + 8, &register[3].to_le_bytes());
         }
     }
 
-    /// Loads the upper halves of the YMM registers.
-    pub(crate) fn take_avx(&mut self, area: &[u8], at: usize) {
-        for (index, register) in self.ymm.iter_mut().enumerate() {
-            register[2] = number::<8>(area, at + 16 * index);
-            register[3] = number::<8>(area, at + 16 * index + 8);
+    /// Loads the upper halves of the first `count` YMM registers.
+    pub(crate) fn take_avx(&mut self, area: &[u8], count: usize) {
+        for (index, register) in self.ymm.iter_mut().take(count).enumerate() {
+            register[2] = number::<8>(area, AVX_AT + 16 * index);
+            register[3] = number::<8>(area, AVX_AT + 16 * index + 8);
         }
     }
 
@@ -180,7 +180,7 @@ impl Fpu {
             self.take_xmm(area, 16);
         }
         if present & AVX_STATE != 0 {
-            self.take_avx(area, AVX_AT);
+            self.take_avx(area, 16);
         }
         Ok(())
     }

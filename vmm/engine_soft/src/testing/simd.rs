@@ -484,6 +484,7 @@ fn machine() -> SoftVcpu {
     cpu.cr0 |= crate::cpu::cr0::PE;
     cpu.cr4 |= cr4::OSFXSR | cr4::OSXMMEXCPT | cr4::OSXSAVE;
     cpu.xcr0 = 7;
+    cpu.features = harrier_engine::cpuid::Features::of(harrier_engine::CpuModel::V3);
     cpu.mode_changed();
     vcpu
 }
@@ -663,6 +664,41 @@ fn simd_instructions_do_what_the_processor_does() {
     let (encodings, compared) = compare_all(is_sse, 200, Variation::default(), |_, _, _| {});
     println!("{encodings} encodings, {compared} comparisons");
     assert!(encodings > 380 && compared > 70_000, "{encodings} encodings, {compared} comparisons");
+}
+
+const V3: &[CpuidFeature] = &[
+    CpuidFeature::AVX,
+    CpuidFeature::AVX2,
+    CpuidFeature::FMA,
+    CpuidFeature::F16C,
+    CpuidFeature::BMI1,
+    CpuidFeature::BMI2,
+    CpuidFeature::MOVBE,
+];
+
+fn is_v3(code: Code) -> bool {
+    matches!(code.op_code().encoding(), EncodingKind::Legacy | EncodingKind::VEX)
+        && !features(code).is_empty()
+        && features(code).iter().all(|feature| V3.contains(feature))
+        && !left_out(code)
+}
+
+#[test]
+fn instructions_of_the_third_baseline_do_what_the_processor_does() {
+    if !["avx2", "fma", "bmi2"].iter().all(|name| host_has(name)) {
+        return;
+    }
+    let (encodings, compared) = compare_all(is_v3, 60, Variation::default(), |_, _, _| {});
+    println!("{encodings} encodings, {compared} comparisons");
+    assert!(encodings > 600 && compared > 35_000, "{encodings} encodings, {compared} comparisons");
+}
+
+fn host_has(feature: &str) -> bool {
+    match feature {
+        "avx2" => std::is_x86_feature_detected!("avx2"),
+        "fma" => std::is_x86_feature_detected!("fma"),
+        _ => std::is_x86_feature_detected!("bmi2"),
+    }
 }
 
 #[test]
