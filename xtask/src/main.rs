@@ -61,19 +61,28 @@ enum XtaskCommand {
     /// Set up, build `harrier` in release mode and run `harrier run` with the given arguments
     Run {
         /// Arguments of `harrier run`, for example: -- uname -a
-        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        #[arg(last = true)]
         arguments: Vec<OsString>,
     },
 }
 
 fn main() -> ExitCode {
-    match execute(Arguments::parse().command) {
+    match execute(Arguments::parse_from(escaped(std::env::args_os())).command) {
         Ok(code) => code,
         Err(error) => {
             eprintln!("xtask: {error:#}");
             ExitCode::FAILURE
         }
     }
+}
+
+/// Puts a "--" behind "run": the words after it are harrier's, its own "--" among them, which clap would take for itself.
+fn escaped(words: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
+    let mut words: Vec<_> = words.into_iter().collect();
+    if words.get(1).is_some_and(|word| word == "run") {
+        words.insert(2, "--".into());
+    }
+    words
 }
 
 fn execute(command: XtaskCommand) -> Result<ExitCode> {
@@ -124,4 +133,28 @@ fn run_harrier(root: &Path, arguments: &[OsString]) -> Result<ExitCode> {
 fn workspace_root() -> &'static Path {
     let package = Path::new(env!("CARGO_MANIFEST_DIR"));
     package.parent().unwrap_or(package)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn run_hands_every_word_on_to_harrier() {
+        let words = |line: &[&str]| {
+            let typed = ["xtask", "run"].iter().chain(line).map(|word| word.into());
+            match Arguments::try_parse_from(escaped(typed)) {
+                Ok(Arguments { command: XtaskCommand::Run { arguments } }) => arguments,
+                _ => panic!("{line:?} is not taken"),
+            }
+        };
+        for line in [
+            &["--", "uname", "-a"][..],
+            &["--engine", "soft", "--", "sh", "-c", "exit 7"],
+            &["--help"],
+            &["--", "echo", "--", "x"],
+        ] {
+            assert_eq!(words(line), line);
+        }
+    }
 }
