@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use harrier_engine::cpu_state::Segment;
 use harrier_engine::{
-    CpuModel, CpuState, Engine, EngineError, Exit, Flow, GuestRegion, Io, PageLog, Vcpu, Vm, VmConfig,
+    CpuModel, CpuState, Engine, EngineError, Exit, Flow, GuestRegion, Io, PageLog, Vcpu, VmConfig,
 };
 use vm_memory::bitmap::NewBitmap;
 use vm_memory::mmap::MmapRegionBuilder;

@@ -122,7 +122,8 @@ fn clear(bytes: &mut [u8], at: std::ops::Range<usize>) {
 
 /// Brings an area in standard layout into the form of [`harrier_engine::cpu_state`].
 fn canonical(mut bytes: Vec<u8>, xcr0: u64, len: usize, components: &[Component]) -> Vec<u8> {
-    let mut present = number(&bytes, XSTATE_BV) & xcr0;
+    // x87 and SSE registers are there whether or not XCR0 lists them: FXSAVE saves them too.
+    let mut present = number(&bytes, XSTATE_BV) & (xcr0 | 3);
     let initial_x87 = number(&bytes, 0..2) == u64::from(INITIAL_CONTROL_WORD)
         && is_zero(&bytes, 2..24)
         && is_zero(&bytes, ST);
@@ -186,7 +187,7 @@ mod tests {
         bytes[600] = 2;
         let area = canonical(bytes.clone(), 7, 832, &[AVX]);
         assert_eq!((number(&area, XSTATE_BV), area[160], area[600]), (6, 1, 2));
-        let area = canonical(bytes, 3, 576, &[AVX]);
+        let area = canonical(bytes, 1, 576, &[AVX]);
         assert_eq!((number(&area, XSTATE_BV), area[160], area.len()), (2, 1, 576));
     }
 

@@ -69,6 +69,13 @@ impl Machine {
         bytes
     }
 
+    /// Takes over the whole memory of another machine.
+    pub(crate) fn copy_from(&self, other: &Machine) {
+        let mut bytes = vec![0; MEMORY];
+        other.memory.read_slice(&mut bytes, MemoryRegionAddress(0)).unwrap();
+        self.write(0, &bytes);
+    }
+
     /// Loads `code` and lets vCPU 0 start there in real mode.
     pub(crate) fn start_real(&mut self, code: &[u8]) {
         self.start(code, real_mode);

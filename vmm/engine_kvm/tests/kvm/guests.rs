@@ -1,10 +1,8 @@
 //! Guests of a few bytes on KVM: accesses, ends, kicks, interrupts. Skipped, and saying so, without KVM.
 
-mod support;
-
+use crate::support::{Access, CODE, DEVICE, EXIT_PORT, Machine, Recorder, engine, machine};
 use harrier_engine::cpu_state::{MpState, msr};
 use harrier_engine::{Exit, GsiRoute, Msi, Vcpu};
-use support::{Access, CODE, DEVICE, EXIT_PORT, Machine, Recorder, engine, machine};
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestMemoryRegion, MmapRegion};
 
