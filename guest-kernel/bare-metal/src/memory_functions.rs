@@ -58,6 +58,12 @@ unsafe extern "C" fn bcmp(left: *const u8, right: *const u8, len: usize) -> i32 
     naked_asm!("jmp {memcmp}", memcmp = sym memcmp)
 }
 
+#[unsafe(naked)]
+#[unsafe(no_mangle)]
+unsafe extern "C" fn strlen(text: *const u8) -> usize {
+    naked_asm!("xor eax, eax", "mov rcx, -1", "repne scasb", "not rcx", "lea rax, [rcx - 1]", "ret")
+}
+
 /// The prebuilt core library names it in unwinding tables, which the linker script leaves out.
 #[unsafe(no_mangle)]
 extern "C" fn rust_eh_personality() {}

@@ -346,10 +346,15 @@ extern "C" fn stack_pointer() -> u64 {
     naked_asm!("mov rax, rsp", "and rax, -65536", "ret")
 }
 
+/// The number of the processor on whose stack this runs.
+pub(crate) fn number_by_stack() -> usize {
+    (stack_pointer() - CPU_BLOCKS.get() as u64) as usize / 65536
+}
+
 /// The block of processor `number`.
 pub fn block(number: usize) -> *mut Block {
     assert!(number < MAX_CPUS);
-    unsafe { CPU_BLOCKS.get().add(number).cast() }
+    unsafe { CPU_BLOCKS.get().cast::<Space>().add(number).cast() }
 }
 
 /// The top of the stack that code under test uses.

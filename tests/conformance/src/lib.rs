@@ -37,6 +37,7 @@ pub const GUESTS: &[Guest] = &[
     Guest { name: "long_mode", cpus: 1, checks: 0 },
     Guest { name: "devices", cpus: 1, checks: 0 },
     Guest { name: "apic", cpus: 1, checks: 0 },
+    Guest { name: "smp", cpus: 2, checks: 0 },
 ];
 
 /// How long a guest may take. They need well under a second of a processor for themselves.
