@@ -261,7 +261,10 @@ impl Builder<'_> {
             _ => return None,
         };
         let features = guest.cpuid_features();
-        if features.is_empty() || !features.iter().copied().all(allowed) || guest.has_lock_prefix() {
+        if features.is_empty()
+            || !features.iter().all(|&feature| allowed(feature) && super::host::has(feature))
+            || guest.has_lock_prefix()
+        {
             return None;
         }
         let renamed = rename_operands(guest)?;
