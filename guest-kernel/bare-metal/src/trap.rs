@@ -286,6 +286,21 @@ global_asm!(
     "pop rax",
     "add rsp, 16",
     "iretq",
+    // run_frame_controlled(frame, cr0, cr4)
+    ".globl run_frame_controlled",
+    "run_frame_controlled:",
+    "push rbx",
+    "push r12",
+    "mov rbx, cr0",
+    "mov r12, cr4",
+    "mov cr0, rsi",
+    "mov cr4, rdx",
+    "call run_frame",
+    "mov cr0, rbx",
+    "mov cr4, r12",
+    "pop r12",
+    "pop rbx",
+    "ret",
     "run_end:",
     "popfq",
     "pop r15",
@@ -308,6 +323,7 @@ global_asm!(
 
 unsafe extern "C" {
     fn run_frame(frame: *mut Frame);
+    fn run_frame_controlled(frame: *mut Frame, cr0: u64, cr4: u64);
     static trap_stubs: [u8; 0];
 }
 
@@ -323,6 +339,13 @@ unsafe extern "C" fn unexpected(frame: &Frame) -> ! {
 pub fn run(start: Frame) -> Frame {
     let mut frame = start;
     unsafe { run_frame(&mut frame) };
+    frame
+}
+
+/// Like [`run`], with CR0 and CR4 set while the code runs and no longer: compiled code needs the FPU.
+pub fn run_controlled(start: Frame, cr0: u64, cr4: u64) -> Frame {
+    let mut frame = start;
+    unsafe { run_frame_controlled(&mut frame, cr0, cr4) };
     frame
 }
 
