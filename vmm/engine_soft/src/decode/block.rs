@@ -1,7 +1,7 @@
 //! Decoded blocks and the cache that holds them.
 //!
 //! A block is straight-line code from one physical address to the first instruction that ends it, the end of
-//! its page, or [`MAX_OPS`]. Only a block's first and only instruction may cross into the next page. Blocks are
+//! its page, [`MAX_OPS`] or [`MAX_BYTES`]. Only a block's first and only instruction may cross into the next page. Blocks are
 //! keyed by physical address and mode; a direct-mapped jump cache in front is keyed by RIP.
 
 use std::collections::HashMap;
@@ -23,6 +23,8 @@ use crate::native::mem;
 const MAX_OPS: usize = 64;
 /// Longest instruction in bytes (Intel SDM volume 2, 2.3.11).
 const MAX_INSTRUCTION: usize = 15;
+/// Most bytes of code in a block; few blocks are longer than a fifth of it.
+const MAX_BYTES: usize = 192;
 /// Operations that the cache holds before it is emptied; 32 bytes each.
 const MAX_CACHED_OPS: usize = 512 * 1024;
 const JUMP_BITS: u32 = 12;
@@ -154,8 +156,8 @@ impl CodeCache {
         let first = self.ops.len();
         let in_page = (PAGE - (gpa & (PAGE - 1))) as usize;
         loop {
-            let mut bytes = [0u8; MAX_OPS * MAX_INSTRUCTION];
-            let window = in_page.min(bytes.len());
+            let mut bytes = [0u8; MAX_BYTES + MAX_INSTRUCTION];
+            let window = in_page.min(MAX_BYTES);
             read_code(cpu, gpa, &mut bytes[..window])?;
             let mut len = self.decode_ops(cpu, &bytes[..window], mode);
             let mut pages = [gpa & !(PAGE - 1), NO_PAGE];
@@ -172,7 +174,7 @@ impl CodeCache {
             if pages[1] != NO_PAGE {
                 note_code(cpu, pages[1], len - here);
             }
-            let mut again = [0u8; MAX_OPS * MAX_INSTRUCTION];
+            let mut again = [0u8; MAX_BYTES + MAX_INSTRUCTION];
             read_code(cpu, gpa, &mut again[..here])?;
             if pages[1] != NO_PAGE {
                 read_code(cpu, pages[1], &mut again[here..len])?;
