@@ -4,6 +4,7 @@
 //! computes, and raw accesses to guest memory that the [`crate::mmu`] has checked.
 
 pub(crate) mod alu;
+pub(crate) mod host;
 pub(crate) mod mem;
 pub(crate) mod thunk;
 pub(crate) mod wide;
