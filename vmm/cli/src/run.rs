@@ -148,9 +148,9 @@ pub(crate) fn start(
     interrupter: &Interrupter,
     record: &mut RunRecord,
 ) -> Result<(), Failure> {
+    record.machine_started = Some(Instant::now());
     machine.start()?;
     let handle = machine.handle();
-    record.machine_started = Some(Instant::now());
     interrupter.set_machine(handle.clone());
     if let Some(timeout) = config.timeout {
         // A time beyond the clock's end never comes.

@@ -23,6 +23,8 @@ use crate::terminal;
 
 /// How often the wait for the agent looks whether the machine still runs.
 const AGENT_POLL: Duration = Duration::from_millis(100);
+/// How long a guest that has dropped its connection may take to end by itself.
+const LAST_WORDS: Duration = Duration::from_secs(2);
 /// A second Ctrl-C counts while the first is this young.
 const SECOND_INTERRUPT: Duration = Duration::from_secs(2);
 const CTRL_C: u8 = 3;
@@ -57,6 +59,10 @@ pub(crate) fn run(
         interrupter.set_command(controller);
         execute(connection, &spec(command, tty), stdio, &Options::default(), receiver)
     });
+    if lost_guest(&result) {
+        // A guest that switches itself off loses its connections first; its own end is the better answer.
+        handle.wait_for_end(Some(Instant::now() + LAST_WORDS));
+    }
     handle.stop();
     let report = waiter.join().map_err(|_| Failure::new("internal error: the machine's thread panicked"))?;
     terminal::restore();
@@ -96,14 +102,22 @@ fn conclude(
     }
     match (error, &report.end) {
         // The guest went first, and the lost connection is only what follows.
-        (None | Some(ExecuteError::Disconnected(_) | ExecuteError::Connection(_)), end)
-            if *end != MachineEnd::Stopped =>
-        {
+        (None, end) if *end != MachineEnd::Stopped => Err(ended(report, console)),
+        (Some(error), end) if is_lost_guest(&error) && *end != MachineEnd::Stopped => {
             Err(ended(report, console))
         }
         (Some(error), _) => Err(Failure::new(error)),
         (None, _) => Err(Failure::new("the guest's agent did not connect")),
     }
+}
+
+/// Whether the connection to the agent ended although nobody here ended it.
+fn is_lost_guest(error: &ExecuteError) -> bool {
+    matches!(error, ExecuteError::Disconnected(_) | ExecuteError::Connection(_))
+}
+
+fn lost_guest(result: &Option<Result<Outcome, ExecuteError>>) -> bool {
+    matches!(result, Some(Err(error)) if is_lost_guest(error))
 }
 
 /// Waits until the agent has connected; `None` if the machine ends before.

@@ -16,11 +16,10 @@ fn shell(script: &str) -> (i32, String, String) {
     run(&["--", "sh", "-c", script])
 }
 
-/// A shell in the guest that has said a first line; signals reach it from here on.
-fn running_shell(options: &[&str], script: &str) -> Child {
-    let script = format!("echo up; {script}");
-    let mut child =
-        harrier(&[&["run", "--quiet"], options, &["--", "sh", "-c", &script]].concat()).spawn().unwrap();
+/// A shell in the guest that has set its traps and said so; signals reach it from here on.
+fn running_shell(traps: &str, script: &str) -> Child {
+    let script = format!("{traps}; echo up; {script}");
+    let mut child = harrier(&["run", "--quiet", "--", "sh", "-c", &script]).spawn().unwrap();
     let mut line = String::new();
     let mut stdout = BufReader::with_capacity(1, child.stdout.take().unwrap());
     stdout.read_line(&mut line).unwrap();
@@ -87,7 +86,7 @@ fn timeout_and_signals_end_everything() {
     let (code, _, stderr) = run(&["--timeout", "5s", "--", "sleep", "1000"]);
     assert_eq!((code, stderr.lines().count()), (124, 1), "{stderr}");
     for (name, code) in [("TERM", 143), ("HUP", 129)] {
-        let child = running_shell(&[], "trap '' TERM HUP; sleep 1000");
+        let child = running_shell("trap '' TERM HUP", "sleep 1000");
         signal(&child, name);
         let (exit, _, stderr) = texts(wait(child));
         assert_eq!((exit, stderr.as_str()), (code, ""), "{name}");
@@ -96,10 +95,10 @@ fn timeout_and_signals_end_everything() {
 
 #[test]
 fn the_first_interrupt_reaches_the_command_and_the_second_ends_the_machine() {
-    let child = running_shell(&[], "trap 'exit 7' INT; while :; do sleep 0.1; done");
+    let child = running_shell("trap 'exit 7' INT", "while :; do sleep 0.1; done");
     signal(&child, "INT");
     assert_eq!(wait(child).status.code(), Some(7));
-    let mut child = running_shell(&[], "trap 'echo caught' INT; while :; do sleep 0.1; done");
+    let mut child = running_shell("trap 'echo caught' INT", "while :; do sleep 0.1; done");
     signal(&child, "INT");
     let mut line = String::new();
     let mut stdout = BufReader::with_capacity(1, child.stdout.take().unwrap());
@@ -149,8 +148,9 @@ fn several_processors_and_more_disks_are_there() {
 
 #[test]
 fn a_guest_that_dies_under_the_command_is_told() {
-    let (code, _, stderr) = shell("echo c > /proc/sysrq-trigger; sleep 1000");
+    let (code, _, stderr) = run(&["--cmdline", "rdinit=/none", "--", "true"]);
     assert_eq!((code, stderr.lines().count()), (125, 1), "{stderr}");
+    assert!(stderr.contains("the guest kernel panicked: its console says 'Kernel panic"), "{stderr}");
     let (code, _, stderr) = shell("poweroff -f; sleep 1000");
     assert_eq!(code, 125);
     assert!(stderr.contains("the guest switched itself off"), "{stderr}");

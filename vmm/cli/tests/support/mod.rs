@@ -1,7 +1,7 @@
 //! Small guests made of a few instructions, and running `harrier` on them.
 
 use std::process::{Child, Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Machine code for the guests below, in 64-bit mode.
 #[derive(Default)]
@@ -98,9 +98,9 @@ pub fn harrier(args: &[&str]) -> Command {
     command
 }
 
-/// The end of a run that has to come by itself.
+/// The end of a run that has to come by itself, and soon.
 pub fn output(args: &[&str]) -> Output {
-    harrier(args).output().unwrap()
+    wait(harrier(args).spawn().unwrap())
 }
 
 /// Exit code, stdout and stderr as text.
@@ -115,15 +115,19 @@ pub fn signal(child: &Child, name: &str) {
     assert!(status.success());
 }
 
-/// Waits for a child, but not for ever.
-pub fn wait(mut child: Child) -> Output {
-    let deadline = Instant::now() + Duration::from_secs(120);
-    while child.try_wait().unwrap().is_none() {
-        if Instant::now() > deadline {
-            child.kill().unwrap();
-            panic!("harrier did not end");
-        }
-        std::thread::sleep(Duration::from_millis(5));
+/// Waits for a child, but not for ever; what it writes is read meanwhile.
+pub fn wait(child: Child) -> Output {
+    let id = child.id();
+    let (done, ended) = std::sync::mpsc::channel();
+    let reader = std::thread::spawn(move || {
+        let output = child.wait_with_output();
+        // The other end is gone only when the test has failed.
+        let _ = done.send(());
+        output
+    });
+    if ended.recv_timeout(Duration::from_secs(120)).is_err() {
+        let _ = Command::new("kill").args(["-KILL", &id.to_string()]).status();
+        panic!("harrier did not end");
     }
-    child.wait_with_output().unwrap()
+    reader.join().unwrap().unwrap()
 }
