@@ -305,6 +305,11 @@ impl MachineBuilder {
             entry.apply(&mut state, &self.ram.memory)?;
             boot_processor.set_state(&state)?;
         }
+        // Setting a state sets the time-stamp counter a little late: all or none, or they would not agree.
+        for other in self.vcpus.iter_mut().skip(1) {
+            let state = other.state()?;
+            other.set_state(&state)?;
+        }
         Ok(Machine {
             vm: self.vm,
             ram: self.ram,
@@ -315,6 +320,7 @@ impl MachineBuilder {
             threads: Vec::new(),
             event_loop: None,
             attachments: self.attachments,
+            on_thread_start: Arc::new(|_| Ok(())),
         })
     }
 }
