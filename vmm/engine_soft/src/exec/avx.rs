@@ -130,13 +130,13 @@ fn load_mxcsr(cpu: &mut Cpu, op: &Op) -> Step {
     if value & !MXCSR_MASK != 0 {
         return cpu.raise_gp();
     }
-    cpu.fpu.mxcsr = value;
+    cpu.fpu.mxcsr.set(value);
     Ok(())
 }
 
 fn store_mxcsr(cpu: &mut Cpu, op: &Op) -> Step {
     cpu.avx_check()?;
-    let value = cpu.fpu.mxcsr;
+    let value = cpu.fpu.mxcsr.get();
     cpu.store_op(op, value)
 }
 

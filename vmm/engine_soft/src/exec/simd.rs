@@ -15,6 +15,7 @@ use crate::fault::vector;
 use crate::fpu::MXCSR_RESET;
 use crate::mmu::Intent;
 use crate::native::alu::Flags;
+use crate::native::mxcsr::Mxcsr;
 use crate::native::thunk::{self, Place};
 
 /// Where operands are and what the instruction needs, packed: four operand classes of three bits, then
@@ -299,12 +300,10 @@ fn by_thunk<const S: Shape>(cpu: &mut Cpu, op: &Op) -> Step {
         cpu.fpu.implicit.rax = cpu.regs[RAX];
         cpu.fpu.implicit.rdx = cpu.regs[RDX];
     }
-    if S & FP == 0 {
+    if S & FP == 0 || cpu.fpu.mxcsr.resident() {
         thunk::call(op.imm, &mut cpu.fpu, &mut cpu.regs, places);
-    } else if cpu.fpu.mxcsr & MXCSR_RESET == MXCSR_RESET {
-        thunk::call_masked(op.imm, &mut cpu.fpu, &mut cpu.regs, places);
     } else {
-        call_unmasked(cpu, op.imm, places)?;
+        call_with_mxcsr(cpu, op.imm, places)?;
     }
     if S & FLAGS != 0 {
         cpu.flags = Flags(cpu.fpu.implicit.flags);
@@ -422,6 +421,25 @@ impl Mask {
     }
 }
 
+/// Executes an instruction that depends on MXCSR while the guest's is not in the host's.
+#[cold]
+#[inline(never)]
+fn call_with_mxcsr(cpu: &mut Cpu, thunk: u64, places: [Place; 4]) -> Step {
+    if cpu.fpu.mxcsr.unmasked() {
+        return call_unmasked(cpu, thunk, places);
+    }
+    call_masked(cpu, thunk, places);
+    Ok(())
+}
+
+fn call_masked(cpu: &mut Cpu, thunk: u64, places: [Place; 4]) {
+    let mut mxcsr = std::mem::replace(&mut cpu.fpu.mxcsr, Mxcsr::new(MXCSR_RESET));
+    mxcsr.around(|| {
+        thunk::call(thunk, &mut cpu.fpu, &mut cpu.regs, places);
+    });
+    cpu.fpu.mxcsr = mxcsr;
+}
+
 /// Invalid operation, denormal, divide by zero: found before the operation is carried out.
 const BEFORE: u32 = 7;
 const UNDERFLOW: u32 = 0x10;
@@ -432,10 +450,8 @@ const FLUSH_TO_ZERO: u32 = 0x8000;
 ///
 /// One thing differs from the processor: with overflow or underflow unmasked, the inexact flag is the one of
 /// the masked result.
-#[cold]
-#[inline(never)]
 fn call_unmasked(cpu: &mut Cpu, thunk: u64, places: [Place; 4]) -> Step {
-    let guest = cpu.fpu.mxcsr;
+    let guest = cpu.fpu.mxcsr.get();
     let mut tried = places;
     if let Place::Memory(_) = tried[0] {
         tried[0] = Place::Scratch;
@@ -445,9 +461,9 @@ fn call_unmasked(cpu: &mut Cpu, thunk: u64, places: [Place; 4]) -> Step {
         cpu.fpu.ymm = before.0;
         cpu.regs = before.1;
         cpu.fpu.x87 = before.2.clone();
-        cpu.fpu.mxcsr = (control | MXCSR_RESET) & !0x3f;
-        thunk::call_masked(thunk, &mut cpu.fpu, &mut cpu.regs, tried);
-        cpu.fpu.mxcsr & 0x3f
+        cpu.fpu.mxcsr.set((control | MXCSR_RESET) & !0x3f);
+        call_masked(cpu, thunk, tried);
+        cpu.fpu.mxcsr.get() & 0x3f
     };
     let unmasked = !(guest >> 7) & 0x3f;
     let mut raised = 0;
@@ -459,16 +475,15 @@ fn call_unmasked(cpu: &mut Cpu, thunk: u64, places: [Place; 4]) -> Step {
     }
     raised |= run(cpu, control);
     if raised & unmasked == 0 {
-        cpu.fpu.mxcsr = guest | raised;
         if let Place::Memory(_) = places[0] {
-            thunk::call_masked(thunk, &mut cpu.fpu, &mut cpu.regs, places);
-            cpu.fpu.mxcsr = guest | raised;
+            call_masked(cpu, thunk, places);
         }
+        cpu.fpu.mxcsr.set(guest | raised);
         return Ok(());
     }
     (cpu.fpu.ymm, cpu.regs, cpu.fpu.x87) = before;
     let found_before = raised & BEFORE;
-    cpu.fpu.mxcsr = guest | if found_before & unmasked != 0 { found_before } else { raised };
+    cpu.fpu.mxcsr.set(guest | if found_before & unmasked != 0 { found_before } else { raised });
     if cpu.cr4 & cr4::OSXMMEXCPT != 0 { cpu.raise(vector::XM) } else { cpu.raise_ud() }
 }
 

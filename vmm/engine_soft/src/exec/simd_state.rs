@@ -20,13 +20,13 @@ fn ldmxcsr(cpu: &mut Cpu, op: &Op) -> Step {
     if value & !MXCSR_MASK != 0 {
         return cpu.raise_gp();
     }
-    cpu.fpu.mxcsr = value;
+    cpu.fpu.mxcsr.set(value);
     Ok(())
 }
 
 fn stmxcsr(cpu: &mut Cpu, op: &Op) -> Step {
     cpu.sse_check()?;
-    let value = cpu.fpu.mxcsr;
+    let value = cpu.fpu.mxcsr.get();
     cpu.store_op(op, value)
 }
 
@@ -74,7 +74,7 @@ fn fxrstor<const LONG: bool>(cpu: &mut Cpu, op: &Op) -> Step {
     }
     let count = fx_registers(cpu);
     cpu.fpu.take_x87(&area, LONG);
-    cpu.fpu.mxcsr = mxcsr;
+    cpu.fpu.mxcsr.set(mxcsr);
     cpu.fpu.take_xmm(&area, count);
     Ok(())
 }

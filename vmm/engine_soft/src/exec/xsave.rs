@@ -89,7 +89,7 @@ fn restore<const LONG: bool>(cpu: &mut Cpu, op: &Op) -> Step {
         }
     }
     if with_mxcsr {
-        cpu.fpu.mxcsr = mxcsr;
+        cpu.fpu.mxcsr.set(mxcsr);
     }
     // What is absent is loaded as zeros.
     if present & SSE_STATE == 0 {

@@ -2,7 +2,8 @@
 //! [`harrier_engine::CpuState`] (Intel SDM volume 1, 10.5 and 13.4).
 
 use super::x87::LastInstruction;
-use super::{Fpu, MXCSR_MASK, MXCSR_RESET};
+use super::{Fpu, MXCSR_MASK};
+use crate::native::mxcsr::Mxcsr;
 
 /// Bytes of the legacy region.
 pub(crate) const LEGACY: usize = 512;
@@ -77,7 +78,7 @@ impl Fpu {
 
     /// MXCSR and its mask.
     pub(crate) fn put_mxcsr(&self, area: &mut [u8]) {
-        put(area, MXCSR_AT, &self.mxcsr.to_le_bytes());
+        put(area, MXCSR_AT, &self.mxcsr.get().to_le_bytes());
         put(area, MXCSR_MASK_AT, &MXCSR_MASK.to_le_bytes());
     }
 
@@ -121,7 +122,7 @@ impl Fpu {
         if present & X87_STATE != 0 {
             self.put_x87(&mut area, true);
         }
-        put(&mut area, MXCSR_AT, &self.mxcsr.to_le_bytes());
+        put(&mut area, MXCSR_AT, &self.mxcsr.get().to_le_bytes());
         if present & SSE_STATE != 0 {
             self.put_xmm(&mut area, 16);
         }
@@ -172,7 +173,7 @@ impl Fpu {
             return Err(BadArea(format!("mxcsr {mxcsr:#x} has reserved bits set")));
         }
         let keep = self.usable;
-        *self = Fpu { mxcsr, usable: keep, ..Fpu::default() };
+        *self = Fpu { mxcsr: Mxcsr::new(mxcsr), usable: keep, ..Fpu::default() };
         if present & X87_STATE != 0 {
             self.take_x87(area, true);
         }
@@ -189,6 +190,6 @@ impl Fpu {
     pub(crate) fn reset(&mut self) {
         self.settle();
         let keep = self.usable;
-        *self = Fpu { usable: keep, mxcsr: MXCSR_RESET, ..Fpu::default() };
+        *self = Fpu { usable: keep, ..Fpu::default() };
     }
 }

@@ -11,6 +11,7 @@ pub(crate) mod x87;
 use crate::cpu::{Cpu, cr0, cr4};
 use crate::decode::op::{Step, Stop};
 use crate::fault::vector;
+use crate::native::mxcsr::Mxcsr;
 use crate::native::thunk::Implicit;
 use x87::X87;
 
@@ -28,7 +29,7 @@ pub(crate) struct Fpu {
     pub scratch: [u8; 64],
     /// Implicit operands and results of an instruction.
     pub implicit: Implicit,
-    pub mxcsr: u32,
+    pub mxcsr: Mxcsr,
     /// What may be executed now; see [`Cpu::fpu_mode_changed`].
     pub usable: Usable,
     pub x87: X87,
@@ -49,7 +50,7 @@ impl Default for Fpu {
             ymm: [[0; 4]; 16],
             scratch: [0; 64],
             implicit: Implicit::default(),
-            mxcsr: MXCSR_RESET,
+            mxcsr: Mxcsr::new(MXCSR_RESET),
             usable: Usable::default(),
             x87: X87::default(),
         }
@@ -57,11 +58,12 @@ impl Default for Fpu {
 }
 
 impl Fpu {
-    /// Takes the x87 state out of the host's unit. To be called before other code may use that unit and before
-    /// the vCPU may continue on another thread.
+    /// Takes the x87 state and MXCSR out of the host's registers. To be called before other code may use those
+    /// and before the vCPU may continue on another thread.
     #[inline(always)]
     pub(crate) fn settle(&mut self) {
         self.x87.settle();
+        self.mxcsr.settle();
     }
 
     /// The lower half of a register.

@@ -207,15 +207,10 @@ impl X87 {
         self.set_word(8, 0xffff);
     }
 
-    /// MMn after [`Self::enter_mmx`]: the low half of a register.
-    #[inline]
-    pub(crate) fn mmx(&mut self, index: u8) -> &mut [u8; 8] {
-        let at = REGISTERS + 10 * usize::from(index & 7);
-        // The range is 8 bytes long by construction.
-        match self.image.0[at..].first_chunk_mut() {
-            Some(bytes) => bytes,
-            None => unreachable!("the image holds eight registers"),
-        }
+    /// Where MM0 to MM7 are after [`Self::enter_mmx`], ten bytes apart.
+    #[inline(always)]
+    pub(crate) fn mmx_registers(&mut self) -> *mut u8 {
+        (&raw mut self.image.0).cast::<u8>().wrapping_add(REGISTERS)
     }
 
     /// MMn without entering MMX mode: the physical register.

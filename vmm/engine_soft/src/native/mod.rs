@@ -6,6 +6,7 @@
 pub(crate) mod alu;
 pub(crate) mod host;
 pub(crate) mod mem;
+pub(crate) mod mxcsr;
 pub(crate) mod thunk;
 pub(crate) mod wide;
 pub(crate) mod x87;

@@ -496,46 +496,23 @@ fn is_x87(instruction: &Instruction) -> bool {
     instruction.cpuid_features().iter().any(|feature| matches!(feature, FPU | FPU287 | FPU387))
 }
 
-/// MXCSR of the host. Rust code runs with its control bits as RESET leaves them; the exception flags in it are
-/// whatever the last instruction left.
-#[inline(always)]
-fn host_mxcsr() -> u32 {
-    let mut value = 0u32;
-    // SAFETY: STMXCSR writes four bytes.
-    unsafe { std::arch::asm!("stmxcsr [{p}]", p = in(reg) &raw mut value, options(nostack, preserves_flags)) }
-    value
-}
-
-#[inline(always)]
-fn set_host_mxcsr(value: u32) {
-    // SAFETY: callers mask all exceptions, set no reserved bit, and put the control bits back before any
-    // floating-point arithmetic of compiled code.
-    unsafe {
-        std::arch::asm!("ldmxcsr [{p}]", p = in(reg) &raw const value, options(nostack, preserves_flags, readonly));
-    }
-}
-
 /// Executes a thunk.
 ///
 /// `thunk` is what [`prepare`] answered, and the places fit that instruction: [`crate::exec::simd`] and
 /// [`crate::exec::x87`] pair them in one function. Answers RAX: for x87 instructions the status word is in its
-/// low half.
+/// low half. MXCSR is the caller's business.
 #[inline(always)]
 pub(crate) fn call(thunk: u64, fpu: &mut Fpu, regs: &mut [u64; 32], places: [Place; 4]) -> u64 {
-    let mut pointer = |place: Place| match place {
-        Place::None => std::ptr::null_mut(),
-        Place::Vector(slot) => (&raw mut fpu.ymm[usize::from(slot & 15)]).cast::<u8>(),
-        // One byte further the register is AH, CH, DH or BH; 15 slots of room follow.
-        Place::General(slot) => {
-            (&raw mut regs[usize::from(slot & 15)]).cast::<u8>().wrapping_add(usize::from(slot >> 7))
-        }
-        Place::Mmx(slot) => fpu.x87.mmx(slot).as_mut_ptr(),
-        Place::Memory(ptr) => ptr.addr() as *mut u8,
-        Place::Scratch => (&raw mut fpu.scratch).cast::<u8>(),
+    let state = Pointers {
+        vectors: (&raw mut fpu.ymm).cast(),
+        general: (&raw mut *regs).cast(),
+        mmx: fpu.x87.mmx_registers(),
+        scratch: (&raw mut fpu.scratch).cast(),
     };
-    let [a, b, c, d] = places.map(&mut pointer);
+    let [a, b, c, d] = places;
+    let (a, b, c, d) = (state.of(a), state.of(b), state.of(c), state.of(d));
     let implicit = &raw mut fpu.implicit;
-    let entry = BASE.load(Ordering::Relaxed) + (thunk & (SLOTS as u64 - 1)) * SLOT as u64;
+    let entry = BASE.load(Ordering::Relaxed).wrapping_add((thunk & (SLOTS as u64 - 1)) * SLOT as u64);
     // SAFETY: `entry` is a slot of the arena, which holds the thunk that `prepare` wrote: code that accesses only
     // what its arguments point to, in the widths of the instruction's operands, follows the calling convention
     // and returns. The pointers come from exclusive borrows or are guest memory that the MMU has checked.
@@ -545,22 +522,28 @@ pub(crate) fn call(thunk: u64, fpu: &mut Fpu, regs: &mut [u64; 32], places: [Pla
     }
 }
 
-/// The same for an instruction that depends on MXCSR. All exceptions are masked; the flags that it raises are
-/// added to the guest's MXCSR.
-#[inline(always)]
-pub(crate) fn call_masked(thunk: u64, fpu: &mut Fpu, regs: &mut [u64; 32], places: [Place; 4]) {
-    const CONTROL: u32 = !0x3f;
-    const HOST: u32 = crate::fpu::MXCSR_RESET;
-    // The usual case costs no LDMXCSR: the guest's control bits are the host's, and the flags in the host's
-    // MXCSR are those that the guest's last instruction left.
-    let guest = fpu.mxcsr;
-    if host_mxcsr() != guest {
-        set_host_mxcsr((guest | HOST) & crate::fpu::MXCSR_MASK);
-    }
-    call(thunk, fpu, regs, places);
-    let after = host_mxcsr();
-    fpu.mxcsr = guest | after & 0x3f;
-    if after & CONTROL != HOST {
-        set_host_mxcsr(HOST);
+/// Where the register files are.
+struct Pointers {
+    vectors: *mut u8,
+    general: *mut u8,
+    mmx: *mut u8,
+    scratch: *mut u8,
+}
+
+impl Pointers {
+    /// Address of an operand. Register numbers are cut to the size of their file.
+    #[inline(always)]
+    fn of(&self, place: Place) -> *mut u8 {
+        match place {
+            Place::None => std::ptr::null_mut(),
+            Place::Vector(slot) => self.vectors.wrapping_add(32 * usize::from(slot & 15)),
+            // One byte further the register is AH, CH, DH or BH; slots 16 to 31 follow the registers.
+            Place::General(slot) => {
+                self.general.wrapping_add(8 * usize::from(slot & 15) + usize::from(slot >> 7))
+            }
+            Place::Mmx(slot) => self.mmx.wrapping_add(10 * usize::from(slot & 7)),
+            Place::Memory(ptr) => ptr.addr() as *mut u8,
+            Place::Scratch => self.scratch,
+        }
     }
 }

@@ -2,6 +2,7 @@
 
 mod differential;
 mod simd;
+mod simd_speed;
 
 use std::sync::Arc;
 

@@ -445,7 +445,7 @@ fn run_soft(vcpu: &mut SoftVcpu, native: &Native, code: &[u8], state: &State) ->
     cpu.fpu.reset();
     cpu.fpu.ymm = state.ymm;
     cpu.fpu.take_x87(&state.fx, true);
-    cpu.fpu.mxcsr = crate::fpu::Fpu::mxcsr_of(&state.fx);
+    cpu.fpu.mxcsr.set(crate::fpu::Fpu::mxcsr_of(&state.fx));
     cpu.rip = CODE;
     cpu.alone = true;
     let (block, ops) = cache.find(cpu).map_err(|_| Faulted(255))?;
