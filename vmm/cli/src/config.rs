@@ -73,6 +73,8 @@ pub(crate) struct RunConfig {
     pub(crate) console: Option<PathBuf>,
     pub(crate) workload: Workload,
     pub(crate) output: OutputConfig,
+    /// Filter the system calls of the process and its threads.
+    pub(crate) seccomp: bool,
 }
 
 #[derive(Debug, Error)]
@@ -166,6 +168,7 @@ impl RunConfig {
             console: flags.console,
             workload,
             output: OutputConfig { json: flags.json, timings: flags.timings, remarks },
+            seccomp: !flags.no_seccomp,
         })
     }
 }

@@ -73,6 +73,9 @@ pub(crate) struct RunFlags {
     /// Print on stderr how long each phase took.
     #[arg(long)]
     pub(crate) timings: bool,
+    /// Run without system-call filters, for kernels that lack them and for debugging.
+    #[arg(long)]
+    pub(crate) no_seccomp: bool,
     /// No remarks on stderr, only errors.
     #[arg(long, short)]
     pub(crate) quiet: bool,

@@ -17,6 +17,7 @@ mod report;
 mod run;
 mod run_command;
 mod run_console;
+mod sandbox;
 mod signals;
 mod terminal;
 mod units;

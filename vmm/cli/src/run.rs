@@ -148,6 +148,9 @@ pub(crate) fn start(
     interrupter: &Interrupter,
     record: &mut RunRecord,
 ) -> Result<(), Failure> {
+    if config.seccomp {
+        crate::sandbox::enter(machine)?;
+    }
     record.machine_started = Some(Instant::now());
     machine.start()?;
     let handle = machine.handle();

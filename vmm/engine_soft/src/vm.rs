@@ -30,6 +30,8 @@ pub(crate) struct Mail {
     pub new_map: bool,
     /// Forget which pages may be written without being logged.
     pub log_writes: bool,
+    /// The vCPU waits for mail.
+    waiting: bool,
 }
 
 /// Where a vCPU receives [`Mail`].
@@ -44,9 +46,13 @@ pub(crate) struct Mailbox {
 impl Mailbox {
     /// Puts something into the box and wakes the vCPU if it waits.
     pub(crate) fn post(&self, put: impl FnOnce(&mut Mail)) {
-        put(&mut self.lock());
+        let mut mail = self.lock();
+        put(&mut mail);
         self.flag.store(true, Ordering::SeqCst);
-        self.wake.notify_one();
+        // Waking is a system call even when nobody waits.
+        if mail.waiting {
+            self.wake.notify_one();
+        }
     }
 
     #[inline(always)]
@@ -63,7 +69,8 @@ impl Mailbox {
 
     /// Waits for mail, at most so long; `None` waits without end.
     pub(crate) fn wait(&self, timeout: Option<Duration>) {
-        let mail = self.lock();
+        let mut mail = self.lock();
+        mail.waiting = true;
         let empty = |_: &mut Mail| !self.flag.load(Ordering::SeqCst);
         match timeout {
             Some(timeout) => {
@@ -85,6 +92,8 @@ pub(crate) struct Shared {
     pub mailboxes: Vec<Arc<Mailbox>>,
     /// Which vCPU answers to which interrupt destination.
     pub destinations: Destinations,
+    /// Held by a LOCK instruction whose operand crosses a page, against the other ones.
+    pub split_lock: Mutex<()>,
     map: RwLock<Arc<MemoryMap>>,
 }
 
@@ -153,6 +162,7 @@ impl SoftVm {
                 clock: Clock::new(config.tsc_khz),
                 mailboxes: (0..count).map(|_| Arc::new(Mailbox::default())).collect(),
                 destinations: Destinations::new(count),
+                split_lock: Mutex::default(),
                 map: RwLock::default(),
             }),
         }

@@ -10,6 +10,7 @@ use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, Subscrib
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use crate::machine::{OnThreadStart, ThreadRole};
 use crate::run_control::{MachineEnd, RunControl};
 use crate::vcpu::panic_text;
 
@@ -43,7 +44,11 @@ impl MutEventSubscriber for StopSignal {
 
 impl EventLoop {
     /// Starts the thread with all subscribers. If it fails later, the machine ends.
-    pub(crate) fn start(subscribers: Vec<Subscriber>, control: Arc<RunControl>) -> io::Result<Self> {
+    pub(crate) fn start(
+        subscribers: Vec<Subscriber>,
+        control: Arc<RunControl>,
+        on_start: OnThreadStart,
+    ) -> io::Result<Self> {
         let mut manager =
             EventManager::<Subscriber>::new().map_err(|err| io::Error::other(err.to_string()))?;
         let stop = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
@@ -54,6 +59,10 @@ impl EventLoop {
         }
         let thread = std::thread::Builder::new().name("events".to_owned()).spawn(move || {
             let run = AssertUnwindSafe(|| {
+                if let Err(err) = on_start(ThreadRole::Events) {
+                    control.finish(MachineEnd::Failed(format!("event loop: {err}")));
+                    return;
+                }
                 while !stopped.load(Ordering::Acquire) {
                     match manager.run() {
                         Ok(_) => {}

@@ -19,5 +19,5 @@ mod vcpu;
 
 pub use builder::{BuildError, MAX_VCPUS, MAX_VIRTIO_DEVICES, MachineBuilder, MachineConfig};
 pub use event_loop::Subscriber;
-pub use machine::{Machine, MachineHandle, RunReport, StartError};
+pub use machine::{Machine, MachineHandle, OnThreadStart, RunReport, StartError, ThreadRole};
 pub use run_control::MachineEnd;

@@ -23,6 +23,7 @@ pub struct Machine {
     pub(crate) event_loop: Option<EventLoop>,
     /// Ends after the processors: what the guest printed last is still written.
     pub(crate) attachments: Vec<Box<dyn Send>>,
+    pub(crate) on_thread_start: OnThreadStart,
 }
 
 /// Why a machine's threads do not start.
@@ -94,7 +95,26 @@ impl MachineHandle {
     }
 }
 
+/// What a thread of a machine is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ThreadRole {
+    /// Runs a vCPU and, inside it, the devices that answer at once.
+    Vcpu,
+    /// Runs the event loop: disks, sockets, console.
+    Events,
+}
+
+/// Called at the start of every thread of a machine, in that thread, before the guest can reach it. An error
+/// ends the machine.
+pub type OnThreadStart = Arc<dyn Fn(ThreadRole) -> std::io::Result<()> + Send + Sync>;
+
 impl Machine {
+    /// Sets what every thread does first: the place for a system-call filter. To be called before
+    /// [`Machine::start`].
+    pub fn on_thread_start(&mut self, hook: OnThreadStart) {
+        self.on_thread_start = hook;
+    }
+
     /// Starts the event loop and all vCPUs.
     ///
     /// # Errors
@@ -109,11 +129,11 @@ impl Machine {
 
     fn try_start(&mut self) -> Result<(), StartError> {
         let subscribers = std::mem::take(&mut self.subscribers);
-        let event_loop = EventLoop::start(subscribers, Arc::clone(&self.control))
+        let event_loop = EventLoop::start(subscribers, Arc::clone(&self.control), Arc::clone(&self.on_thread_start))
             .map_err(|source| StartError { what: "the event loop".to_owned(), source })?;
         self.event_loop = Some(event_loop);
         for (vcpu, index) in self.vcpus.iter().zip(0..) {
-            let thread = vcpu::spawn(index, Arc::clone(vcpu), self.io.clone(), Arc::clone(&self.control))
+            let thread = vcpu::spawn(index, Arc::clone(vcpu), self.io.clone(), Arc::clone(&self.control), Arc::clone(&self.on_thread_start))
                 .map_err(|source| StartError { what: format!("vcpu {index}"), source })?;
             self.threads.push(thread);
         }

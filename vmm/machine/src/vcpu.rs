@@ -10,6 +10,7 @@ use harrier_devices::Bus;
 use harrier_devices::ioapic::IoApic;
 use harrier_engine::{Exit, Flow, Io, Vcpu};
 
+use crate::machine::{OnThreadStart, ThreadRole};
 use crate::run_control::{MachineEnd, RunControl};
 
 /// A vCPU as its thread and, while the machine is paused, its owner share it.
@@ -52,11 +53,15 @@ pub(crate) fn spawn(
     vcpu: SharedVcpu,
     io: MachineIo,
     control: Arc<RunControl>,
+    on_start: OnThreadStart,
 ) -> io::Result<JoinHandle<()>> {
     control.enter();
     let thread_control = Arc::clone(&control);
     let thread = std::thread::Builder::new().name(format!("vcpu{index}")).spawn(move || {
-        let run = AssertUnwindSafe(|| run_until_end(index, &vcpu, io, &thread_control));
+        let run = AssertUnwindSafe(|| match on_start(ThreadRole::Vcpu) {
+            Ok(()) => run_until_end(index, &vcpu, io, &thread_control),
+            Err(err) => thread_control.finish(MachineEnd::Failed(format!("vcpu {index}: {err}"))),
+        });
         if let Err(panic) = catch_unwind(run) {
             let text = panic_text(panic.as_ref());
             thread_control.finish(MachineEnd::Failed(format!("vcpu {index} panicked: {text}")));

@@ -1,12 +1,10 @@
 //! Plain boots of guests that are a few instructions long: the console, and every way in which a run ends.
 
-mod support;
-
 use std::io::{Read, Write};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use support::{Code, KernelFile, harrier, output, signal, texts, wait};
+use crate::support::{Code, KernelFile, harrier, output, signal, texts, wait};
 
 #[test]
 fn the_console_is_on_stdout_and_each_end_has_its_message() {

@@ -1,47 +1,48 @@
 //! Small guests made of a few instructions, and running `harrier` on them.
 
+use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
 /// Machine code for the guests below, in 64-bit mode.
 #[derive(Default)]
-pub struct Code {
+pub(crate) struct Code {
     bytes: Vec<u8>,
 }
 
 impl Code {
     /// `mov dx, port; mov al, value; out dx, al`
-    pub fn out(mut self, port: u16, value: u8) -> Self {
+    pub(crate) fn out(mut self, port: u16, value: u8) -> Self {
         let [low, high] = port.to_le_bytes();
         self.bytes.extend_from_slice(&[0x66, 0xba, low, high, 0xb0, value, 0xee]);
         self
     }
 
     /// Prints on the serial port.
-    pub fn print(self, text: &str) -> Self {
+    pub(crate) fn print(self, text: &str) -> Self {
         text.bytes().fold(self, |code, byte| code.out(0x3f8, byte))
     }
 
     /// `ud2`, which without an IDT is a triple fault.
-    pub fn fault(mut self) -> Self {
+    pub(crate) fn fault(mut self) -> Self {
         self.bytes.extend_from_slice(&[0x0f, 0x0b]);
         self
     }
 
     /// `cli; jmp .`
-    pub fn spin(mut self) -> Self {
+    pub(crate) fn spin(mut self) -> Self {
         self.bytes.extend_from_slice(&[0xfa, 0xeb, 0xfe]);
         self
     }
 
     /// `cli; hlt; jmp` back to the hlt.
-    pub fn halt(mut self) -> Self {
+    pub(crate) fn halt(mut self) -> Self {
         self.bytes.extend_from_slice(&[0xfa, 0xf4, 0xeb, 0xfd]);
         self
     }
 
     /// Copies bytes from the serial port to the serial port until a newline has passed.
-    pub fn echo_line(mut self) -> Self {
+    pub(crate) fn echo_line(mut self) -> Self {
         self.bytes.extend_from_slice(&[
             0x66, 0xba, 0xfd, 0x03, // mov dx, 0x3fd
             0xec, // in al, dx
@@ -57,7 +58,7 @@ impl Code {
     }
 
     /// An ELF kernel with a 64-bit entry.
-    pub fn kernel(self) -> Vec<u8> {
+    pub(crate) fn kernel(self) -> Vec<u8> {
         const ENTRY: u64 = 0x100_0000;
         let mut file = vec![0x7f, b'E', b'L', b'F', 2, 1, 1];
         file.resize(16, 0);
@@ -77,13 +78,13 @@ impl Code {
 }
 
 /// A kernel file that goes away with this value.
-pub struct KernelFile {
+pub(crate) struct KernelFile {
     _dir: tempfile::TempDir,
-    pub path: String,
+    pub(crate) path: String,
 }
 
 impl KernelFile {
-    pub fn new(code: Code) -> Self {
+    pub(crate) fn new(code: Code) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("kernel").to_str().unwrap().to_owned();
         std::fs::write(&path, code.kernel()).unwrap();
@@ -91,32 +92,41 @@ impl KernelFile {
     }
 }
 
+/// The cache that `cargo xtask` fills.
+pub(crate) fn cache() -> PathBuf {
+    let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    set("HARRIER_CACHE")
+        .or_else(|| set("XDG_CACHE_HOME").map(|dir| dir.join("harrier")))
+        .or_else(|| set("HOME").map(|dir| dir.join(".cache/harrier")))
+        .unwrap()
+}
+
 /// A command line of `harrier` with all its streams piped.
-pub fn harrier(args: &[&str]) -> Command {
+pub(crate) fn harrier(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_harrier"));
     command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command
 }
 
 /// The end of a run that has to come by itself, and soon.
-pub fn output(args: &[&str]) -> Output {
+pub(crate) fn output(args: &[&str]) -> Output {
     wait(harrier(args).spawn().unwrap())
 }
 
 /// Exit code, stdout and stderr as text.
-pub fn texts(output: Output) -> (i32, String, String) {
+pub(crate) fn texts(output: Output) -> (i32, String, String) {
     let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
     (output.status.code().unwrap_or(-1), text(output.stdout), text(output.stderr))
 }
 
 /// Sends a signal to a child, by name.
-pub fn signal(child: &Child, name: &str) {
+pub(crate) fn signal(child: &Child, name: &str) {
     let status = Command::new("kill").args([&format!("-{name}"), &child.id().to_string()]).status().unwrap();
     assert!(status.success());
 }
 
 /// Waits for a child, but not for ever; what it writes is read meanwhile.
-pub fn wait(child: Child) -> Output {
+pub(crate) fn wait(child: Child) -> Output {
     let id = child.id();
     let (done, ended) = std::sync::mpsc::channel();
     let reader = std::thread::spawn(move || {

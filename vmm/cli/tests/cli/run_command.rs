@@ -1,11 +1,10 @@
-//! Commands in the default guest, as a user runs them. They need what `cargo xtask setup` makes.
-
-mod support;
+//! Commands in the default guest, as a user runs them. They need what `cargo xtask test` makes: the guest, the images of
+//! root file systems and the distribution's kernel.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Child, Stdio};
 
-use support::{harrier, output, signal, texts, wait};
+use crate::support::{cache, harrier, output, signal, texts, wait};
 
 /// The exit code, stdout and stderr of a command in the guest.
 fn run(args: &[&str]) -> (i32, String, String) {
@@ -157,4 +156,47 @@ fn a_guest_that_dies_under_the_command_is_told() {
     let (code, _, stderr) = shell("reboot -f; sleep 1000");
     assert_eq!(code, 125);
     assert!(stderr.contains("the guest reset itself"), "{stderr}");
+}
+
+#[test]
+fn root_file_systems_are_used_unmodified_below_a_writable_overlay() {
+    for name in ["busybox.ext4", "busybox.squashfs"] {
+        let image = cache().join("rootfs/current").join(name);
+        let before = std::fs::read(&image).unwrap();
+        let script = "cat /etc/os-release; echo changed > /etc/os-release; cat /etc/os-release";
+        let (code, stdout, stderr) = run(&["--rootfs", image.to_str().unwrap(), "--", "sh", "-c", script]);
+        assert_eq!((code, stderr.as_str()), (0, ""), "{name}");
+        assert!(stdout.starts_with("ID=") && stdout.ends_with("\nchanged\n"), "{name}: {stdout}");
+        assert!(std::fs::read(&image).unwrap() == before, "{name} was changed");
+    }
+}
+
+#[test]
+fn a_debian_runs_its_own_programs() {
+    let image = cache().join("rootfs-debian/current/debian.ext4");
+    let args = ["--rootfs", image.to_str().unwrap(), "--", "python3", "-c", "print(2**100)"];
+    assert_eq!(run(&args), (0, "1267650600228229401496703205376\n".to_owned(), String::new()));
+}
+
+#[test]
+fn an_unmodified_distribution_kernel_boots_as_bzimage_and_as_vmlinux() {
+    let root = cache().join("rootfs/current/busybox.ext4");
+    let folder = cache().join("debian-kernel/current");
+    let initrd = folder.join("initramfs.cpio");
+    for name in ["bzImage", "vmlinux"] {
+        let kernel = folder.join(name);
+        let (code, stdout, stderr) = run(&[
+            "--kernel",
+            kernel.to_str().unwrap(),
+            "--initrd",
+            initrd.to_str().unwrap(),
+            "--rootfs",
+            root.to_str().unwrap(),
+            "--",
+            "uname",
+            "-r",
+        ]);
+        assert_eq!((code, stderr.as_str()), (0, ""), "{name}");
+        assert!(stdout.trim_end().ends_with("-cloud-amd64"), "{name}: {stdout}");
+    }
 }
