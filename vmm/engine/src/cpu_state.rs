@@ -1,7 +1,7 @@
 //! The state of one processor, in the terms of the architecture manuals and of no engine.
 //!
 //! There is one canonical form, so that two engines' states can be compared field by field:
-//! - an unusable segment has only its `unusable` flag set, everything else zero (FS and GS keep their base);
+//! - an unusable segment has its selector and its `unusable` flag, everything else zero (FS and GS keep their base);
 //! - the XSAVE area is in the standard layout, components in their initial state have their `XSTATE_BV` bit
 //!   clear and their bytes zero;
 //! - the APIC id register of [`LapicState`] is in x2APIC form (the plain number);

@@ -12,6 +12,7 @@ pub mod cpu_state;
 pub mod cpuid;
 pub mod memory;
 mod seam;
+pub mod user_mode;
 
 pub use cpu_model::CpuModel;
 pub use cpu_state::CpuState;

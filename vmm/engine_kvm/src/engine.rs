@@ -1,10 +1,13 @@
 //! The engine: opens KVM anew for every question, so nothing stale is remembered.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
+use harrier_engine::user_mode::UserMode;
 use harrier_engine::{CpuModel, Engine, EngineError, Probe, Vm, VmConfig};
 
 use crate::probe::{self, Host};
+use crate::user::KvmUserMode;
 use crate::vm::KvmVm;
 use crate::{cpuid, host};
 
@@ -25,6 +28,14 @@ impl KvmEngine {
     #[must_use]
     pub fn with_device(path: PathBuf) -> Self {
         KvmEngine { path }
+    }
+
+    /// User mode on the processor for a machine that runs everything else in software.
+    ///
+    /// # Errors
+    /// [`EngineError`] if KVM is not usable.
+    pub fn create_user_mode(&self) -> Result<Arc<dyn UserMode>, EngineError> {
+        Ok(Arc::new(KvmUserMode::new(&self.open()?)?))
     }
 
     fn open(&self) -> Result<Host, EngineError> {

@@ -7,6 +7,7 @@
 //!   thread interrupts a run.
 //! - [`state`]: KVM's structures from and to the canonical [`harrier_engine::CpuState`].
 //! - [`cpuid`]: what each CPU model shows.
+//! - [`user`]: user mode only, for the software engine on hosts whose KVM emulates kernel mode.
 //! - [`calibrate`]: how fast kernel and user mode are here.
 //!
 //! `unsafe` is in [`run_page`], [`kick`], [`slots`] and `state::xsave` only.
@@ -22,6 +23,7 @@ mod probe;
 mod run_page;
 mod slots;
 mod state;
+mod user;
 mod vcpu;
 mod vm;
 

@@ -15,8 +15,8 @@ use kvm_ioctls::{Cap, VcpuFd, VmFd};
 
 use crate::cpuid;
 use crate::host::refused;
-pub(crate) use xsave::Component;
-use xsave::XsaveLayout;
+pub(crate) use segments::{regs_from_kvm, regs_to_kvm, segment_to_kvm};
+pub(crate) use xsave::{Component, XsaveLayout};
 
 /// A TSC that reads further than this from what was written was not taken over by KVM, in milliseconds.
 const TSC_TOLERANCE_MS: u64 = 1000;

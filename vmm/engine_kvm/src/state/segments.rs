@@ -5,7 +5,7 @@ use harrier_engine::cpu_state::{
 };
 use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
 
-pub(super) fn regs_from_kvm(regs: &kvm_regs) -> GeneralRegisters {
+pub(crate) fn regs_from_kvm(regs: &kvm_regs) -> GeneralRegisters {
     GeneralRegisters {
         gpr: [
             regs.rax, regs.rcx, regs.rdx, regs.rbx, regs.rsp, regs.rbp, regs.rsi, regs.rdi, regs.r8, regs.r9,
@@ -16,7 +16,7 @@ pub(super) fn regs_from_kvm(regs: &kvm_regs) -> GeneralRegisters {
     }
 }
 
-pub(super) fn regs_to_kvm(regs: &GeneralRegisters) -> kvm_regs {
+pub(crate) fn regs_to_kvm(regs: &GeneralRegisters) -> kvm_regs {
     let [rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15] = regs.gpr;
     kvm_regs {
         rax,
@@ -45,7 +45,7 @@ fn segment_from_kvm(segment: &kvm_segment, keep_base: bool) -> Segment {
     // AMD's processors know no unusable bit: there a segment that is not present is unusable.
     if segment.unusable != 0 || segment.present == 0 {
         let base = if keep_base { segment.base } else { 0 };
-        return Segment { base, unusable: true, ..Segment::default() };
+        return Segment { selector: segment.selector, base, unusable: true, ..Segment::default() };
     }
     Segment {
         selector: segment.selector,
@@ -63,7 +63,7 @@ fn segment_from_kvm(segment: &kvm_segment, keep_base: bool) -> Segment {
     }
 }
 
-fn segment_to_kvm(segment: &Segment) -> kvm_segment {
+pub(crate) fn segment_to_kvm(segment: &Segment) -> kvm_segment {
     kvm_segment {
         base: segment.base,
         limit: segment.limit,
@@ -176,13 +176,11 @@ mod tests {
     }
 
     #[test]
-    fn of_an_unusable_segment_only_the_base_of_fs_and_gs_is_left() {
+    fn of_an_unusable_segment_only_the_selector_and_the_base_of_fs_and_gs_are_left() {
         let kvm = kvm_segment { present: 0, unusable: 0, ..segment_to_kvm(&usable()) };
-        assert_eq!(segment_from_kvm(&kvm, false), Segment { unusable: true, ..Segment::default() });
-        assert_eq!(
-            segment_from_kvm(&kvm, true),
-            Segment { unusable: true, base: 0x1234_5000, ..Segment::default() }
-        );
+        let left = Segment { selector: 0x10, unusable: true, ..Segment::default() };
+        assert_eq!(segment_from_kvm(&kvm, false), left);
+        assert_eq!(segment_from_kvm(&kvm, true), Segment { base: 0x1234_5000, ..left });
     }
 
     #[test]

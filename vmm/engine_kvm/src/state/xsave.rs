@@ -40,7 +40,7 @@ pub(crate) struct XsaveLayout {
 }
 
 impl XsaveLayout {
-    pub(super) fn new(vm: &VmFd, components: Vec<Component>) -> XsaveLayout {
+    pub(crate) fn new(vm: &VmFd, components: Vec<Component>) -> XsaveLayout {
         // Before Linux 5.17 there is no XSAVE2, and the area is a page.
         let answer = usize::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0);
         XsaveLayout { has_xsave2: answer != 0, kvm_bytes: answer.max(size_of::<kvm_xsave>()), components }
@@ -53,7 +53,7 @@ impl XsaveLayout {
     }
 
     /// Reads a vCPU's area in canonical form.
-    pub(super) fn get(&self, vcpu: &VcpuFd, xcr0: u64) -> Result<Vec<u8>, EngineError> {
+    pub(crate) fn get(&self, vcpu: &VcpuFd, xcr0: u64) -> Result<Vec<u8>, EngineError> {
         let mut area = self.empty()?;
         if self.has_xsave2 {
             // SAFETY: the area has the size that KVM asked for, a page at least.
@@ -69,7 +69,7 @@ impl XsaveLayout {
     }
 
     /// Writes a vCPU's area.
-    pub(super) fn set(&self, vcpu: &VcpuFd, bytes: &[u8]) -> Result<(), EngineError> {
+    pub(crate) fn set(&self, vcpu: &VcpuFd, bytes: &[u8]) -> Result<(), EngineError> {
         if bytes.len() < SMALLEST || bytes.len() > self.kvm_bytes {
             return Err(EngineError::State {
                 field: "xsave",

@@ -3,3 +3,4 @@
 mod guests;
 mod state;
 mod support;
+mod user_mode;

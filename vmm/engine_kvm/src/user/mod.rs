@@ -1,0 +1,99 @@
+//! User mode on the processor for the software engine, on hosts whose KVM emulates kernel mode
+//! (see [`harrier_engine::user_mode`]).
+//!
+//! - [`KvmUserMode`]: a VM without interrupt controllers that has the machine's memory.
+//! - [`processor`]: a vCPU that runs user code, and what it does when something else comes.
+//! - [`tables`]: the page tables that it runs on. They are our own, not the guest's: KVM's shadow of the guest's
+//!   would not notice what the software engine writes to them.
+
+mod processor;
+mod tables;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use harrier_engine::user_mode::{UserMode, UserProcessor};
+use harrier_engine::{EngineError, GuestRegion};
+use kvm_bindings::CpuId;
+use kvm_ioctls::{Cap, VmFd};
+
+use crate::host::refused;
+use crate::probe::Host;
+use crate::slots::Slots;
+use crate::{cpuid, kick};
+use processor::KvmUserProcessor;
+
+/// User mode of one machine.
+#[derive(Debug)]
+pub(crate) struct KvmUserMode {
+    shared: Arc<Shared>,
+    supported: CpuId,
+    run_page_bytes: usize,
+    tsc_khz: u32,
+}
+
+/// What the processors share.
+#[derive(Debug)]
+struct Shared {
+    fd: VmFd,
+    slots: Mutex<Slots>,
+}
+
+impl Shared {
+    fn slots(&self) -> MutexGuard<'_, Slots> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl KvmUserMode {
+    /// Creates the VM.
+    pub(crate) fn new(host: &Host) -> Result<KvmUserMode, EngineError> {
+        kick::install_handler()?;
+        let fd = host
+            .create_vm()
+            .map_err(|missing| EngineError::Unavailable { engine: "kvm", reason: missing.to_string() })?;
+        let supported = cpuid::supported(&host.kvm).map_err(refused("ask KVM for its CPUID"))?;
+        let run_page_bytes = host.kvm.get_vcpu_mmap_size().map_err(refused("ask for the size of kvm_run"))?;
+        let limit = usize::try_from(fd.check_extension_int(Cap::NrMemslots)).unwrap_or(0).max(32);
+        let slots = Slots::new(limit, fd.check_extension(Cap::ReadonlyMem));
+        let probe = host
+            .create_vm()
+            .map_err(|missing| EngineError::Unavailable { engine: "kvm", reason: missing.to_string() })?;
+        let tsc_khz = probe
+            .create_vcpu(0)
+            .and_then(|vcpu| vcpu.get_tsc_khz())
+            .map_err(refused("ask for the frequency of the TSC"))?;
+        Ok(KvmUserMode {
+            shared: Arc::new(Shared { fd, slots: Mutex::new(slots) }),
+            supported,
+            run_page_bytes,
+            tsc_khz,
+        })
+    }
+}
+
+impl UserMode for KvmUserMode {
+    fn tsc_khz(&self) -> u32 {
+        self.tsc_khz
+    }
+
+    fn map_memory(&self, region: Arc<GuestRegion>, read_only: bool) -> Result<(), EngineError> {
+        self.shared.slots().map(&self.shared.fd, region, read_only)
+    }
+
+    fn unmap_memory(&self, gpa: u64) -> Result<(), EngineError> {
+        self.shared.slots().unmap(&self.shared.fd, gpa)
+    }
+
+    fn create_processor(&self, index: u32) -> Result<Box<dyn UserProcessor>, EngineError> {
+        let fd = self.shared.fd.create_vcpu(index.into()).map_err(refused("create a vCPU"))?;
+        fd.set_cpuid2(&self.supported).map_err(refused("set the CPUID of a vCPU"))?;
+        let components = cpuid::xsave_components(&self.supported);
+        Ok(Box::new(KvmUserProcessor::new(
+            Arc::clone(&self.shared),
+            fd,
+            index,
+            self.run_page_bytes,
+            components,
+        )?))
+    }
+}
