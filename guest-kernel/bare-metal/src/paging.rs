@@ -55,6 +55,16 @@ pub fn poke(address: u64, value: u64) {
     unsafe { (address as *mut u64).write_volatile(value) }
 }
 
+/// Reads four bytes.
+pub fn peek32(address: u64) -> u32 {
+    unsafe { (address as *const u32).read_volatile() }
+}
+
+/// Writes four bytes.
+pub fn poke32(address: u64, value: u32) {
+    unsafe { (address as *mut u32).write_volatile(value) }
+}
+
 /// Writes one byte.
 pub fn poke8(address: u64, value: u8) {
     unsafe { (address as *mut u8).write_volatile(value) }
