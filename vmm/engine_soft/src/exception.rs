@@ -508,11 +508,17 @@ impl Cpu {
 
     /// DR0 to DR3 or DR7 changed.
     pub(crate) fn breakpoints_changed(&mut self) {
+        let data = |index: u64| self.dr7 >> (index * 2) & 3 != 0 && self.dr7 >> (16 + index * 4) & 1 != 0;
+        self.mmu.watching = (0..4).any(data);
+        self.mmu.set_access_mode(self.cpl, self.cr4, self.rflags);
         self.update_attention();
     }
 
     /// Notes a data access for the breakpoints of DR7: a trap after the instruction.
     pub(crate) fn watch_data(&mut self, va: u64, len: u64, intent: Intent) {
+        if !self.mmu.watching {
+            return;
+        }
         let hits = self.breakpoints(va, len, |kind| kind == 3 || (kind == 1 && intent == Intent::Write));
         if hits != 0 {
             self.debug_trap |= hits;

@@ -433,7 +433,7 @@ impl Cpu {
                 let high = u64::from(self.lapic.regs[reg::ICR_HIGH]);
                 Ok(high << 32 | u64::from(self.lapic.regs[reg::ICR]))
             }
-            reg::DFR | reg::APR | reg::ICR_HIGH => self.raise_gp(),
+            reg::DFR | reg::APR | reg::ICR_HIGH | reg::EOI => self.raise_gp(),
             _ if readable(index) => Ok(u64::from(self.read_apic(index))),
             _ => self.raise_gp(),
         }

@@ -13,6 +13,8 @@ use crate::native::mem::Word;
 /// Hardware configuration register of AMD processors; Linux wants bit 24 (the TSC counts at a constant rate).
 const HWCR: u32 = 0xc001_0015;
 const HWCR_TSC_FREQ_SEL: u64 = 1 << 24;
+/// The four performance counters that every AMD processor has, and what they count: nothing here.
+const COUNTERS: std::ops::RangeInclusive<u32> = 0xc001_0000..=0xc001_0007;
 /// Northbridge configuration; Linux reads it and switches on extended configuration cycles, which nobody makes.
 const NB_CFG: u32 = 0xc001_001f;
 /// Debug control: last branches, branch trace. Nothing of it is there.
@@ -26,6 +28,7 @@ impl Cpu {
             msr::IA32_APIC_BASE => self.msrs.apic_base,
             msr::IA32_TSC_ADJUST if self.features.has(Features::TSC_ADJUST) => self.msrs.tsc_adjust,
             msr::IA32_BIOS_SIGN_ID | DEBUGCTL | NB_CFG => 0,
+            _ if COUNTERS.contains(&index) => 0,
             // No variable or fixed ranges: the default type is for everything.
             msr::IA32_MTRRCAP => 0,
             msr::IA32_SYSENTER_CS => self.msrs.sysenter_cs,
@@ -73,6 +76,7 @@ impl Cpu {
             }
             // The revision is written before it is read; there is none.
             msr::IA32_BIOS_SIGN_ID | NB_CFG => {}
+            _ if COUNTERS.contains(&index) => {}
             msr::IA32_SYSENTER_CS => self.msrs.sysenter_cs = value & 0xffff_ffff,
             msr::IA32_SYSENTER_ESP => self.msrs.sysenter_esp = self.canonical_value(value)?,
             msr::IA32_SYSENTER_EIP => self.msrs.sysenter_eip = self.canonical_value(value)?,

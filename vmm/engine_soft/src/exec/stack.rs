@@ -21,7 +21,7 @@ pub(crate) trait Stack {
     fn push<W: Word>(cpu: &mut Cpu, value: W) -> Step {
         let rsp = Self::moved(cpu, cpu.regs[RSP], -(W::SIZE as i64));
         let va = Self::addr(cpu, rsp, W::SIZE as u64, Intent::Write)?;
-        cpu.store(va, value)?;
+        cpu.store(va, value).map_err(|stop| stack_fault(cpu, stop))?;
         cpu.regs[RSP] = rsp;
         Ok(())
     }
@@ -31,7 +31,7 @@ pub(crate) trait Stack {
     fn peek<W: Word>(cpu: &mut Cpu, offset: i64) -> Result<W, Stop> {
         let rsp = Self::moved(cpu, cpu.regs[RSP], offset);
         let va = Self::addr(cpu, rsp, W::SIZE as u64, Intent::Read)?;
-        cpu.load(va)
+        cpu.load(va).map_err(|stop| stack_fault(cpu, stop))
     }
 
     /// Moves the stack pointer up.
@@ -39,6 +39,15 @@ pub(crate) trait Stack {
     fn drop_bytes(cpu: &mut Cpu, bytes: u64) {
         cpu.regs[RSP] = Self::moved(cpu, cpu.regs[RSP], bytes as i64);
     }
+}
+
+/// A non-canonical stack address is #SS, whatever the instruction's own operand is.
+#[cold]
+fn stack_fault(cpu: &mut Cpu, stop: Stop) -> Stop {
+    if stop == Stop::Fault && cpu.fault.non_canonical {
+        cpu.fault.vector = crate::fault::vector::SS;
+    }
+    stop
 }
 
 /// 64-bit mode: flat, 64-bit stack pointer.

@@ -206,7 +206,7 @@ fn repeated<E: Element, W: Word>(cpu: &mut Cpu, op: &Op) -> Step {
         if count == 0 {
             return Ok(());
         }
-        let bulk = E::bulk::<W>(cpu, op, count);
+        let bulk = if cpu.step_trap { 0 } else { E::bulk::<W>(cpu, op, count) };
         if bulk > 0 {
             set_masked(cpu, RCX, mask, count - bulk);
             bytes += bulk * W::SIZE as u64;

@@ -249,9 +249,13 @@ impl Cpu {
             && (va & (PAGE - 1)) + W::SIZE as u64 <= PAGE
         {
             let kept = exchange_loop(ptr, &mut change);
+            self.watch_data(va, W::SIZE as u64, Intent::Write);
             self.after_write(va, W::SIZE as u64, self.mmu.rights);
             return Ok(kept);
         }
+        // Two mappings, or a device: atomic against the others that come this way.
+        let shared = std::sync::Arc::clone(&self.shared);
+        let _split = shared.split_lock.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let old = self.load_slow(va, self.mmu.rights)?;
         let (new, kept) = change(old);
         self.store_slow(va, new, self.mmu.rights)?;
@@ -288,8 +292,11 @@ impl Cpu {
 
     fn read_slow(&mut self, va: u64, out: &mut [u8], rights: Rights) -> Step {
         let mut done = 0;
+        let watched = rights == Rights::Checked;
+        let rights = self.checked(va, out.len(), rights)?;
         // Translate everything first: a fault in a later page must come before a device sees anything.
         if !same_page(va, out.len()) {
+            self.check_end(va, out.len())?;
             let mut at = 0;
             while at < out.len() {
                 self.place(va.wrapping_add(at as u64), rights, Intent::Read)?;
@@ -312,11 +319,19 @@ impl Cpu {
             }
             done += len;
         }
+        if watched {
+            self.watch_data(va, out.len() as u64, Intent::Read);
+        }
         Ok(())
     }
 
     fn write_slow(&mut self, va: u64, data: &[u8], rights: Rights) -> Step {
+        let watched = rights == Rights::Checked;
+        let rights = self.checked(va, data.len(), rights)?;
         self.before_write(va, data.len() as u64, rights)?;
+        if watched {
+            self.watch_data(va, data.len() as u64, Intent::Write);
+        }
         let mut done = 0;
         while done < data.len() {
             let at = va.wrapping_add(done as u64);
@@ -340,8 +355,33 @@ impl Cpu {
         Ok(())
     }
 
+    /// The rights to use for an access that came with [`Rights::Checked`]: #AC where it is not aligned.
+    fn checked(&mut self, va: u64, len: usize, rights: Rights) -> Result<Rights, Stop> {
+        if rights == Rights::Checked
+            && self.mmu.check_alignment
+            && matches!(len, 2 | 4 | 8)
+            && va & (len as u64 - 1) != 0
+        {
+            return self.raise_with(vector::AC, 0);
+        }
+        Ok(self.mmu.plain_rights(rights))
+    }
+
+    /// A range that crosses into the next page must end at a canonical address.
+    fn check_end(&mut self, va: u64, len: usize) -> Step {
+        if self.canonical(va.wrapping_add(len as u64 - 1)) {
+            return Ok(());
+        }
+        self.fault = Fault { vector: vector::GP, non_canonical: true, ..Fault::default() };
+        Err(Stop::Fault)
+    }
+
     /// Translates every page of the range for writing, and stops when the write would hit the code being run.
     fn before_write(&mut self, va: u64, len: u64, rights: Rights) -> Step {
+        let rights = self.checked(va, len as usize, rights)?;
+        if !same_page(va, len as usize) {
+            self.check_end(va, len as usize)?;
+        }
         let mut at = 0;
         while at < len {
             self.place(va.wrapping_add(at), rights, Intent::Write)?;
@@ -374,6 +414,7 @@ impl Cpu {
             let here = va.wrapping_add(at);
             let part = piece(here, (len - at) as usize) as u64;
             at += part;
+            let rights = self.mmu.plain_rights(rights);
             let Ok(translation) = self.mmu.walk(here, rights, Intent::Write) else { continue };
             let gpa = translation.gpa;
             let chunks = chunk_mask(gpa & (PAGE - 1), part);
@@ -403,6 +444,7 @@ impl Cpu {
             self.fault = Fault { vector: vector::GP, non_canonical: true, ..Fault::default() };
             return Err(Stop::Fault);
         }
+        let rights = self.mmu.plain_rights(rights);
         match self.mmu.walk(va, rights, intent) {
             Ok(translation) => {
                 if translation.page_size > PAGE {

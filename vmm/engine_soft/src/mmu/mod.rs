@@ -29,6 +29,9 @@ pub(crate) enum Rights {
     Supervisor = 1,
     /// CPL 0 to 2 while SMAP keeps data accesses off user pages.
     SupervisorSmap = 2,
+    /// One of the above, but every access takes the slow path, because alignment or data breakpoints have to
+    /// be checked. Never in the look-aside buffers.
+    Checked = 3,
 }
 
 /// What an access wants to do.
@@ -69,6 +72,13 @@ pub(crate) struct Mmu {
     pub config: PagingConfig,
     /// Rights of ordinary data accesses now.
     pub rights: Rights,
+    /// What [`Rights::Checked`] stands for now.
+    plain: Rights,
+    /// Unaligned data accesses of CPL 3 fault (CR0.AM and RFLAGS.AC).
+    pub check_alignment: bool,
+    alignment_mask: bool,
+    /// Data breakpoints are enabled.
+    pub watching: bool,
     pub tlb: Tlb,
     pub map: Arc<MemoryMap>,
     /// PDPTE registers, loaded with CR3 in PAE paging.
@@ -84,6 +94,10 @@ impl Mmu {
         Mmu {
             config: PagingConfig::default(),
             rights: Rights::Supervisor,
+            plain: Rights::Supervisor,
+            check_alignment: false,
+            alignment_mask: false,
+            watching: false,
             tlb: Tlb::new(),
             map,
             pdpte: [0; 4],
@@ -94,6 +108,7 @@ impl Mmu {
 
     /// Takes over the control registers; flushes what depends on what changed.
     pub(crate) fn set_paging(&mut self, cr0: u64, cr3: u64, cr4: u64, efer: u64) {
+        self.alignment_mask = cr0 & cr0::AM != 0;
         let paging = if cr0 & cr0::PG == 0 {
             Paging::Off
         } else if efer & efer::LMA != 0 {
@@ -121,13 +136,21 @@ impl Mmu {
     /// Takes over what decides the rights of data accesses.
     #[inline]
     pub(crate) fn set_access_mode(&mut self, cpl: u8, cr4: u64, rflags: u64) {
-        self.rights = if cpl == 3 {
+        self.plain = if cpl == 3 {
             Rights::User
         } else if cr4 & cr4::SMAP != 0 && rflags & rflags::AC == 0 {
             Rights::SupervisorSmap
         } else {
             Rights::Supervisor
         };
+        self.check_alignment = cpl == 3 && self.alignment_mask && rflags & rflags::AC != 0;
+        self.rights = if self.check_alignment || self.watching { Rights::Checked } else { self.plain };
+    }
+
+    /// Rights as the page walk and the look-aside buffers know them.
+    #[inline(always)]
+    pub(crate) fn plain_rights(&self, rights: Rights) -> Rights {
+        if rights == Rights::Checked { self.plain } else { rights }
     }
 
     /// Forgets all translations.

@@ -142,7 +142,8 @@ impl Mmu {
             }
             if large {
                 // Bit 12 is PAT, the rest up to the page's size must be zero. PML4 entries have no size bit.
-                reserved |= if level == 4 { LARGE } else { ((1 << shift) - 1) & !0x1fff };
+                // Pages of 1 GiB are not offered.
+                reserved |= if level >= 3 { LARGE } else { ((1 << shift) - 1) & !0x1fff };
             }
             if entry & reserved != 0 {
                 return self.fault(error::PRESENT | error::RESERVED, rights, intent);
