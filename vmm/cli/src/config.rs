@@ -242,7 +242,7 @@ mod tests {
             return Err("not run".to_owned());
         };
         let host_env = |name: &OsStr| (name == "SET").then(|| OsString::from("host"));
-        RunConfig::from_flags(flags, host_env, false).map_err(|err| err.to_string())
+        RunConfig::from_flags(*flags, host_env, false).map_err(|err| err.to_string())
     }
 
     #[test]

@@ -21,7 +21,7 @@ pub(crate) enum Command {
     ///
     /// Exit codes: the command's own; 128+n if signal n ended it; 124 after --timeout; 125 if Harrier or the guest
     /// failed; 126 if the command is not executable; 127 if it is not found.
-    Run(RunFlags),
+    Run(Box<RunFlags>),
     /// Show what this host offers, and what follows from it.
     Doctor(DoctorFlags),
 }

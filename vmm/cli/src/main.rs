@@ -50,7 +50,7 @@ fn dispatch(started: Instant) -> u8 {
     let result = match flags.command {
         Command::Run(run_flags) => {
             logging::init(run_flags.verbose);
-            run::run(run_flags, started)
+            run::run(*run_flags, started)
         }
         Command::Doctor(doctor_flags) => {
             logging::init(0);

@@ -4,43 +4,41 @@
 //! make only the calls listed for them; the rest of the process is denied the calls that it never needs. A call
 //! that is not allowed fails with EPERM.
 
-use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
 
 use harrier_machine::{Machine, ThreadRole};
-use seccompiler::{BpfProgram, TargetArch};
+use seccompiler::{BpfProgram, sock_filter};
 
 use crate::exit::Failure;
 
-const POLICY: &str = include_str!("../../../resources/seccomp.json");
+/// A filter's instructions: code, jump if true, jump if false, operand.
+type Instructions = &'static [(u16, u8, u8, u32)];
+
+/// The policy, compiled by the build script: role and filter.
+const FILTERS: &[(&str, Instructions)] = include!(concat!(env!("OUT_DIR"), "/seccomp.rs"));
 
 /// Filters the calling thread and, when the machine starts, its threads.
 pub(crate) fn enter(machine: &mut Machine) -> Result<(), Failure> {
-    let failed = |err: String| {
-        Failure::new(format!("system-call filter: {err}: use --no-seccomp where the kernel has no seccomp"))
-    };
-    let filters = Arc::new(compile().map_err(failed)?);
-    apply(&filters, "process").map_err(|err| failed(err.to_string()))?;
-    machine.on_thread_start(Arc::new(move |role| {
-        let name = match role {
+    apply("process")
+        .map_err(|err| Failure::new(format!("{err}: use --no-seccomp where the kernel has no seccomp")))?;
+    machine.on_thread_start(Arc::new(|role| {
+        apply(match role {
             ThreadRole::Vcpu => "vcpu",
             ThreadRole::Events => "events",
-        };
-        apply(&filters, name)
+        })
     }));
     Ok(())
 }
 
-fn compile() -> Result<HashMap<String, BpfProgram>, String> {
-    seccompiler::compile_from_json(POLICY.as_bytes(), TargetArch::x86_64).map_err(|err| err.to_string())
-}
-
-fn apply(filters: &HashMap<String, BpfProgram>, name: &str) -> io::Result<()> {
-    let filter = filters
-        .get(name)
-        .ok_or_else(|| io::Error::other(format!("no system-call filter is called '{name}'")))?;
-    seccompiler::apply_filter(filter).map_err(|err| io::Error::other(format!("system-call filter: {err}")))
+fn apply(role: &str) -> io::Result<()> {
+    let (_, instructions) = FILTERS
+        .iter()
+        .find(|(name, _)| *name == role)
+        .ok_or_else(|| io::Error::other(format!("no system-call filter is called '{role}'")))?;
+    let program: BpfProgram =
+        instructions.iter().map(|&(code, jt, jf, k)| sock_filter { code, jt, jf, k }).collect();
+    seccompiler::apply_filter(&program).map_err(|err| io::Error::other(format!("system-call filter: {err}")))
 }
 
 #[cfg(test)]
@@ -48,18 +46,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_policy_compiles_and_names_every_role() {
-        let filters = compile().unwrap();
-        for name in ["vcpu", "events", "process"] {
-            assert!(filters.contains_key(name), "{name}");
-        }
-    }
-
-    #[test]
     fn a_filtered_thread_cannot_start_programs_or_open_files() {
-        let filters = compile().unwrap();
-        std::thread::spawn(move || {
-            apply(&filters, "vcpu").unwrap();
+        std::thread::spawn(|| {
+            apply("vcpu").unwrap();
             let opened = std::fs::File::open("/proc/self/status");
             assert_eq!(opened.unwrap_err().raw_os_error(), Some(libc::EPERM));
         })
@@ -69,9 +58,8 @@ mod tests {
 
     #[test]
     fn the_filtered_process_cannot_trace_or_execute() {
-        let filters = compile().unwrap();
-        std::thread::spawn(move || {
-            apply(&filters, "process").unwrap();
+        std::thread::spawn(|| {
+            apply("process").unwrap();
             let started = std::process::Command::new("/bin/true").status();
             assert_eq!(started.unwrap_err().raw_os_error(), Some(libc::EPERM));
         })

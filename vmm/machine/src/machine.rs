@@ -129,12 +129,19 @@ impl Machine {
 
     fn try_start(&mut self) -> Result<(), StartError> {
         let subscribers = std::mem::take(&mut self.subscribers);
-        let event_loop = EventLoop::start(subscribers, Arc::clone(&self.control), Arc::clone(&self.on_thread_start))
-            .map_err(|source| StartError { what: "the event loop".to_owned(), source })?;
+        let event_loop =
+            EventLoop::start(subscribers, Arc::clone(&self.control), Arc::clone(&self.on_thread_start))
+                .map_err(|source| StartError { what: "the event loop".to_owned(), source })?;
         self.event_loop = Some(event_loop);
         for (vcpu, index) in self.vcpus.iter().zip(0..) {
-            let thread = vcpu::spawn(index, Arc::clone(vcpu), self.io.clone(), Arc::clone(&self.control), Arc::clone(&self.on_thread_start))
-                .map_err(|source| StartError { what: format!("vcpu {index}"), source })?;
+            let thread = vcpu::spawn(
+                index,
+                Arc::clone(vcpu),
+                self.io.clone(),
+                Arc::clone(&self.control),
+                Arc::clone(&self.on_thread_start),
+            )
+            .map_err(|source| StartError { what: format!("vcpu {index}"), source })?;
             self.threads.push(thread);
         }
         Ok(())

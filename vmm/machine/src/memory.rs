@@ -120,7 +120,7 @@ impl GuestRam {
 /// The host's memory in bytes, swap not counted.
 pub fn host_memory_bytes() -> u64 {
     let info = rustix::system::sysinfo();
-    u64::from(info.totalram).saturating_mul(u64::from(info.mem_unit.max(1)))
+    info.totalram.saturating_mul(u64::from(info.mem_unit.max(1)))
 }
 
 fn check_size(size_bytes: u64, host_bytes: u64) -> Result<(), MemoryError> {
