@@ -60,9 +60,14 @@ pub(crate) fn build(cache: &Cache, root: &Path, modules: &[Module]) -> Result<In
     Ok(Initramfs { file: dir.join("initramfs.cpio"), key })
 }
 
-/// Builds the agent: static, for any x86-64, small. It has a target folder of its own, because its compiler flags would
-/// make cargo rebuild everything else.
+/// Builds the agent: static, for any x86-64, small.
 fn build_agent(root: &Path) -> Result<PathBuf> {
+    build_static(root, "harrier-jobs-agent", "agent").context("cannot build the agent")
+}
+
+/// Builds the program of the package of the same name, static and for any x86-64. It has a target folder of its own,
+/// because its compiler flags would make cargo rebuild everything else.
+pub(crate) fn build_static(root: &Path, package: &str, profile: &str) -> Result<PathBuf> {
     const TARGET: &str = "x86_64-unknown-linux-gnu";
     let target_dir = target_dir(root).join("agent");
     let cargo_home = std::env::var("CARGO_HOME")
@@ -78,17 +83,16 @@ fn build_agent(root: &Path) -> Result<PathBuf> {
     process::run_visibly(
         checks::cargo()
             .current_dir(root)
-            .args(["build", "--quiet", "--package", "harrier-jobs-agent", "--bin", "harrier-jobs-agent"])
-            .args(["--profile", "agent", "--target", TARGET, "--target-dir"])
+            .args(["build", "--quiet", "--package", package, "--bin", package])
+            .args(["--profile", profile, "--target", TARGET, "--target-dir"])
             .arg(&target_dir)
             .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\u{1f}")),
-    )
-    .context("cannot build the agent")?;
-    Ok(target_dir.join(TARGET).join("agent/harrier-jobs-agent"))
+    )?;
+    Ok(target_dir.join(TARGET).join(profile).join(package))
 }
 
 /// Cargo's target folder for this workspace.
-fn target_dir(root: &Path) -> PathBuf {
+pub(crate) fn target_dir(root: &Path) -> PathBuf {
     std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), |dir| root.join(dir))
 }
 

@@ -3,6 +3,7 @@
 //! Each command makes what it needs by itself, so that one command on a fresh machine is enough. Products go to the
 //! cache that `harrier run` reads (`cache`), described in `guest-kernel/README.md`.
 
+mod bench;
 mod bzimage;
 mod cache;
 mod checks;
@@ -56,6 +57,8 @@ enum XtaskCommand {
         #[arg(long)]
         debian: bool,
     },
+    /// Measure Harrier beside its peers
+    Bench(bench::BenchArguments),
     /// Set up, then check format, lints and every test
     Test,
     /// Set up, build `harrier` in release mode and run `harrier run` with the given arguments
@@ -108,6 +111,7 @@ fn execute(command: XtaskCommand) -> Result<ExitCode> {
                 println!("{}", rootfs_images::build_debian(&cache)?.display());
             }
         }
+        XtaskCommand::Bench(arguments) => bench::run(&cache, root, &arguments)?,
         XtaskCommand::Test => checks::run(&cache, root)?,
         XtaskCommand::Run { arguments } => {
             guest::set_up(&cache, root, None)?;

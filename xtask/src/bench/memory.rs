@@ -1,0 +1,123 @@
+//! Group `memory`: the size of the program, what the monitor needs beside the guest's memory, and what an idle guest costs.
+
+use std::fs;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+
+use super::boot::ms;
+use super::measure::Running;
+use super::monitors::{Guest, Monitor, Monitors};
+use super::report::{Figure, Goal, GroupReport, Unit};
+use super::statistics::Samples;
+
+const LIMIT: Duration = Duration::from_secs(60);
+/// After its mark a guest gets this time to come to rest.
+const SETTLE: Duration = Duration::from_secs(1);
+/// How long an idle guest is watched.
+const WATCH: Duration = Duration::from_secs(5);
+
+/// Longer than it is looked at.
+const SLEEP: &str = "echo @idle; sleep 50";
+const MIB: f64 = 1024.0 * 1024.0;
+
+#[derive(Default)]
+struct Side {
+    own: Samples,
+    guest: Samples,
+    idle: Samples,
+}
+
+/// Measures.
+pub(crate) fn run(monitors: &Monitors, guest: &Guest, runs: u32) -> Result<GroupReport> {
+    let size = fs::metadata(monitors.harrier()).context("the binary is not there")?.len();
+    let guest = Guest {
+        command_line: format!("{} rdinit=/bin/sh -- -c \"{SLEEP}\"", guest.command_line),
+        ..guest.clone()
+    };
+    let (mut harrier, mut qemu) = (Side::default(), Side::default());
+    for _ in 0..runs {
+        let mut command = monitors.harrier_run(&["--", "sh", "-c", SLEEP]);
+        watch(Running::start(&mut command, LIMIT)?, &mut harrier)?;
+        watch(monitors.start(Monitor::QemuTcg, &guest, LIMIT)?, &mut qemu)?;
+    }
+    let figures = vec![
+        Figure::new("release binary", Unit::MiB, [size as f64 / MIB].into_iter().collect())
+            .goal(Goal::AtMost(10.0)),
+        Figure::new("the monitor's own memory, 512 MiB guest at rest", Unit::MiB, harrier.own)
+            .peer(qemu.own)
+            .goal(Goal::AtMost(64.0)),
+        Figure::new("guest memory touched", Unit::MiB, harrier.guest).peer(qemu.guest),
+        Figure::new("idle guest, over 5 s", Unit::CpuPercent, harrier.idle)
+            .peer(qemu.idle)
+            .goal(Goal::AtMost(2.0)),
+    ];
+    Ok(GroupReport { name: "memory", figures, remarks: Vec::new() })
+}
+
+fn watch(mut running: Running, side: &mut Side) -> Result<()> {
+    match running.next_mark()? {
+        Some(mark) if mark.text == "idle" => {}
+        _ => bail!("the guest ended instead of resting"),
+    }
+    std::thread::sleep(SETTLE);
+    let before = running.cpu()?;
+    std::thread::sleep(WATCH);
+    let used = running.cpu()?.saturating_sub(before);
+    side.idle.push(ms(used) / ms(WATCH) * 100.0);
+    let maps = fs::read_to_string(format!("/proc/{}/smaps", running.pid()))
+        .context("the process's memory map cannot be read")?;
+    let resident = resident(&maps);
+    side.own.push(resident.own_kib as f64 / 1024.0);
+    side.guest.push(resident.guest_kib as f64 / 1024.0);
+    Ok(())
+}
+
+/// Resident memory of a process in KiB.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Resident {
+    /// Without the guest's memory.
+    own_kib: u64,
+    /// Mappings of the memfd that is the guest's memory.
+    guest_kib: u64,
+}
+
+/// Adds up /proc/PID/smaps (proc_pid_smaps(5)). Both monitors keep guest memory in a memfd, and nothing else.
+fn resident(smaps: &str) -> Resident {
+    let mut resident = Resident::default();
+    let mut is_guest = false;
+    for line in smaps.lines() {
+        if let Some(size) = line.strip_prefix("Rss:") {
+            let kib: u64 = size.trim().trim_end_matches("kB").trim().parse().unwrap_or_default();
+            if is_guest {
+                resident.guest_kib += kib;
+            } else {
+                resident.own_kib += kib;
+            }
+        } else if line.split(' ').next().is_some_and(|word| word.contains('-')) {
+            is_guest = line.contains("/memfd:");
+        }
+    }
+    resident
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn guest_memory_is_told_from_the_monitors_own() {
+        let smaps = "\
+00400000-00500000 r-xp 00000000 08:01 1 /usr/bin/harrier
+Size:               1024 kB
+Rss:                 300 kB
+Pss:                 300 kB
+7f0000000000-7f0020000000 rw-s 00000000 00:01 5 /memfd:harrier-guest-memory (deleted)
+Size:             524288 kB
+Rss:               40000 kB
+7ffc00000000-7ffc00021000 rw-p 00000000 00:00 0 [stack]
+Rss:                  12 kB
+";
+        assert_eq!(resident(smaps), Resident { own_kib: 312, guest_kib: 40_000 });
+    }
+}
