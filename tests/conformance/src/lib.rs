@@ -38,7 +38,14 @@ pub const GUESTS: &[Guest] = &[
     Guest { name: "devices", cpus: 1, checks: 0 },
     Guest { name: "apic", cpus: 1, checks: 0 },
     Guest { name: "smp", cpus: 2, checks: 0 },
+    Guest { name: "self_modifying", cpus: 1, checks: 0 },
+    Guest { name: "fpu", cpus: 1, checks: 0 },
+    Guest { name: "real_mode", cpus: 1, checks: 0 },
+    Guest { name: "protected_mode", cpus: 1, checks: 0 },
 ];
+
+/// The guest that measures.
+pub const BENCH: Guest = Guest { name: "bench", cpus: 1, checks: 10 };
 
 /// How long a guest may take. They need well under a second of a processor for themselves.
 pub const DEADLINE: Duration = Duration::from_secs(60);
@@ -113,6 +120,17 @@ impl Write for Collector {
     }
 }
 
+/// What a run has been.
+#[derive(Debug)]
+pub struct Outcome {
+    /// How it ended and what was counted.
+    pub report: RunReport,
+    /// What the guest said.
+    pub transcript: Transcript,
+    /// Ticks of the guest's time-stamp counter in a millisecond.
+    pub tsc_khz: u32,
+}
+
 /// Boots `guest` on `engine` and waits for its end, at most `deadline`.
 ///
 /// # Errors
@@ -122,7 +140,7 @@ pub fn run(
     guest: &Guest,
     command_line: &str,
     deadline: Duration,
-) -> Result<(RunReport, Transcript), Box<dyn std::error::Error>> {
+) -> Result<Outcome, Box<dyn std::error::Error>> {
     let config =
         MachineConfig { vcpu_count: guest.cpus, memory_bytes: MEMORY_BYTES, cpu_model: CpuModel::V2 };
     let mut builder = MachineBuilder::new(engine, &config)?;
@@ -138,9 +156,14 @@ pub fn run(
     if handle.wait_for_end(Some(Instant::now() + deadline)).is_none() {
         handle.stop();
     }
+    let tsc_khz = machine.vm().tsc_khz();
     let report = machine.wait();
     let bytes = said.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
-    Ok((report, Transcript { text: String::from_utf8_lossy(&bytes).into_owned() }))
+    Ok(Outcome {
+        report,
+        transcript: Transcript { text: String::from_utf8_lossy(&bytes).into_owned() },
+        tsc_khz,
+    })
 }
 
 /// Runs `guest` on `engine` and checks everything that it says.
@@ -148,7 +171,7 @@ pub fn run(
 /// # Errors
 /// What went wrong, for people.
 pub fn check(engine: &dyn Engine, guest: &Guest) -> Result<Transcript, String> {
-    let (report, transcript) =
+    let Outcome { report, transcript, .. } =
         run(engine, guest, &guest.command_line(), DEADLINE).map_err(|err| err.to_string())?;
     let with_end = |what: String| format!("{what}\n{}\n{}", report.end, tail(&transcript.text));
     transcript.verdict().map_err(with_end)?;
