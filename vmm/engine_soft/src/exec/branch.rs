@@ -31,10 +31,11 @@ impl Cpu {
         if reachable { Ok(()) } else { self.raise_gp() }
     }
 
-    /// Target of a relative branch.
+    /// Target of a relative branch with 32-bit operand size, or 64-bit in 64-bit code: in 16-bit code it may lie
+    /// beyond the limit.
     #[inline(always)]
     fn relative(&self, op: &Op) -> u64 {
-        self.regs[REG_BLOCK as usize].wrapping_add(op.imm) & self.rip_mask
+        self.regs[REG_BLOCK as usize].wrapping_add(op.imm) & (self.rip_mask | 0xffff_ffff)
     }
 }
 
@@ -43,7 +44,7 @@ fn jmp(cpu: &mut Cpu, op: &Op) -> Step {
     cpu.branch(target)
 }
 
-/// A branch with 16-bit operand size in 32-bit code: RIP is cut.
+/// A branch with 16-bit operand size: RIP is cut.
 fn jmp_cut(cpu: &mut Cpu, op: &Op) -> Step {
     let target = cpu.relative(op) & 0xffff;
     cpu.branch(target)
@@ -172,7 +173,7 @@ macro_rules! by_mode {
 pub(crate) fn select(instruction: &Instruction, op: &mut Op, mode: Mode) -> Option<Selected> {
     use iced_x86::Mnemonic as M;
     let code = instruction.code();
-    let cut = instruction.op0_kind() == OpKind::NearBranch16 && mode == Mode::Bits32;
+    let cut = instruction.op0_kind() == OpKind::NearBranch16 && mode != Mode::Bits64;
     if code.is_jcc_short_or_near() {
         return with_condition!(instruction, pick_jcc(cut)).and_then(Selected::go_on);
     }
