@@ -25,7 +25,7 @@ pub struct Guest {
     pub name: &'static str,
     /// Processors that it wants.
     pub cpus: u32,
-    /// Checks that it makes on a complete processor, those that it skips for want of a feature included.
+    /// Checks that it makes at least, those that it skips for want of a feature included.
     pub checks: u32,
 }
 
@@ -33,15 +33,15 @@ pub struct Guest {
 pub const GUESTS: &[Guest] = &[
     Guest { name: "integer", cpus: 1, checks: 276 },
     Guest { name: "strings", cpus: 1, checks: 308 },
-    Guest { name: "paging", cpus: 1, checks: 0 },
-    Guest { name: "long_mode", cpus: 1, checks: 0 },
-    Guest { name: "devices", cpus: 1, checks: 0 },
-    Guest { name: "apic", cpus: 1, checks: 0 },
-    Guest { name: "smp", cpus: 2, checks: 0 },
-    Guest { name: "self_modifying", cpus: 1, checks: 0 },
-    Guest { name: "fpu", cpus: 1, checks: 0 },
-    Guest { name: "real_mode", cpus: 1, checks: 0 },
-    Guest { name: "protected_mode", cpus: 1, checks: 0 },
+    Guest { name: "paging", cpus: 1, checks: 257 },
+    Guest { name: "long_mode", cpus: 1, checks: 311 },
+    Guest { name: "devices", cpus: 1, checks: 54 },
+    Guest { name: "apic", cpus: 1, checks: 156 },
+    Guest { name: "smp", cpus: 2, checks: 54 },
+    Guest { name: "self_modifying", cpus: 1, checks: 70 },
+    Guest { name: "fpu", cpus: 1, checks: 130 },
+    Guest { name: "real_mode", cpus: 1, checks: 94 },
+    Guest { name: "protected_mode", cpus: 1, checks: 189 },
 ];
 
 /// The guest that measures.
@@ -178,7 +178,7 @@ pub fn check(engine: &dyn Engine, guest: &Guest) -> Result<Transcript, String> {
     if report.end != MachineEnd::DebugExit(0) {
         return Err(with_end("every check succeeded, and yet".to_owned()));
     }
-    if guest.checks != 0 && transcript.checks() != guest.checks {
+    if transcript.checks() < guest.checks {
         return Err(format!("{} checks instead of {}", transcript.checks(), guest.checks));
     }
     Ok(transcript)
