@@ -1,28 +1,33 @@
 //! CPUID of this engine: the seam's table, the bits that follow the processor's state, and which instructions a
 //! model has.
 
-use harrier_engine::cpuid::{ECX, EDX, FEATURES, Features};
+use harrier_engine::cpuid::{EBX, ECX, EDX, FEATURES, Features};
 use harrier_engine::{CpuModel, EngineError, cpuid};
 use iced_x86::{CpuidFeature, Instruction, Mnemonic};
 
 use crate::cpu::{Cpu, cr4};
+use crate::native::host;
 
 /// Models that this engine offers on this host.
 pub(crate) fn supported_models() -> Vec<CpuModel> {
-    vec![CpuModel::V1, CpuModel::V2]
+    [CpuModel::V1, CpuModel::V2, CpuModel::V3]
+        .into_iter()
+        .filter(|&model| host::can_offer(model).is_ok())
+        .collect()
 }
 
 /// Refuses a model that this engine or host cannot offer.
 pub(crate) fn check_model(model: CpuModel) -> Result<(), EngineError> {
-    if supported_models().contains(&model) {
-        return Ok(());
-    }
-    let best = Features::of(CpuModel::V2);
-    let missing: Vec<_> = FEATURES
-        .iter()
-        .filter(|row| row.model <= model && !best.has(row.feature))
-        .map(|row| row.name)
-        .collect();
+    let missing = match model {
+        // What the host has beyond the third baseline is not emulated.
+        CpuModel::Host => {
+            FEATURES.iter().filter(|row| row.model == CpuModel::Host).map(|row| row.name).collect()
+        }
+        _ => match host::can_offer(model) {
+            Ok(()) => return Ok(()),
+            Err(missing) => missing,
+        },
+    };
     Err(EngineError::ModelUnsupported { model, missing: missing.join(" ") })
 }
 
@@ -111,7 +116,7 @@ fn allows_feature(features: Features, feature: CpuidFeature) -> bool {
         C::SYSCALL => Features::SYSCALL,
         C::RDTSCP => Features::RDTSCP,
         C::RDPMC => Features::FPU,
-        C::XSAVE | C::XSAVEC | C::XSAVEOPT | C::XSAVES => Features::XSAVE,
+        C::XSAVE => Features::XSAVE,
         C::AVX => Features::AVX,
         C::AVX2 => Features::AVX2,
         C::BMI1 => Features::BMI1,
@@ -149,6 +154,8 @@ impl Cpu {
                 }
             }
             0x8000_0001 if !apic_on => out[EDX] &= !(1 << 9),
+            // Size of the area for the components that are switched on, of which AVX is the only one beyond.
+            0xd if subleaf == 0 && self.xcr0 & 4 != 0 => out[EBX] = out[ECX],
             _ => {}
         }
         out
@@ -161,9 +168,12 @@ mod tests {
 
     #[test]
     fn a_model_that_is_not_offered_names_what_is_missing() {
-        let error = check_model(CpuModel::V3).unwrap_err().to_string();
-        assert!(error.contains("avx2") && error.contains("bmi1"), "{error}");
+        let error = check_model(CpuModel::Host).unwrap_err().to_string();
+        assert!(error.contains("rdtscp"), "{error}");
         assert!(!error.contains("sse4_2"), "{error}");
+        for model in supported_models() {
+            check_model(model).unwrap();
+        }
     }
 
     #[test]

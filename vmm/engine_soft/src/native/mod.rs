@@ -8,5 +8,6 @@ pub(crate) mod host;
 pub(crate) mod mem;
 pub(crate) mod mxcsr;
 pub(crate) mod thunk;
+pub(crate) mod tsc;
 pub(crate) mod wide;
 pub(crate) mod x87;

@@ -2,6 +2,7 @@
 
 mod differential;
 mod simd;
+mod simd_faults;
 mod simd_speed;
 
 use std::sync::Arc;
@@ -39,7 +40,7 @@ impl Io for NoDevices {
 /// A vCPU in flat 64-bit mode, CPL 0, no paging.
 pub(crate) fn flat_vcpu(region: GuestRegion) -> SoftVcpu {
     let config = VmConfig { cpu_model: CpuModel::V2, vcpu_count: 1, tsc_khz: None };
-    let vm = SoftVm::new(&config);
+    let vm = SoftVm::new(&config, None);
     vm.map_memory(Arc::new(region), false).unwrap();
     let mut vcpu = SoftVcpu::new(vm.shared(), 0);
     let cpu = vcpu.cpu();

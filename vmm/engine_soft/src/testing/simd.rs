@@ -181,7 +181,7 @@ fn random_state(random: &mut Random, variation: Variation) -> State {
         rflags: random.next() & Flags::MASK | 2,
         fx,
         ymm,
-        data: Vec::with_capacity(DATA_LEN),
+        data: Vec::new(),
         trapped: false,
     };
     for (register, value) in state.ymm.iter().enumerate() {
@@ -189,15 +189,20 @@ fn random_state(random: &mut Random, variation: Variation) -> State {
             state.fx[160 + 16 * register + 8 * half..][..8].copy_from_slice(&value[half].to_le_bytes());
         }
     }
-    while state.data.len() < DATA_LEN {
+    state
+}
+
+fn random_data(random: &mut Random) -> Vec<u8> {
+    let mut data = Vec::with_capacity(DATA_LEN + 10);
+    while data.len() < DATA_LEN {
         if random.one_in(3) {
-            state.data.extend(random.extended());
+            data.extend(random.extended());
         } else {
-            state.data.extend(random.word().to_le_bytes());
+            data.extend(random.word().to_le_bytes());
         }
     }
-    state.data.truncate(DATA_LEN);
-    state
+    data.truncate(DATA_LEN);
+    data
 }
 
 fn general(size: usize, number: u64) -> Register {
@@ -556,12 +561,17 @@ fn compare_all(
     let mut random = Random(0x0123_4567_89ab_cdef);
     let (mut encodings, mut compared) = (0, 0);
     let mut wrong = Vec::new();
+    let mut data = random_data(&mut random);
     for code in Code::values().filter(|&code| code.op_code().mode64() && wanted(code)) {
         let mut here = 0;
         for round in 0..rounds {
             let Some(instruction) = generate(code, &mut random) else { break };
             let Some(bytes) = encode(&instruction) else { continue };
             let mut state = random_state(&mut random, variation);
+            if round % 32 == 0 {
+                data = random_data(&mut random);
+            }
+            state.data.clone_from(&data);
             // Where iced-x86 does not know, it is two bytes or one of the big areas.
             let size = match iced_x86::Decoder::new(64, &bytes, 0).decode().memory_size().size() {
                 0 => 512,
