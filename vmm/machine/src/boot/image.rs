@@ -6,7 +6,8 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use harrier_engine::GuestMemory;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::bitmap::Bitmap;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 /// Bytes that are copied at a time.
 const CHUNK: u64 = 1 << 20;
@@ -174,12 +175,27 @@ pub(super) fn copy(
         let want = usize::try_from((len - done).min(CHUNK)).unwrap_or(0);
         let chunk = buf.get_mut(..want).unwrap_or_default();
         read(image, offset.saturating_add(done), chunk)?;
-        memory
-            .write_slice(chunk, GuestAddress(gpa.saturating_add(done)))
-            .map_err(|err| unreadable(image.name(), io::Error::other(err)))?;
+        write_through_file(memory, gpa.saturating_add(done), chunk)
+            .map_err(|err| unreadable(image.name(), err))?;
         done += want as u64;
     }
     Ok(())
+}
+
+/// Writes to the file behind guest memory where there is one: the host then allocates the pages in one go, where a
+/// write to the mapping would fault for each of them.
+fn write_through_file(memory: &GuestMemory, gpa: u64, bytes: &[u8]) -> io::Result<()> {
+    let region = memory.to_region_addr(GuestAddress(gpa));
+    if let Some((region, offset)) = region
+        && let Some(file) = region.file_offset()
+        && let Ok(start) = usize::try_from(offset.0)
+        && offset.0.saturating_add(bytes.len() as u64) <= region.len()
+    {
+        file.file().write_all_at(bytes, file.start().saturating_add(offset.0))?;
+        region.bitmap().mark_dirty(start, bytes.len());
+        return Ok(());
+    }
+    memory.write_slice(bytes, GuestAddress(gpa)).map_err(io::Error::other)
 }
 
 #[cfg(test)]
@@ -196,6 +212,19 @@ mod tests {
         assert!(text(Path::new("/dev/null")).ends_with("is a device, pipe or socket: give a regular file"));
         assert!(text(&empty).ends_with("is empty: give a complete file"));
         assert!(text(&dir.as_path().join("none")).ends_with("does not exist: check the path"));
+    }
+
+    #[test]
+    fn a_copy_arrives_in_mapped_memory_and_in_the_page_log() {
+        let ram = crate::memory::GuestRam::new(4 << 20).unwrap();
+        let bytes: Vec<u8> = (0..5000u32).map(|i| (i % 251) as u8).collect();
+        copy(&BytesImage::new("x", &bytes), 10, 4990, &ram.memory, 0x20_0ff0).unwrap();
+        let mut seen = vec![0; 4990];
+        ram.memory.read_slice(&mut seen, GuestAddress(0x20_0ff0)).unwrap();
+        assert!(seen == bytes[10..]);
+        let log = ram.regions[0].bitmap();
+        let dirty = [0x1f_ffff, 0x20_0000, 0x20_1000, 0x20_2000, 0x20_3000].map(|at| log.dirty_at(at));
+        assert_eq!(dirty, [false, true, true, true, false]);
     }
 
     #[test]
