@@ -1,10 +1,15 @@
-//! Loops of known instructions.
+//! Loops of known instructions, and page faults.
 #![expect(
     unsafe_code,
     reason = "an instruction's cost is measured by that instruction, not by what a compiler makes"
 )]
 
 use std::arch::asm;
+use std::num::NonZeroUsize;
+
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munmap};
+
+const PAGE: usize = 4096;
 
 /// Eight dependent and independent register instructions an iteration.
 pub(crate) fn registers(iterations: u64) -> u64 {
@@ -78,4 +83,21 @@ pub(crate) fn doubles(iterations: u64) -> u64 {
         );
     }
     iterations.max(1) * 6
+}
+
+/// Touches fresh pages of 4 KiB, one fault each.
+pub(crate) fn page_faults(pages: usize) -> u64 {
+    let Some(length) = pages.checked_mul(PAGE).and_then(NonZeroUsize::new) else { return 0 };
+    let (rights, flags) = (ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_PRIVATE);
+    // SAFETY: a new mapping at an address of the kernel's choice touches no other.
+    let Ok(start) = (unsafe { mmap_anonymous(None, length, rights, flags) }) else { return 0 };
+    // SAFETY: the range is the mapping above. A kernel without huge pages refuses, which is as good.
+    let _ = unsafe { madvise(start, length.get(), MmapAdvise::MADV_NOHUGEPAGE) };
+    for page in 0..pages {
+        // SAFETY: inside the mapping above, which is writable.
+        unsafe { start.cast::<u8>().add(page * PAGE).write_volatile(1) };
+    }
+    // SAFETY: the mapping above, which nothing refers to any more.
+    let _ = unsafe { munmap(start, length.get()) };
+    0
 }

@@ -1,12 +1,21 @@
-//! The loops of `cargo xtask bench compute`: one static program for Harrier's guest, a peer's guest and the host.
+//! The programs of `cargo xtask bench compute`: the same static binary in Harrier's guest, in a peer's and on the host.
 //!
-//! It says `@begin NAME` before a loop and `@end NAME` after it, with the instructions of the loop's body where their
-//! number is known. Who reads these lines takes the time, because the clock of a guest is what the monitor makes of it.
+//! `harrier-bench-guest [FILE]` runs the loops below and then the shell commands of FILE (a line each: name, tab,
+//! command). Before each it says `@begin NAME`, after it `@end NAME|INSTRUCTIONS|NANOSECONDS`: the instructions of the
+//! loop where their number is known, else 0, and the processor time that this kernel counts. Who reads these lines from
+//! outside takes the time there, because a guest's clocks are what the monitor makes of them; after each line the
+//! program sleeps, so that a late reader still sees the processor time of that moment.
 
 mod loops;
 
 use std::hint::black_box;
 use std::io::Write as _;
+use std::process::{Command, ExitCode, Stdio};
+use std::time::Duration;
+
+use nix::sys::resource::{UsageWho, getrusage};
+use nix::sys::time::TimeValLike as _;
+use nix::time::{ClockId, clock_gettime};
 
 /// Name, and what runs; the answer is the number of instructions, 0 where it is not known.
 type Loop = (&'static str, fn() -> u64);
@@ -15,18 +24,44 @@ const LOOPS: &[Loop] = &[
     ("register loop", || loops::registers(20_000_000)),
     ("load and store loop", || loops::memory(10_000_000)),
     ("SSE2 double loop", || loops::doubles(5_000_000)),
-    ("sort 200,000 numbers", sort),
+    ("sort of 200,000 numbers", sort),
     ("CRC-32 of 4 MiB by table", crc),
     ("100,000 system calls", system_calls),
-    ("4,096 page faults", page_faults),
+    ("4,096 page faults", || loops::page_faults(4096)),
 ];
 
-fn main() {
-    let only = std::env::args().nth(1);
-    for (name, run) in LOOPS.iter().filter(|(name, _)| only.as_ref().is_none_or(|only| only == name)) {
-        say(&format!("@begin {name}"));
-        let instructions = run();
-        say(&format!("@end {name}|{instructions}"));
+/// How late a reader of our lines may be.
+const PAUSE: Duration = Duration::from_millis(40);
+
+fn main() -> ExitCode {
+    for (name, run) in LOOPS {
+        measure(name, || Some(run()));
+    }
+    let commands = match std::env::args().nth(1).map(std::fs::read_to_string) {
+        None => String::new(),
+        Some(Ok(commands)) => commands,
+        Some(Err(error)) => {
+            eprintln!("the commands cannot be read: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    for (name, command) in commands.lines().filter_map(|line| line.split_once('\t')) {
+        measure(name, || {
+            let status = Command::new("busybox").args(["sh", "-c", command]).stdout(Stdio::null()).status();
+            status.is_ok_and(|status| status.success()).then_some(0)
+        });
+    }
+    ExitCode::SUCCESS
+}
+
+fn measure(name: &str, run: impl FnOnce() -> Option<u64>) {
+    say(&format!("@begin {name}"));
+    let before = cpu_ns();
+    let result = run();
+    let used_ns = cpu_ns().saturating_sub(before);
+    match result {
+        Some(instructions) => say(&format!("@end {name}|{instructions}|{used_ns}")),
+        None => say(&format!("@failed {name}")),
     }
 }
 
@@ -35,6 +70,15 @@ fn say(line: &str) {
     let mut out = std::io::stdout().lock();
     let _ = writeln!(out, "{line}");
     let _ = out.flush();
+    std::thread::sleep(PAUSE);
+}
+
+/// Processor time of this process and its ended children.
+fn cpu_ns() -> u64 {
+    let own = clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID).map_or(0, |time| time.num_nanoseconds());
+    let children = getrusage(UsageWho::RUSAGE_CHILDREN)
+        .map_or(0, |usage| usage.user_time().num_nanoseconds() + usage.system_time().num_nanoseconds());
+    u64::try_from(own + children).unwrap_or_default()
 }
 
 /// Numbers that are the same everywhere (xorshift, Marsaglia 2003).
@@ -77,19 +121,6 @@ fn crc() -> u64 {
 fn system_calls() -> u64 {
     for _ in 0..100_000 {
         black_box(std::process::id());
-    }
-    0
-}
-
-fn page_faults() -> u64 {
-    // Above the C library's threshold: every block is mapped anew.
-    const BLOCK: usize = 1 << 20;
-    for _ in 0..16 {
-        let mut block = vec![0_u8; BLOCK];
-        for page in block.chunks_mut(4096) {
-            page[0] = 1;
-        }
-        black_box(block);
     }
     0
 }

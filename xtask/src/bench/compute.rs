@@ -16,7 +16,7 @@ use super::monitors::{Guest, Monitor, Monitors};
 use super::report::{Figure, Goal, GroupReport, Unit};
 use super::statistics::Samples;
 use crate::cpio::Archive;
-use crate::{initramfs, packages};
+use crate::initramfs;
 
 const LIMIT: Duration = Duration::from_secs(300);
 
@@ -50,6 +50,7 @@ pub(crate) fn run(monitors: &Monitors, guest: &Guest, root: &Path, runs: u32) ->
     let folder = tempfile::tempdir().context("no temporary folder for the guest's programs")?;
     let data = data();
     fs::write(folder.path().join("data"), &data)?;
+    fs::write(folder.path().join("commands"), commands())?;
     let archive = folder.path().join("initramfs.cpio");
     let mut bytes = fs::read(&guest.initramfs).context("cannot read the guest's initramfs")?;
     bytes.extend(programs(&fs::read(&loops)?, &data));
@@ -64,7 +65,11 @@ pub(crate) fn run(monitors: &Monitors, guest: &Guest, root: &Path, runs: u32) ->
     for _ in 0..runs {
         let ours = monitors.run(Monitor::HarrierSoft, &guest, LIMIT)?;
         let theirs = monitors.run(Monitor::QemuTcg, &guest, LIMIT)?;
-        rounds.push([times(&ours.marks)?, times(&theirs.marks)?, native(&loops, folder.path())?]);
+        rounds.push([
+            times(&ours.marks, Clock::Monitor)?,
+            times(&theirs.marks, Clock::Monitor)?,
+            native(&loops, folder.path())?,
+        ]);
     }
     Ok(GroupReport { name: "compute", figures: figures(&rounds)?, remarks: Vec::new() })
 }
@@ -101,18 +106,20 @@ fn figures(rounds: &[[Times; 3]]) -> Result<Vec<Figure>> {
 
 /// The part of the initramfs that belongs to this group. The kernel unpacks archives that follow each other.
 fn programs(loops: &[u8], data: &[u8]) -> Vec<u8> {
-    let mut script =
-        "#!/bin/sh\nexport PATH=/bin\ncd /bench\nmount -t devtmpfs dev /dev\n./loops\n".to_owned();
-    for (name, command) in COMMANDS {
-        script.push_str(&format!("echo '@begin {name}'\n({command}) >/dev/null\necho '@end {name}|0'\n"));
-    }
-    script.push_str("poweroff -f\n");
+    let script =
+        "#!/bin/sh\nexport PATH=/bin\ncd /bench\nmount -t devtmpfs dev /dev\n./loops commands\npoweroff -f\n";
     let mut archive = Archive::new();
     archive.dir("bench");
     archive.file("bench/run", 0o755, script.as_bytes());
     archive.file("bench/loops", 0o755, loops);
+    archive.file("bench/commands", 0o644, commands().as_bytes());
     archive.file("bench/data", 0o644, data);
     archive.finish()
+}
+
+/// The commands as the program takes them.
+fn commands() -> String {
+    COMMANDS.iter().map(|(name, command)| format!("{name}\t{command}\n")).collect()
 }
 
 /// Words in lines, with the repetitions that text has.
@@ -130,20 +137,38 @@ fn data() -> Vec<u8> {
     text
 }
 
+/// Whose count of processor time is taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Clock {
+    /// The host's count for the whole monitor.
+    Monitor,
+    /// The program's own kernel's.
+    Own,
+}
+
 /// Pairs the marks of begin and end.
-fn times(marks: &[Mark]) -> Result<Times> {
+fn times(marks: &[Mark], clock: Clock) -> Result<Times> {
     let mut times = Times::new();
     let mut begun: Option<(&str, Duration)> = None;
     for mark in marks {
         if let Some(name) = mark.text.strip_prefix("begin ") {
             begun = Some((name, mark.cpu));
-        } else if let Some((name, instructions)) =
-            mark.text.strip_prefix("end ").and_then(|text| text.split_once('|'))
-        {
+        } else if let Some(name) = mark.text.strip_prefix("failed ") {
+            bail!("'{name}' failed");
+        } else if let Some(end) = mark.text.strip_prefix("end ") {
+            let mut parts = end.split('|');
+            let (Some(name), Some(instructions), Some(own_ns)) = (parts.next(), parts.next(), parts.next())
+            else {
+                bail!("a mark is incomplete: '{end}'");
+            };
             let Some((_, before)) = begun.take().filter(|(begun, _)| *begun == name) else {
                 bail!("'{name}' ended without having begun");
             };
-            times.insert(name.to_owned(), (mark.cpu.saturating_sub(before), instructions.parse()?));
+            let time = match clock {
+                Clock::Monitor => mark.cpu.saturating_sub(before),
+                Clock::Own => Duration::from_nanos(own_ns.parse()?),
+            };
+            times.insert(name.to_owned(), (time, instructions.parse()?));
         }
     }
     if times.is_empty() {
@@ -154,19 +179,11 @@ fn times(marks: &[Mark]) -> Result<Times> {
 
 /// The same on the host itself.
 fn native(loops: &Path, folder: &Path) -> Result<Times> {
-    let ended = measure::run(&mut Command::new(loops), LIMIT)?;
-    let mut times = times(&ended.marks)?;
-    let busybox = packages::find_program("busybox").context("busybox is not installed")?;
-    for (name, command) in COMMANDS {
-        let mut shell = Command::new(&busybox);
-        shell.args(["sh", "-c", &format!("({command}) >/dev/null")]).current_dir(folder);
-        let ended = measure::run(&mut shell, LIMIT)?;
-        if !ended.status.success() {
-            bail!("{name} on the host: {}", measure::last_words(&ended.stderr));
-        }
-        times.insert((*name).to_owned(), (ended.cpu, 0));
+    let ended = measure::run(Command::new(loops).arg("commands").current_dir(folder), LIMIT)?;
+    if !ended.status.success() {
+        bail!("the programs on the host: {}", measure::last_words(&ended.stderr));
     }
-    Ok(times)
+    times(&ended.marks, Clock::Own)
 }
 
 #[cfg(test)]
@@ -179,12 +196,23 @@ mod tests {
 
     #[test]
     fn a_time_lies_between_begin_and_end_of_the_same_name() {
-        let marks = [mark("begin a b", 5), mark("end a b|70", 9), mark("begin c", 20), mark("end c|0", 21)];
-        let times = times(&marks).unwrap();
-        assert_eq!(times["a b"], (Duration::from_millis(4), 70));
-        assert_eq!(times["c"], (Duration::from_millis(1), 0));
-        assert!(super::times(&[mark("begin a", 1), mark("end b|0", 2)]).is_err());
-        assert!(super::times(&[mark("init", 1)]).is_err());
+        let marks = [
+            mark("begin a b", 5),
+            mark("end a b|70|3000000", 9),
+            mark("begin c", 20),
+            mark("end c|0|2000", 21),
+        ];
+        let outside = times(&marks, Clock::Monitor).unwrap();
+        assert_eq!(outside["a b"], (Duration::from_millis(4), 70));
+        assert_eq!(outside["c"], (Duration::from_millis(1), 0));
+        let inside = times(&marks, Clock::Own).unwrap();
+        assert_eq!(inside["a b"], (Duration::from_millis(3), 70));
+        for damaged in
+            [&["begin a", "end b|0|1"][..], &["begin a", "end a|0"], &["begin a", "failed a"], &["init"]]
+        {
+            let marks: Vec<_> = damaged.iter().map(|text| mark(text, 1)).collect();
+            assert!(times(&marks, Clock::Own).is_err(), "{damaged:?}");
+        }
     }
 
     #[test]
