@@ -191,7 +191,9 @@ pub fn command_line() -> &'static str {
 
 /// The number in `NAME=NUMBER` on the command line.
 pub fn parameter(name: &str) -> Option<u64> {
-    command_line().split_ascii_whitespace().find_map(|word| word.strip_prefix(name)?.strip_prefix('=')?.parse().ok())
+    command_line()
+        .split_ascii_whitespace()
+        .find_map(|word| word.strip_prefix(name)?.strip_prefix('=')?.parse().ok())
 }
 
 /// Where the ACPI root pointer is; 0 if the loader did not say.

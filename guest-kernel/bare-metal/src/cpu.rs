@@ -118,7 +118,9 @@ pub fn rdmsr(index: u32) -> u64 {
 
 /// Writes a model-specific register that takes the value.
 pub fn wrmsr(index: u32, value: u64) {
-    unsafe { asm!("wrmsr", in("ecx") index, in("eax") value as u32, in("edx") (value >> 32) as u32, options(nostack)) }
+    unsafe {
+        asm!("wrmsr", in("ecx") index, in("eax") value as u32, in("edx") (value >> 32) as u32, options(nostack))
+    }
 }
 
 /// Processor identification.

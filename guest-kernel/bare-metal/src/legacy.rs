@@ -101,8 +101,29 @@ impl Registers {
 #[unsafe(no_mangle)]
 #[unsafe(link_section = ".low.data")]
 static LEGACY: Shared<Registers> = Shared::new(Registers {
-    eax: 0, ebx: 0, ecx: 0, edx: 0, esi: 0, edi: 0, ebp: 0, esp: 0, ds: 0, es: 0, fs: 0, gs: 0, ss: 0, cs: 0, eip: 0, eflags: 0,
-    cr0: 0, cr3: 0, cr4: 0, vector: 0, error: 0, cr2: 0, pushed_at: 0,
+    eax: 0,
+    ebx: 0,
+    ecx: 0,
+    edx: 0,
+    esi: 0,
+    edi: 0,
+    ebp: 0,
+    esp: 0,
+    ds: 0,
+    es: 0,
+    fs: 0,
+    gs: 0,
+    ss: 0,
+    cs: 0,
+    eip: 0,
+    eflags: 0,
+    cr0: 0,
+    cr3: 0,
+    cr4: 0,
+    vector: 0,
+    error: 0,
+    cr2: 0,
+    pushed_at: 0,
 });
 #[unsafe(no_mangle)]
 static LEGACY_RSP: Shared<u64> = Shared::new(0);

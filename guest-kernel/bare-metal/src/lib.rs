@@ -11,7 +11,6 @@
 //! of their own (the compiler uses the red zone), and handlers written in Rust run with the FPU state saved.
 
 #![no_std]
-#![expect(clippy::missing_safety_doc, reason = "every function here that is unsafe is so for the reason above")]
 
 pub mod apic;
 pub mod boot;

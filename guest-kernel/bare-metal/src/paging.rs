@@ -119,7 +119,11 @@ pub fn user(address: u64) -> u64 {
     let first = entry(USER_BASE, 2);
     if unsafe { first.read_volatile() } == 0 {
         for n in 0..512 {
-            unsafe { first.add(n).write_volatile(n as u64 * (2 << 20) | entry::PS | entry::P | entry::W | entry::U) }
+            unsafe {
+                first
+                    .add(n)
+                    .write_volatile((n as u64 * (2 << 20)) | entry::PS | entry::P | entry::W | entry::U)
+            }
         }
     }
     assert!(address < 1 << 30);

@@ -72,7 +72,14 @@ const FRAME_WORDS: usize = 22;
 impl Frame {
     /// For kernel code at `rip`: interrupts disabled, a stack of its own, all else zero.
     pub fn kernel(rip: u64) -> Frame {
-        Frame { rip, cs: selector::CODE64, ss: selector::DATA, rflags: 2, rsp: snippet_stack(), ..Frame::default() }
+        Frame {
+            rip,
+            cs: selector::CODE64,
+            ss: selector::DATA,
+            rflags: 2,
+            rsp: snippet_stack(),
+            ..Frame::default()
+        }
     }
 
     /// For 64-bit user code at `rip`, an address that user mode may execute.

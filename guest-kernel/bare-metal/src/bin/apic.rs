@@ -191,7 +191,11 @@ fn shadows() {
     pend();
     let sti = code!("sti", "nop", "nop", "int 0xff");
     let end = run(Frame::kernel(sti));
-    check("sti takes effect after the next instruction", end.vector << 32 | (end.rip - sti), u64::from(LOW) << 32 | 2);
+    check(
+        "sti takes effect after the next instruction",
+        end.vector << 32 | (end.rip - sti),
+        u64::from(LOW) << 32 | 2,
+    );
     check("the saved flags have interrupts enabled", end.rflags & flags::IF, flags::IF);
     end_interrupt();
     pend();
@@ -203,7 +207,11 @@ fn shadows() {
     pend();
     let popf = code!("push 0x202", "popfq", "nop", "int 0xff");
     let end = run(Frame::kernel(popf));
-    check("popf that enables lets it in at once", end.vector << 32 | (end.rip - popf), u64::from(LOW) << 32 | 6);
+    check(
+        "popf that enables lets it in at once",
+        end.vector << 32 | (end.rip - popf),
+        u64::from(LOW) << 32 | 6,
+    );
     end_interrupt();
     pend();
     let mov_ss = code!("push 0x202", "mov eax, 0x10", "popfq", "mov ss, eax", "nop", "int 0xff");
@@ -219,7 +227,11 @@ fn shadows() {
     pend();
     let halt = code!("sti", "hlt", "int 0xff");
     let end = run(Frame::kernel(halt));
-    check("sti and hlt: hlt wakes with what is pending", end.vector << 32 | (end.rip - halt), u64::from(LOW) << 32 | 2);
+    check(
+        "sti and hlt: hlt wakes with what is pending",
+        end.vector << 32 | (end.rip - halt),
+        u64::from(LOW) << 32 | 2,
+    );
     end_interrupt();
     set_handler(LOW.into(), Some(note_and_end));
 }
@@ -321,7 +333,10 @@ fn deadline() {
     forget();
     apic::write(apic::LVT_TIMER, TIMER | 2 << 17);
     cpu::wrmsr(msr::TSC_DEADLINE, cpu::rdtsc() + 2_000_000);
-    check_true("a deadline is armed", cpu::rdmsr(msr::TSC_DEADLINE) != 0 || ARRIVED.load(Ordering::SeqCst) != 0);
+    check_true(
+        "a deadline is armed",
+        cpu::rdmsr(msr::TSC_DEADLINE) != 0 || ARRIVED.load(Ordering::SeqCst) != 0,
+    );
     check_true("a deadline fires", wait_for(1));
     check("and is disarmed then", cpu::rdmsr(msr::TSC_DEADLINE), 0);
     forget();
@@ -475,7 +490,13 @@ fn x2apic_registers() {
     check("the id is cpuid's", cpu::cpuid(0xb, 0).edx.into(), cpu::rdmsr(0x802));
     let read = |index: u64| run(Frame { rcx: index, ..Frame::kernel(code!("rdmsr", "int 0xff")) }).vector;
     let write = |index: u64, value: u64| {
-        run(Frame { rcx: index, rax: value & 0xffff_ffff, rdx: value >> 32, ..Frame::kernel(code!("wrmsr", "int 0xff")) }).vector
+        run(Frame {
+            rcx: index,
+            rax: value & 0xffff_ffff,
+            rdx: value >> 32,
+            ..Frame::kernel(code!("wrmsr", "int 0xff"))
+        })
+        .vector
     };
     check("there is no destination format register", read(0x80e), vector::GP);
     check("there is no second command register", read(0x831), vector::GP);
@@ -486,9 +507,24 @@ fn x2apic_registers() {
     check("the error register takes only zero", write(0x828, 1), vector::GP);
     check("reserved bits of the task priority fault", write(0x808, 0x100), vector::GP);
     check("the upper half must be zero", write(0x80f, 1 << 32 | 0x1ff), vector::GP);
-    check("x2APIC and disabled at once is not possible", write(msr::APIC_BASE.into(), cpu::rdmsr(msr::APIC_BASE) & !0x800), vector::GP);
-    check("back to xAPIC directly is not possible", write(msr::APIC_BASE.into(), cpu::rdmsr(msr::APIC_BASE) & !0x400), vector::GP);
-    check("the command register reads back", { cpu::wrmsr(0x830, 5 << 32 | 0x4_0000 | u64::from(LOW)); cpu::rdmsr(0x830) }, 5 << 32 | 0x4_0000 | u64::from(LOW));
+    check(
+        "x2APIC and disabled at once is not possible",
+        write(msr::APIC_BASE.into(), cpu::rdmsr(msr::APIC_BASE) & !0x800),
+        vector::GP,
+    );
+    check(
+        "back to xAPIC directly is not possible",
+        write(msr::APIC_BASE.into(), cpu::rdmsr(msr::APIC_BASE) & !0x400),
+        vector::GP,
+    );
+    check(
+        "the command register reads back",
+        {
+            cpu::wrmsr(0x830, 5 << 32 | 0x4_0000 | u64::from(LOW));
+            cpu::rdmsr(0x830)
+        },
+        5 << 32 | 0x4_0000 | u64::from(LOW),
+    );
     let_in();
     forget();
     cpu::wrmsr(0x83f, MIDDLE.into());

@@ -37,17 +37,32 @@ fn ports() {
     outw(NOBODY, 0);
     outl(NOBODY, 0);
     check("a write to an absent port does nothing", inl(NOBODY).into(), 0xffff_ffff);
-    let end = run(Frame { rax: 0x1122_3344_5566_7788, rdx: NOBODY.into(), rflags: 2 | flags::STATUS, ..Frame::kernel(code64!("in al, dx", "mov rcx, rax", "in ax, dx", "mov rbx, rax", "in eax, dx")) });
+    let end = run(Frame {
+        rax: 0x1122_3344_5566_7788,
+        rdx: NOBODY.into(),
+        rflags: 2 | flags::STATUS,
+        ..Frame::kernel(code64!("in al, dx", "mov rcx, rax", "in ax, dx", "mov rbx, rax", "in eax, dx"))
+    });
     check("in to al leaves the rest", end.rcx, 0x1122_3344_5566_77ff);
     check("in to ax leaves the rest", end.rbx, 0x1122_3344_5566_ffff);
     check("in to eax clears the upper half", end.rax, 0xffff_ffff);
     check("in leaves the flags", end.rflags & flags::STATUS, flags::STATUS);
     let end = run(Frame { rax: 0x7f, ..Frame::kernel(code64!("in al, 0x71", "out 0x80, al", "mov ecx, 1")) });
     check("immediate ports", end.rcx, 1);
-    let end = run(Frame { rdx: 0xffff_ffff_0000_03ff, rax: 0xa5, ..Frame::kernel(code64!("out dx, al", "xor eax, eax", "in al, dx")) });
+    let end = run(Frame {
+        rdx: 0xffff_ffff_0000_03ff,
+        rax: 0xa5,
+        ..Frame::kernel(code64!("out dx, al", "xor eax, eax", "in al, dx"))
+    });
     check("the port number has 16 bits", end.rax, 0xa5);
     poke(frame(0), 0x0706_0504_0302_0100);
-    let end = run(Frame { rdx: SCRATCH.into(), rsi: frame(0), rcx: 6, rdi: frame(1), ..Frame::kernel(code64!("rep outsb", "insb")) });
+    let end = run(Frame {
+        rdx: SCRATCH.into(),
+        rsi: frame(0),
+        rcx: 6,
+        rdi: frame(1),
+        ..Frame::kernel(code64!("rep outsb", "insb"))
+    });
     check("rep outsb ends with the last byte", peek(frame(1)) & 0xff, 5);
     check("rep outsb counts", end.rsi - frame(0), 6);
     poke(frame(1), 0);
@@ -98,7 +113,11 @@ fn memory_mapped() {
     check("a redirection entry keeps", apic::ioapic_read(0x10 + 2 * 7).into(), 0x0001_0033);
     apic::ioapic_write(0x11 + 2 * 7, 0x0500_0000);
     check("and its destination", apic::ioapic_read(0x11 + 2 * 7).into(), 0x0500_0000);
-    check("another entry is masked after reset", u64::from(apic::ioapic_read(0x10 + 2 * 9) & apic::MASKED), apic::MASKED.into());
+    check(
+        "another entry is masked after reset",
+        u64::from(apic::ioapic_read(0x10 + 2 * 9) & apic::MASKED),
+        apic::MASKED.into(),
+    );
 
     let window = IOAPIC + 0x10;
     let select = |index: u64| Frame { rsi: IOAPIC, rdi: window, rax: index, ..Frame::kernel(0) };
@@ -107,33 +126,75 @@ fn memory_mapped() {
     let end = exec(code64!("mov [rsi], eax", "mov edx, [rdi]", "mov r8d, [rsi]"), select(entry7));
     check("mov", end.rdx, 0x0001_0033);
     check("the select register reads back", end.r8, entry7);
-    let end = exec(code64!("mov [rsi], eax", "cmp dword ptr [rdi], 0x10033", "sete dl", "test dword ptr [rdi], 0x10000", "setnz cl"), select(entry7));
+    let end = exec(
+        code64!(
+            "mov [rsi], eax",
+            "cmp dword ptr [rdi], 0x10033",
+            "sete dl",
+            "test dword ptr [rdi], 0x10000",
+            "setnz cl"
+        ),
+        select(entry7),
+    );
     check("cmp and test with memory", end.rdx << 1 | end.rcx, 3);
-    let end = exec(code64!("mov [rsi], eax", "mov ebx, 1", "add ebx, [rdi]", "push qword ptr [rdi]", "pop r8"), select(entry7));
+    let end = exec(
+        code64!("mov [rsi], eax", "mov ebx, 1", "add ebx, [rdi]", "push qword ptr [rdi]", "pop r8"),
+        select(entry7),
+    );
     check("add from memory", end.rbx, 0x0001_0034);
     check("push from memory", end.r8 & 0xffff_ffff, 0x0001_0033);
-    let end = exec(code64!("mov [rsi], eax", "mov ecx, 0x10044", "xchg [rdi], ecx", "mov edx, [rdi]"), select(entry7));
+    let end = exec(
+        code64!("mov [rsi], eax", "mov ecx, 0x10044", "xchg [rdi], ecx", "mov edx, [rdi]"),
+        select(entry7),
+    );
     check("xchg reads the old value", end.rcx, 0x0001_0033);
     check("xchg writes the new one", end.rdx, 0x0001_0044);
-    let end = exec(code64!("mov [rsi], eax", "or dword ptr [rdi], 0x1", "mov edx, [rdi]", "inc dword ptr [rdi]", "mov ecx, [rdi]"), select(entry7));
+    let end = exec(
+        code64!(
+            "mov [rsi], eax",
+            "or dword ptr [rdi], 0x1",
+            "mov edx, [rdi]",
+            "inc dword ptr [rdi]",
+            "mov ecx, [rdi]"
+        ),
+        select(entry7),
+    );
     check("or to memory", end.rdx, 0x0001_0045);
     check("inc to memory", end.rcx, 0x0001_0046);
     poke(frame(0), 0x1_0055);
-    let end = exec(code64!("mov [rsi], eax", "push rsi", "mov rsi, r9", "movsd", "pop rsi", "mov edx, [rsi + 0x10]"), Frame { r9: frame(0), ..select(entry7) });
+    let end = exec(
+        code64!("mov [rsi], eax", "push rsi", "mov rsi, r9", "movsd", "pop rsi", "mov edx, [rsi + 0x10]"),
+        Frame { r9: frame(0), ..select(entry7) },
+    );
     check("movsd to a device", end.rdx, 0x0001_0055);
     check("and it counts", end.rdi, window + 4);
     poke(frame(1), 0);
-    let end = exec(code64!("mov [rsi], eax", "mov rsi, rdi", "mov rdi, r9", "movsd"), Frame { r9: frame(1), ..select(entry7) });
+    let end = exec(
+        code64!("mov [rsi], eax", "mov rsi, rdi", "mov rdi, r9", "movsd"),
+        Frame { r9: frame(1), ..select(entry7) },
+    );
     check("movsd from a device", peek(frame(1)), 0x0001_0055);
     check("and it counts too", end.rsi, window + 4);
-    let end = exec(code64!("mov [rsi], eax", "movd xmm0, dword ptr [rdi]", "movd edx, xmm0", "movzx ecx, byte ptr [rdi]"), select(entry7));
+    let end = exec(
+        code64!(
+            "mov [rsi], eax",
+            "movd xmm0, dword ptr [rdi]",
+            "movd edx, xmm0",
+            "movzx ecx, byte ptr [rdi]"
+        ),
+        select(entry7),
+    );
     check("movd from a device", end.rdx, 0x0001_0055);
     if !tcg_lacks("a byte read of a device register") {
         check("a byte read of a device register", end.rcx, 0x55);
     }
     // A device behind a small page that is not mapped one to one.
     map(TEST_BASE, IOAPIC | entry_bits());
-    let end = run(Frame { rsi: TEST_BASE, rax: entry7, ..Frame::kernel(code64!("mov [rsi], eax", "mov edx, [rsi + 0x10]")) });
+    let end = run(Frame {
+        rsi: TEST_BASE,
+        rax: entry7,
+        ..Frame::kernel(code64!("mov [rsi], eax", "mov edx, [rsi + 0x10]"))
+    });
     check("a device through another address", end.rdx, 0x0001_0055);
     // A fault after a device access in one instruction leaves the device alone when it can.
     let missing = TEST_BASE + 0x10_0000;
@@ -154,7 +215,11 @@ fn nowhere() {
         check("an absent address reads ones: 8 bytes", end.rax, u64::MAX);
         check("an absent address reads ones: 4 bytes", end.rcx, 0xffff_ffff);
         check("an absent address reads ones: 1 byte", end.rdx, 0xff);
-        let end = run(Frame { rsi: NOWHERE, rax: 1, ..Frame::kernel(code64!("lock xadd [rsi], rax", "mov ecx, [rsi]")) });
+        let end = run(Frame {
+            rsi: NOWHERE,
+            rax: 1,
+            ..Frame::kernel(code64!("lock xadd [rsi], rax", "mov ecx, [rsi]"))
+        });
         check("an exchange with an absent address reads ones", end.rax, u64::MAX);
         let end = run(Frame { rsi: NOWHERE, rdi: frame(2), rcx: 16, ..Frame::kernel(code64!("rep movsb")) });
         check("rep movsb from an absent address", peek(frame(2) + 8), u64::MAX);

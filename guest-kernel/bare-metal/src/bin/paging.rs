@@ -6,7 +6,9 @@
 
 use harrier_bare_metal::cpu::{self, cr0, cr4};
 use harrier_bare_metal::paging::entry::{A, D, G, NX, P, PS, U, W};
-use harrier_bare_metal::paging::{TEST_BASE, entry, frame, map, map_2m, peek, poke, poke_bytes, user, user_stack};
+use harrier_bare_metal::paging::{
+    TEST_BASE, entry, frame, map, map_2m, peek, poke, poke_bytes, user, user_stack,
+};
 use harrier_bare_metal::trap::vector;
 use harrier_bare_metal::{Frame, check, code, code64, guest_main, run, tcg_lacks};
 
@@ -72,10 +74,16 @@ fn error_codes() {
         let got = [
             outcome(name, read, PAGE, false),
             outcome(name, write, PAGE, false) | outcome(name, update, PAGE, false) << 16,
-            { poke(frame(0), 0xc3); outcome(name, execute, PAGE, false) },
+            {
+                poke(frame(0), 0xc3);
+                outcome(name, execute, PAGE, false)
+            },
             outcome(name, read, PAGE, true),
             outcome(name, write, PAGE, true) | outcome(name, update, PAGE, true) << 16,
-            { poke(frame(0), 0xc3); outcome(name, execute, PAGE, true) },
+            {
+                poke(frame(0), 0xc3);
+                outcome(name, execute, PAGE, true)
+            },
         ];
         let what = ["kernel read", "kernel write", "kernel fetch", "user read", "user write", "user fetch"];
         for (index, got) in got.into_iter().enumerate() {
@@ -158,7 +166,8 @@ fn accessed_and_dirty() {
     outcome("", code64!("cmpxchg [rdi], cl"), PAGE, false);
     check("cmpxchg sets dirty", peek(slot) & (A | D), A | D);
     map(PAGE, frame(0) | P | W | U);
-    let end = run(Frame { rdi: PAGE, rcx: 0, rsi: PAGE, ..Frame::kernel(code64!("rep movsb", "test al, [rdi]")) });
+    let end =
+        run(Frame { rdi: PAGE, rcx: 0, rsi: PAGE, ..Frame::kernel(code64!("rep movsb", "test al, [rdi]")) });
     check("a repeat of zero times does not set dirty", peek(slot) & D | end.rcx, 0);
     outcome("", code64!("push 0x5", "pop qword ptr [rdi]"), PAGE, false);
     check("a pop to memory sets dirty", peek(slot) & D, D);
@@ -172,7 +181,10 @@ fn large_pages() {
     let slot = entry(base, 2) as u64;
     map_2m(base, target | PS | P | W | U);
     poke(target + 0x12_3450, 0xabcd);
-    let end = run(Frame { rdi: base + 0x12_3450, ..Frame::kernel(code64!("mov rax, [rdi]", "mov qword ptr [rdi + 8], 0x77")) });
+    let end = run(Frame {
+        rdi: base + 0x12_3450,
+        ..Frame::kernel(code64!("mov rax, [rdi]", "mov qword ptr [rdi + 8], 0x77"))
+    });
     check("2 MiB page: read", end.rax, 0xabcd);
     check("2 MiB page: write", peek(target + 0x12_3458), 0x77);
     check("2 MiB page: accessed and dirty", peek(slot) & (A | D), A | D);
@@ -181,22 +193,36 @@ fn large_pages() {
     map_2m(base, target | PS | P | W | U | NX);
     check("2 MiB page: no-execute", outcome("", code64!("call rax"), base + 0x1000, true), 0x115);
     map_2m(base, target | 1 << 13 | PS | P | W);
-    check_reserved("2 MiB page: reserved address bits", outcome("", code64!("mov al, [rdi]"), base, false), 0x109);
+    check_reserved(
+        "2 MiB page: reserved address bits",
+        outcome("", code64!("mov al, [rdi]"), base, false),
+        0x109,
+    );
     map_2m(base, 0);
     check("2 MiB page: missing", outcome("", code64!("mov al, [rdi]"), base + 0x1f_f000, false), 0x100);
-    if cpu::cpuid(0x8000_0001, 0).edx & 1 << 26 == 0 && !tcg_lacks("1 GiB page without the feature is reserved") {
+    if cpu::cpuid(0x8000_0001, 0).edx & 1 << 26 == 0
+        && !tcg_lacks("1 GiB page without the feature is reserved")
+    {
         let slot = entry(base, 3) as u64;
         let original = peek(slot);
         poke(slot, PS | P | W);
         cpu::set_cr3(cpu::cr3());
-        check_reserved("1 GiB page without the feature is reserved", outcome("", code64!("mov al, [rdi]"), base, false), 0x109);
+        check_reserved(
+            "1 GiB page without the feature is reserved",
+            outcome("", code64!("mov al, [rdi]"), base, false),
+            0x109,
+        );
         poke(slot, original);
     }
     let slot = entry(base, 4) as u64;
     let original = peek(slot);
     poke(slot, original | PS);
     cpu::set_cr3(cpu::cr3());
-    check_reserved("page size bit in the top level is reserved", outcome("", code64!("mov al, [rdi]"), base, false), 0x109);
+    check_reserved(
+        "page size bit in the top level is reserved",
+        outcome("", code64!("mov al, [rdi]"), base, false),
+        0x109,
+    );
     poke(slot, original);
     cpu::set_cr3(cpu::cr3());
 }
@@ -208,7 +234,11 @@ fn reserved_bits() {
             continue;
         }
         map(PAGE, frame(0) | P | W | U | 1 << bit);
-        check_reserved("reserved bit: kernel read", outcome("", code64!("mov al, [rdi]"), PAGE, false), 0x109);
+        check_reserved(
+            "reserved bit: kernel read",
+            outcome("", code64!("mov al, [rdi]"), PAGE, false),
+            0x109,
+        );
         check_reserved("reserved bit: user write", outcome("", code64!("mov [rdi], al"), PAGE, true), 0x10f);
         check_reserved("reserved bit: user fetch", outcome("", code64!("jmp rax"), PAGE, true), 0x11d);
     }
@@ -255,7 +285,11 @@ fn stale_translations() {
     let write = code64!("mov qword ptr [rdi], 3");
     check("read-only", run(Frame { rdi: PAGE, ..Frame::kernel(write) }).error, 3);
     poke(slot, frame(1) | P | W);
-    check("more rights after a fault need no flush", run(Frame { rdi: PAGE, ..Frame::kernel(write) }).vector, vector::END);
+    check(
+        "more rights after a fault need no flush",
+        run(Frame { rdi: PAGE, ..Frame::kernel(write) }).vector,
+        vector::END,
+    );
     check("and the write arrives", peek(frame(1)), 3);
     // Code through a changed mapping.
     poke_bytes(frame(0), &[0xb8, 1, 0, 0, 0, 0xc3]);
@@ -265,7 +299,8 @@ fn stale_translations() {
     let end = run(Frame { rdi: PAGE, rsi: slot, rcx: frame(1) | P, ..Frame::kernel(call) });
     check("code before invlpg", end.rbx, 1);
     check("code after invlpg", end.rax, 2);
-    let call = code64!("call rdi", "mov rbx, rax", "mov [rsi], rcx", "mov rdx, cr3", "mov cr3, rdx", "call rdi");
+    let call =
+        code64!("call rdi", "mov rbx, rax", "mov [rsi], rcx", "mov rdx, cr3", "mov cr3, rdx", "call rdi");
     let end = run(Frame { rdi: PAGE, rsi: slot, rcx: frame(0) | P, ..Frame::kernel(call) });
     check("code before the write of CR3", end.rbx, 2);
     check("code after the write of CR3", end.rax, 1);
@@ -297,9 +332,24 @@ fn addresses() {
     let cases: [(&str, u64, u64, u64); 8] = [
         ("non-canonical read", code!("mov al, [rdi]", "int 0xff"), 0x8000_0000_0000, vector::GP),
         ("non-canonical write", code!("mov [rdi], al", "int 0xff"), 0xffff_7fff_ffff_ffff, vector::GP),
-        ("non-canonical through rbp", code!("mov rbp, rdi", "mov al, [rbp]", "int 0xff"), 0x8000_0000_0000, vector::SS),
-        ("non-canonical with an ss override", code!("mov al, ss:[rdi]", "int 0xff"), 0x8000_0000_0000, vector::SS),
-        ("non-canonical through rsp", code!("mov rbx, rsp", "mov rsp, rdi", "mov al, [rsp]", "int 0xff"), 1 << 63, vector::SS),
+        (
+            "non-canonical through rbp",
+            code!("mov rbp, rdi", "mov al, [rbp]", "int 0xff"),
+            0x8000_0000_0000,
+            vector::SS,
+        ),
+        (
+            "non-canonical with an ss override",
+            code!("mov al, ss:[rdi]", "int 0xff"),
+            0x8000_0000_0000,
+            vector::SS,
+        ),
+        (
+            "non-canonical through rsp",
+            code!("mov rbx, rsp", "mov rsp, rdi", "mov al, [rsp]", "int 0xff"),
+            1 << 63,
+            vector::SS,
+        ),
         ("non-canonical push", code!("mov rsp, rdi", "push rax", "int 0xff"), 1 << 63, vector::SS),
         ("non-canonical pop", code!("mov rsp, rdi", "pop rax", "int 0xff"), 1 << 63, vector::SS),
         ("non-canonical call stack", code!("mov rsp, rdi", "call 2f", "2: int 0xff"), 1 << 63, vector::SS),
@@ -356,7 +406,16 @@ fn page_crossing() {
     check("write across into a read-only page stores nothing", peek(frame(0) + 4088), 0x1111_1111_1111_1111);
     map(next, frame(5) | P | W);
     poke(frame(5), 0);
-    let write = run(Frame { rdi: next - 3, rax: 0x8877_6655_4433_2211, ..Frame::kernel(code64!("mov [rdi], rax", "mov rcx, [rdi]", "lock inc qword ptr [rdi]", "mov rdx, [rdi]")) });
+    let write = run(Frame {
+        rdi: next - 3,
+        rax: 0x8877_6655_4433_2211,
+        ..Frame::kernel(code64!(
+            "mov [rdi], rax",
+            "mov rcx, [rdi]",
+            "lock inc qword ptr [rdi]",
+            "mov rdx, [rdi]"
+        ))
+    });
     check("read across pages", write.rcx, 0x8877_6655_4433_2211);
     check("locked update across pages", write.rdx, 0x8877_6655_4433_2212);
     check("write across pages: first", peek(frame(0) + 4088), 0x3322_1211_1111_1111);
@@ -389,6 +448,6 @@ fn system_accesses() {
     check("iretq to user mode clears a kernel data segment", end.rax, 0);
     let end = run(Frame::user(user(code!("mov rax, [0x200000]", "int 0xff")), user_stack()));
     check("user mode cannot read the kernel", end.error << 8 | end.vector, 5 << 8 | vector::PF);
-    let end = run(Frame::user(user(code!("int 0xff")) , 0x1000));
+    let end = run(Frame::user(user(code!("int 0xff")), 0x1000));
     check("user stack is not touched by an interrupt", end.rsp, 0x1000);
 }

@@ -41,43 +41,127 @@ fn expect(name: &str, end: &Registers, vector: u64, error: u64) {
 
 /// A descriptor: access byte, and flags in the upper four bits of the second argument (8 pages, 4 32-bit).
 fn descriptor(base: u64, limit: u64, access: u64, size: u64) -> u64 {
-    limit & 0xffff | (base & 0xff_ffff) << 16 | access << 40 | (limit >> 16 & 0xf) << 48 | size << 52 | (base >> 24 & 0xff) << 56
+    limit & 0xffff
+        | (base & 0xff_ffff) << 16
+        | access << 40
+        | (limit >> 16 & 0xf) << 48
+        | size << 52
+        | (base >> 24 & 0xff) << 56
 }
 
 fn instructions() {
-    let end = exec(code32!("mov eax, 0x80000000", "add eax, 0x80000001", "setc bl", "inc ecx", "dec edx", "pushfd", "pop edi", "mov ebp, cs"));
+    let end = exec(code32!(
+        "mov eax, 0x80000000",
+        "add eax, 0x80000001",
+        "setc bl",
+        "inc ecx",
+        "dec edx",
+        "pushfd",
+        "pop edi",
+        "mov ebp, cs"
+    ));
     check("arithmetic", end.eax.into(), 1);
     check("carry", end.ebx.into(), 1);
     check("inc and dec of one byte", u64::from(end.ecx) << 32 | u64::from(end.edx), 1 << 32 | 0xffff_ffff);
     check("cs", end.ebp.into(), CODE32);
     check("the end", end.vector.into(), vector::END);
     check("paging is off", u64::from(end.cr0) & cr0::PG, 0);
-    let end = exec(code32!("mov eax, esp", "pushad", "mov ecx, [esp + 12]", "mov [esi + 16], ecx", "popad", "mov ecx, [esi + 16]", "push ds", "pop es", "mov edx, es", "mov word ptr [esi], 0x1234", "mov ebx, [esi]", "mov edi, esi", "lodsd", "std", "stosb", "cld", "sub esi, edi"));
+    let end = exec(code32!(
+        "mov eax, esp",
+        "pushad",
+        "mov ecx, [esp + 12]",
+        "mov [esi + 16], ecx",
+        "popad",
+        "mov ecx, [esi + 16]",
+        "push ds",
+        "pop es",
+        "mov edx, es",
+        "mov word ptr [esi], 0x1234",
+        "mov ebx, [esi]",
+        "mov edi, esi",
+        "lodsd",
+        "std",
+        "stosb",
+        "cld",
+        "sub esi, edi"
+    ));
     check("pushad saves the old esp", end.ecx.into(), end.esp.into());
     check("push and pop of segments", end.edx.into(), DATA);
     check("string instructions", end.esi.into(), 5);
-    let end = exec(code32!("mov ax, 0x00ff", "cwde", "mov ecx, eax", "cdq", "mov edx, 1", "shld eax, edx, 31", "bswap ecx", "nop"));
+    let end = exec(code32!(
+        "mov ax, 0x00ff",
+        "cwde",
+        "mov ecx, eax",
+        "cdq",
+        "mov edx, 1",
+        "shld eax, edx, 31",
+        "bswap ecx",
+        "nop"
+    ));
     check("bswap", end.ecx.into(), 0xff00_0000);
-    let end = exec(code32!("mov al, 0x99", "add al, 0x01", "daa", "mov ecx, eax", "setc dl", "mov al, 9", "inc al", "aaa", "mov bx, ax", "mov ax, 0x0100", "sub al, 1", "aas"));
+    let end = exec(code32!(
+        "mov al, 0x99",
+        "add al, 0x01",
+        "daa",
+        "mov ecx, eax",
+        "setc dl",
+        "mov al, 9",
+        "inc al",
+        "aaa",
+        "mov bx, ax",
+        "mov ax, 0x0100",
+        "sub al, 1",
+        "aas"
+    ));
     check("daa", u64::from(end.ecx & 0xff) << 8 | u64::from(end.edx & 0xff), 1);
     check("aas", u64::from(end.eax & 0xffff), 0x0009);
     let end = exec(code32!("mov ax, 0x10", "mov cx, 0x1b", "arpl ax, cx", "setz dl", "mov ebx, eax"));
     check("arpl", u64::from(end.ebx & 0xffff) << 8 | u64::from(end.edx & 0xff), 0x1301);
-    let end = exec(code32!("lea eax, [2f]", "mov [esi], eax", "mov word ptr [esi + 4], 0x30", "jmp fword ptr [esi]", "ud2", "2: .byte 0x0e", "call 3f", "mov ebx, 1", "jmp 4f", "3: mov ecx, [esp + 4]", "retf", "4:"));
+    let end = exec(code32!(
+        "lea eax, [2f]",
+        "mov [esi], eax",
+        "mov word ptr [esi + 4], 0x30",
+        "jmp fword ptr [esi]",
+        "ud2",
+        "2: .byte 0x0e",
+        "call 3f",
+        "mov ebx, 1",
+        "jmp 4f",
+        "3: mov ecx, [esp + 4]",
+        "retf",
+        "4:"
+    ));
     check("far jump and far return", u64::from(end.ecx) << 8 | u64::from(end.ebx), CODE32 << 8 | 1);
     let end = exec(code32!("lgs eax, [esi]", "les ecx, [esi + 8]"));
     expect("lgs of a selector that is no segment", &end, vector::END, 0);
-    let end = exec(code32!("str eax", "sldt ecx", "smsw edx", "sgdt [esi]", "mov ebx, [esi + 2]", "lsl edi, eax"));
+    let end =
+        exec(code32!("str eax", "sldt ecx", "smsw edx", "sgdt [esi]", "mov ebx, [esi + 2]", "lsl edi, eax"));
     check("str", end.eax.into(), TASK32);
     check("the limit of the task state", end.edi.into(), 103);
     check("sgdt", end.ebx.into(), harrier_bare_metal::boot::GDT.get() as u64);
-    let end = exec(code32!("mov eax, cr0", "mov ecx, cr4", "mov edx, dr7", "mov eax, 1", "cpuid", "shr edx, 6", "and edx, 1"));
+    let end = exec(code32!(
+        "mov eax, cr0",
+        "mov ecx, cr4",
+        "mov edx, dr7",
+        "mov eax, 1",
+        "cpuid",
+        "shr edx, 6",
+        "and edx, 1"
+    ));
     check("system registers and cpuid", end.edx.into(), 1);
     let end = exec(code32!("mov ecx, 0xc0000080", "rdmsr"));
     check("long mode is off", u64::from(end.eax) & 0x500, 0);
-    let end = run_protected(Registers { ecx: 5, ..Registers::protected(code32!(".byte 0x48, 0x89, 0xc8", "mov edx, 2", "mov ebx, eax")) });
+    let end = run_protected(Registers {
+        ecx: 5,
+        ..Registers::protected(code32!(".byte 0x48, 0x89, 0xc8", "mov edx, 2", "mov ebx, eax"))
+    });
     check("there is no rex prefix", end.ebx.into(), 5);
-    expect("syscall without long mode needs EFER.SCE of its own", &exec(code32!("mov ecx, 0xc0000080", "rdmsr", "and al, 0xfe", "wrmsr", ".byte 0x0f, 0x05")), vector::UD, 0);
+    expect(
+        "syscall without long mode needs EFER.SCE of its own",
+        &exec(code32!("mov ecx, 0xc0000080", "rdmsr", "and al, 0xfe", "wrmsr", ".byte 0x0f, 0x05")),
+        vector::UD,
+        0,
+    );
 }
 
 fn set_gate(n: usize, gate: u64) {
@@ -120,38 +204,130 @@ fn gates() {
 }
 
 fn level_3() {
-    let user = |code: u64| run_protected(Registers { esi: SCRATCH, esp: SCRATCH + 0x800, ..Registers::protected_user(code) });
+    let user = |code: u64| {
+        run_protected(Registers { esi: SCRATCH, esp: SCRATCH + 0x800, ..Registers::protected_user(code) })
+    };
     let end = user(code32!("mov eax, cs", "mov ecx, ss", "mov edx, ds", "push eax", "pop ebx"));
     expect("level 3", &end, vector::END, 0);
     check("cs and ss", u64::from(end.eax) << 16 | u64::from(end.ecx), USER_CODE32 << 16 | USER_DATA);
     check("the stack that interrupts use", u64::from(esp0() - end.pushed_at), 20 + 4);
-    check("the old stack is saved", u64::from(end.esp) << 8 | u64::from(end.ss), u64::from(SCRATCH + 0x800) << 8 | USER_DATA);
-    for (name, code) in [("cli", code32!("cli")), ("hlt", code32!("hlt")), ("mov to cr0", code32!("mov cr0, eax")), ("in", code32!("in al, 0x71")), ("lgdt", code32!("lgdt [esi]")), ("clts", code32!("clts")), ("rdmsr", code32!("rdmsr"))] {
+    check(
+        "the old stack is saved",
+        u64::from(end.esp) << 8 | u64::from(end.ss),
+        u64::from(SCRATCH + 0x800) << 8 | USER_DATA,
+    );
+    for (name, code) in [
+        ("cli", code32!("cli")),
+        ("hlt", code32!("hlt")),
+        ("mov to cr0", code32!("mov cr0, eax")),
+        ("in", code32!("in al, 0x71")),
+        ("lgdt", code32!("lgdt [esi]")),
+        ("clts", code32!("clts")),
+        ("rdmsr", code32!("rdmsr")),
+    ] {
         expect(name, &user(code), vector::GP, 0);
     }
     expect("int n beyond the gate", &user(code32!("int 0x41")), vector::GP, 0x41 << 3 | 2);
     expect("kernel data", &user(code32!("mov eax, 0x10", "mov ds, eax")), vector::GP, DATA);
-    expect("a jump to kernel code", &user(code32!("push 0x30", "lea eax, [2f]", "push eax", "retf", "2:")), vector::GP, CODE32);
-    let end = run_protected(Registers { eflags: 0x3002, esp: SCRATCH + 0x800, ..Registers::protected_user(code32!("mov edx, 0x3ff", "mov al, 0x77", "out dx, al", "xor eax, eax", "in al, dx", "sti", "pushfd", "pop ecx", "cli")) });
+    expect(
+        "a jump to kernel code",
+        &user(code32!("push 0x30", "lea eax, [2f]", "push eax", "retf", "2:")),
+        vector::GP,
+        CODE32,
+    );
+    let end = run_protected(Registers {
+        eflags: 0x3002,
+        esp: SCRATCH + 0x800,
+        ..Registers::protected_user(code32!(
+            "mov edx, 0x3ff",
+            "mov al, 0x77",
+            "out dx, al",
+            "xor eax, eax",
+            "in al, dx",
+            "sti",
+            "pushfd",
+            "pop ecx",
+            "cli"
+        ))
+    });
     check("IOPL 3: ports", u64::from(end.eax & 0xff), 0x77);
     check("IOPL 3: sti", u64::from(end.ecx) & flags::IF, flags::IF);
-    let end = run_protected(Registers { eflags: 0x2, esp: SCRATCH + 0x800, ..Registers::protected_user(code32!("pushfd", "or dword ptr [esp], 0x3200", "popfd", "pushfd", "pop ecx")) });
-    check("popf changes neither IOPL nor the interrupt flag", u64::from(end.ecx) & (flags::IF | flags::IOPL), 0);
+    let end = run_protected(Registers {
+        eflags: 0x2,
+        esp: SCRATCH + 0x800,
+        ..Registers::protected_user(code32!(
+            "pushfd",
+            "or dword ptr [esp], 0x3200",
+            "popfd",
+            "pushfd",
+            "pop ecx"
+        ))
+    });
+    check(
+        "popf changes neither IOPL nor the interrupt flag",
+        u64::from(end.ecx) & (flags::IF | flags::IOPL),
+        0,
+    );
     // From the kernel to level 3 by iret, and the segments that are not for it become null.
-    let end = exec(code32!("mov eax, 0x10", "mov es, eax", "mov fs, eax", "mov eax, 0x23", "mov gs, eax", "push 0x23", "push esi", "push 2", "push 0x1b", "lea eax, [2f]", "push eax", "iretd",
-        "2: mov eax, cs", "mov ecx, es", "mov edx, gs", "mov ebx, fs"));
+    let end = exec(code32!(
+        "mov eax, 0x10",
+        "mov es, eax",
+        "mov fs, eax",
+        "mov eax, 0x23",
+        "mov gs, eax",
+        "push 0x23",
+        "push esi",
+        "push 2",
+        "push 0x1b",
+        "lea eax, [2f]",
+        "push eax",
+        "iretd",
+        "2: mov eax, cs",
+        "mov ecx, es",
+        "mov edx, gs",
+        "mov ebx, fs"
+    ));
     check("iret to level 3", end.eax.into(), USER_CODE32);
     check("kernel segments become null", u64::from(end.ecx) << 16 | u64::from(end.ebx), 0);
     check("user segments stay", end.edx.into(), USER_DATA);
-    let end = exec(code32!("push 0x23", "push esi", "push 0x1b", "lea eax, [2f]", "push eax", "retf", "2: mov eax, cs", "mov ecx, esp"));
-    check("far return to level 3", u64::from(end.eax) << 32 | u64::from(end.ecx), USER_CODE32 << 32 | u64::from(SCRATCH));
-    expect("iret to level 3 with a kernel stack segment", &exec(code32!("push 0x10", "push esi", "push 2", "push 0x1b", "push 0x1000", "iretd")), vector::GP, DATA);
+    let end = exec(code32!(
+        "push 0x23",
+        "push esi",
+        "push 0x1b",
+        "lea eax, [2f]",
+        "push eax",
+        "retf",
+        "2: mov eax, cs",
+        "mov ecx, esp"
+    ));
+    check(
+        "far return to level 3",
+        u64::from(end.eax) << 32 | u64::from(end.ecx),
+        USER_CODE32 << 32 | u64::from(SCRATCH),
+    );
+    expect(
+        "iret to level 3 with a kernel stack segment",
+        &exec(code32!("push 0x10", "push esi", "push 2", "push 0x1b", "push 0x1000", "iretd")),
+        vector::GP,
+        DATA,
+    );
 }
 
 fn call_gates() {
-    let target = code32!("mov eax, [esp]", "mov ecx, [esp + 4]", "mov edx, [esp + 8]", "mov ebx, [esp + 12]", "mov edi, cs", "mov ebp, [esp + 16]", "mov esi, [esp + 20]");
-    let gate = |selector: u64, access: u64, count: u64| target & 0xffff | selector << 16 | count << 32 | access << 40 | (target >> 16 & 0xffff) << 48;
-    let user = |code: u64| run_protected(Registers { esp: SCRATCH + 0x800, ..Registers::protected_user(code) });
+    let target = code32!(
+        "mov eax, [esp]",
+        "mov ecx, [esp + 4]",
+        "mov edx, [esp + 8]",
+        "mov ebx, [esp + 12]",
+        "mov edi, cs",
+        "mov ebp, [esp + 16]",
+        "mov esi, [esp + 20]"
+    );
+    let gate = |selector: u64, access: u64, count: u64| {
+        target & 0xffff | selector << 16 | count << 32 | access << 40 | (target >> 16 & 0xffff) << 48
+    };
+    let user =
+        |code: u64| run_protected(Registers { esp: SCRATCH + 0x800, ..Registers::protected_user(code) });
     let call = code32!("push 0x1111", "push 0x2222", ".byte 0x9a", ".long 0", ".word 0x4b", "2:");
     set_descriptor(SPARE, gate(CODE32, 0xec, 2));
     let end = user(call);
@@ -160,7 +336,11 @@ fn call_gates() {
     check("cs of the caller", end.ecx.into(), USER_CODE32);
     check("parameters are copied", u64::from(end.edx) << 32 | u64::from(end.ebx), 0x2222 << 32 | 0x1111);
     check("level 0", end.edi.into(), CODE32);
-    check("esp and ss of the caller", u64::from(end.ebp) << 16 | u64::from(end.esi), u64::from(SCRATCH + 0x800 - 8) << 16 | USER_DATA);
+    check(
+        "esp and ss of the caller",
+        u64::from(end.ebp) << 16 | u64::from(end.esi),
+        u64::from(SCRATCH + 0x800 - 8) << 16 | USER_DATA,
+    );
     set_descriptor(SPARE, gate(CODE32, 0x8c, 0));
     expect("a gate of level 0 from level 3", &user(call), vector::GP, SPARE);
     set_descriptor(SPARE, gate(CODE32, 0x6c, 0));
@@ -174,7 +354,15 @@ fn call_gates() {
     // There and back with retf n.
     let back = code32!("mov eax, 0x99", "retf 8");
     set_descriptor(SPARE, back & 0xffff | CODE32 << 16 | 2 << 32 | 0xec << 40 | (back >> 16 & 0xffff) << 48);
-    let end = user(code32!("push 1", "push 2", ".byte 0x9a", ".long 0", ".word 0x4b", "mov ecx, cs", "mov edx, esp"));
+    let end = user(code32!(
+        "push 1",
+        "push 2",
+        ".byte 0x9a",
+        ".long 0",
+        ".word 0x4b",
+        "mov ecx, cs",
+        "mov edx, esp"
+    ));
     check("return through the gate", end.eax.into(), 0x99);
     check("at level 3", end.ecx.into(), USER_CODE32);
     check("parameters are removed on both stacks", end.edx.into(), u64::from(SCRATCH) + 0x800);
@@ -203,22 +391,57 @@ fn segment_limits() {
     expect("a string store to the limit", &end, vector::GP, 0);
     check("stops exactly there", u64::from(end.ecx) << 32 | u64::from(end.edi), 0x100 << 32 | 0x100);
     expect("pages", &with(descriptor(0, 0, 0x93, 0xc), code32!("mov al, es:[0xfff]")), vector::END, 0);
-    expect("behind the page", &with(descriptor(0, 0, 0x93, 0xc), code32!("mov al, es:[0x1000]")), vector::GP, 0);
+    expect(
+        "behind the page",
+        &with(descriptor(0, 0, 0x93, 0xc), code32!("mov al, es:[0x1000]")),
+        vector::GP,
+        0,
+    );
     let down = descriptor(u64::from(SCRATCH), 0xff, 0x97, 4);
     expect("expand-down: below", &with(down, code32!("mov al, es:[0xff]")), vector::GP, 0);
     expect("expand-down: above", &with(down, code32!("mov al, es:[0x100]")), vector::END, 0);
     let down16 = descriptor(u64::from(SCRATCH), 0xff, 0x97, 0);
-    expect("expand-down of 16 bits: beyond 64 KiB", &with(down16, code32!("mov al, es:[0x10000]")), vector::GP, 0);
-    expect("a store to read-only data", &with(descriptor(0, 0xfffff, 0x91, 0xc), code32!("mov es:[esi], al")), vector::GP, 0);
-    expect("a load from it", &with(descriptor(0, 0xfffff, 0x91, 0xc), code32!("mov al, es:[esi]")), vector::END, 0);
-    expect("a store to code", &with(descriptor(0, 0xfffff, 0x9b, 0xc), code32!("mov es:[esi], al")), vector::GP, 0);
-    let end = run_protected(Registers { es: 0, esi: SCRATCH, ..Registers::protected(code32!("mov al, es:[esi]")) });
+    expect(
+        "expand-down of 16 bits: beyond 64 KiB",
+        &with(down16, code32!("mov al, es:[0x10000]")),
+        vector::GP,
+        0,
+    );
+    expect(
+        "a store to read-only data",
+        &with(descriptor(0, 0xfffff, 0x91, 0xc), code32!("mov es:[esi], al")),
+        vector::GP,
+        0,
+    );
+    expect(
+        "a load from it",
+        &with(descriptor(0, 0xfffff, 0x91, 0xc), code32!("mov al, es:[esi]")),
+        vector::END,
+        0,
+    );
+    expect(
+        "a store to code",
+        &with(descriptor(0, 0xfffff, 0x9b, 0xc), code32!("mov es:[esi], al")),
+        vector::GP,
+        0,
+    );
+    let end =
+        run_protected(Registers { es: 0, esi: SCRATCH, ..Registers::protected(code32!("mov al, es:[esi]")) });
     expect("a null segment", &end, vector::GP, 0);
     set_descriptor(SPARE, descriptor(u64::from(SCRATCH), 0xfff, 0x93, 4));
-    let stack = Registers { ss: SPARE as u32, esp: 0x1000, ..Registers::protected(code32!("mov eax, ss:[0x1000]")) };
+    let stack =
+        Registers { ss: SPARE as u32, esp: 0x1000, ..Registers::protected(code32!("mov eax, ss:[0x1000]")) };
     expect("the stack segment", &run_protected(stack), vector::SS, 0);
     set_descriptor(SPARE, descriptor(0, 0x2ff, 0x9b, 0xc));
-    let code = code32!("push 0x48", "lea eax, [2f]", "push eax", "retf", "2: mov ecx, 5", "mov eax, 0x400000", "jmp eax");
+    let code = code32!(
+        "push 0x48",
+        "lea eax, [2f]",
+        "push eax",
+        "retf",
+        "2: mov ecx, 5",
+        "mov eax, 0x400000",
+        "jmp eax"
+    );
     let end = exec(code);
     expect("a jump beyond the code segment", &end, vector::GP, 0);
     check("after what was inside", end.ecx.into(), 5);
@@ -251,20 +474,48 @@ fn segment_loads() {
     // A base that is not zero.
     set_descriptor(SPARE, descriptor(u64::from(SCRATCH), 0xfffff, 0x93, 0xc));
     poke32(u64::from(SCRATCH) + 0x20, 0x1357_9bdf);
-    let end = run_protected(Registers { es: SPARE as u32, fs: SPARE as u32, esi: 0x20u32.wrapping_sub(SCRATCH), ..Registers::protected(code32!("mov eax, es:[0x20]", "mov ecx, [esi + 0]", "mov edx, fs:[0x1c + 4]", "lea ebx, es:[0x20]")) });
+    let end = run_protected(Registers {
+        es: SPARE as u32,
+        fs: SPARE as u32,
+        esi: 0x20u32.wrapping_sub(SCRATCH),
+        ..Registers::protected(code32!(
+            "mov eax, es:[0x20]",
+            "mov ecx, [esi + 0]",
+            "mov edx, fs:[0x1c + 4]",
+            "lea ebx, es:[0x20]"
+        ))
+    });
     check("a base", end.eax.into(), 0x1357_9bdf);
     check("another segment with it", end.edx.into(), 0x1357_9bdf);
     check("lea takes none", end.ebx.into(), 0x20);
     // Base plus offset wrap at 4 GiB.
-    let end = run_protected(Registers { es: SPARE as u32, edi: 0u32.wrapping_sub(SCRATCH).wrapping_add(SCRATCH + 0x20), ..Registers::protected(code32!("mov eax, es:[edi]")) });
+    let end = run_protected(Registers {
+        es: SPARE as u32,
+        edi: 0u32.wrapping_sub(SCRATCH).wrapping_add(SCRATCH + 0x20),
+        ..Registers::protected(code32!("mov eax, es:[edi]"))
+    });
     check("base and offset", end.eax.into(), 0x1357_9bdf);
 }
 
 fn sixteen_bit() {
     // 16-bit code and stack in protected mode: base 0x30000 as CODE16 has it.
     set_descriptor(SPARE, descriptor(u64::from(SCRATCH), 0xffff, 0x93, 0));
-    let code = harrier_bare_metal::code16!("mov ax, 0x1234", "push ax", "pop cx", "mov bx, sp", "pushad", "popad", "mov edx, 0x87654321");
-    let end = run_protected(Registers { cs: selector::CODE16 as u32, eip: (code - legacy::LOW_START) as u32, ss: SPARE as u32, esp: 0xabcd_1000, ..Registers::protected(code) });
+    let code = harrier_bare_metal::code16!(
+        "mov ax, 0x1234",
+        "push ax",
+        "pop cx",
+        "mov bx, sp",
+        "pushad",
+        "popad",
+        "mov edx, 0x87654321"
+    );
+    let end = run_protected(Registers {
+        cs: selector::CODE16 as u32,
+        eip: (code - legacy::LOW_START) as u32,
+        ss: SPARE as u32,
+        esp: 0xabcd_1000,
+        ..Registers::protected(code)
+    });
     check("16-bit code", u64::from(end.ecx), 0x1234);
     check("a 16-bit stack uses sp", u64::from(end.ebx), 0x1000);
     check("32-bit operands by prefix", end.edx.into(), 0x8765_4321);
@@ -290,7 +541,9 @@ fn paging_32() {
     let base = 0x8000_0000u32;
     let on = |registers: Registers| Registers { cr0: 0x8001_0031, cr3, cr4: cr4::PSE as u32, ..registers };
     let kernel = |code: u64| run_protected(on(Registers { edi: base, ..Registers::protected(code) }));
-    let user = |code: u64| run_protected(on(Registers { edi: base, esp: SCRATCH + 0x800, ..Registers::protected_user(code) }));
+    let user = |code: u64| {
+        run_protected(on(Registers { edi: base, esp: SCRATCH + 0x800, ..Registers::protected_user(code) }))
+    };
     let read = code32!("mov eax, [edi]");
     let write = code32!("mov dword ptr [edi], 0x55aa");
     let execute = code32!("call edi");
@@ -304,8 +557,18 @@ fn paging_32() {
     ];
     for (name, bits, expected) in cases {
         poke32(table, frame(52) as u32 | bits);
-        for (end, expected) in [kernel(read), kernel(write), user(read), user(write), { poke(frame(52), 0xc3); user(execute) }].iter().zip(expected) {
-            let got = if u64::from(end.vector) == vector::PF { 0x100 | u64::from(end.error) } else { u64::from(end.vector) ^ vector::END };
+        for (end, expected) in [kernel(read), kernel(write), user(read), user(write), {
+            poke(frame(52), 0xc3);
+            user(execute)
+        }]
+        .iter()
+        .zip(expected)
+        {
+            let got = if u64::from(end.vector) == vector::PF {
+                0x100 | u64::from(end.error)
+            } else {
+                u64::from(end.vector) ^ vector::END
+            };
             check(name, got, expected);
             if got != 0 {
                 check(name, end.cr2.into(), base.into());
@@ -317,12 +580,16 @@ fn paging_32() {
     check("accessed and dirty", u64::from(peek32(table) & 0x60), 0x60);
     check("the directory entry is accessed", u64::from(peek32(u64::from(cr3) + 512 * 4) & 0x60), 0x20);
     poke32(table, frame(52) as u32 | 5);
-    let end = run_protected(Registers { cr0: 0x8000_0031, ..on(Registers { edi: base, ..Registers::protected(write) }) });
+    let end = run_protected(Registers {
+        cr0: 0x8000_0031,
+        ..on(Registers { edi: base, ..Registers::protected(write) })
+    });
     check("without WP the kernel writes read-only pages", end.vector.into(), vector::END);
     // A 4 MiB page, its far end and its rights.
     poke32(u64::from(cr3) + 513 * 4, (32 << 20) | 0x81);
     poke32((32 << 20) + 0x3f_fff0, 0x4444);
-    let end = run_protected(on(Registers { edi: base + (1 << 22) + 0x3f_fff0, ..Registers::protected(read) }));
+    let end =
+        run_protected(on(Registers { edi: base + (1 << 22) + 0x3f_fff0, ..Registers::protected(read) }));
     check("a 4 MiB page", end.eax.into(), 0x4444);
     let end = run_protected(on(Registers { edi: base + (1 << 22), ..Registers::protected(write) }));
     expect("a 4 MiB page is read-only", &end, vector::PF, 3);
@@ -335,15 +602,26 @@ fn paging_32() {
     poke32(table, frame(52) as u32 | 7);
     poke32(table + 4, frame(54) as u32 | 7);
     poke32(frame(54), 0);
-    let end = run_protected(on(Registers { edi: base + 0xffe, ..Registers::protected(code32!("mov dword ptr [edi], 0x11223344", "mov eax, [edi]")) }));
+    let end = run_protected(on(Registers {
+        edi: base + 0xffe,
+        ..Registers::protected(code32!("mov dword ptr [edi], 0x11223344", "mov eax, [edi]"))
+    }));
     check("across two pages", end.eax.into(), 0x1122_3344);
     check("the second half", u64::from(peek32(frame(54))), 0x1122);
-    let end = run_protected(on(Registers { edi: base + 0x1ffe, ..Registers::protected(code32!("mov eax, [edi]")) }));
+    let end = run_protected(on(Registers {
+        edi: base + 0x1ffe,
+        ..Registers::protected(code32!("mov eax, [edi]"))
+    }));
     check("across into a missing page", end.cr2.into(), u64::from(base) + 0x2000);
     // invlpg and CR3.
     poke32(frame(52), 1);
     poke32(frame(54), 2);
-    let end = run_protected(on(Registers { edi: base, esi: table as u32, ebx: frame(54) as u32 | 7, ..Registers::protected(code32!("mov eax, [edi]", "mov [esi], ebx", "invlpg [edi]", "mov ecx, [edi]")) }));
+    let end = run_protected(on(Registers {
+        edi: base,
+        esi: table as u32,
+        ebx: frame(54) as u32 | 7,
+        ..Registers::protected(code32!("mov eax, [edi]", "mov [esi], ebx", "invlpg [edi]", "mov ecx, [edi]"))
+    }));
     // The tables are in the identity-mapped part.
     check("before invlpg", end.eax.into(), 1);
     check("after invlpg", end.ecx.into(), 2);
@@ -363,7 +641,12 @@ fn paging_pae() {
     poke(pointers + 16, high | 1);
     poke(high, table | 7);
     let base = 0x8000_0000u32;
-    let on = |registers: Registers| Registers { cr0: 0x8001_0031, cr3: pointers as u32, cr4: cr4::PAE as u32, ..registers };
+    let on = |registers: Registers| Registers {
+        cr0: 0x8001_0031,
+        cr3: pointers as u32,
+        cr4: cr4::PAE as u32,
+        ..registers
+    };
     let read = code32!("mov eax, [edi]");
     let write = code32!("mov dword ptr [edi], 0x55aa");
     let execute = code32!("call edi");
@@ -386,20 +669,44 @@ fn paging_pae() {
     poke(high + 8, (32 << 20) | 0x83);
     poke32((32 << 20) + 0x1f_fffc, 0x7777);
     check("a 2 MiB page", at(read, base + (1 << 21) + 0x1f_fffc).eax.into(), 0x7777);
-    let end = run_protected(on(Registers { edi: base, esp: SCRATCH + 0x800, ..Registers::protected_user(read) }));
+    let end =
+        run_protected(on(Registers { edi: base, esp: SCRATCH + 0x800, ..Registers::protected_user(read) }));
     expect("a kernel page from level 3", &end, vector::PF, 5);
-    let reserved = |end: &Registers| u64::from(end.vector) << 32 | u64::from(end.error | u32::from(cpu::under_tcg()));
+    let reserved =
+        |end: &Registers| u64::from(end.vector) << 32 | u64::from(end.error | u32::from(cpu::under_tcg()));
     poke(table, frame(52) | 3 | 1 << 51);
     check("reserved bits", reserved(&at(read, base)), vector::PF << 32 | 9);
     poke(table, frame(52) | 3);
     // The four pointers are loaded with CR3 and not before.
-    let change = code32!("mov eax, [edi]", "mov [esi], ebx", "mov dword ptr [esi + 4], 0", "mov ecx, [edi + 0x1000 - 0x1000]", "mov edx, cr3", "mov cr3, edx", "mov edx, [edi]");
-    let end = run_protected(on(Registers { edi: base, esi: pointers as u32 + 16, ebx: 0, ..Registers::protected(change) }));
+    let change = code32!(
+        "mov eax, [edi]",
+        "mov [esi], ebx",
+        "mov dword ptr [esi + 4], 0",
+        "mov ecx, [edi + 0x1000 - 0x1000]",
+        "mov edx, cr3",
+        "mov cr3, edx",
+        "mov edx, [edi]"
+    );
+    let end = run_protected(on(Registers {
+        edi: base,
+        esi: pointers as u32 + 16,
+        ebx: 0,
+        ..Registers::protected(change)
+    }));
     expect("a pointer that was taken away", &end, vector::PF, 0);
     check("was still used before CR3 was written", end.ecx.into(), 0x55aa);
     poke(pointers + 16, high | 1 | 1 << 1);
     if !tcg_lacks("reserved bits of a pointer") {
-        let end = run_protected(Registers { edi: pointers as u32, cr4: cr4::PAE as u32, ..Registers::protected(code32!("mov cr3, edi", "mov eax, cr0", "or eax, 0x80000000", "mov cr0, eax")) });
+        let end = run_protected(Registers {
+            edi: pointers as u32,
+            cr4: cr4::PAE as u32,
+            ..Registers::protected(code32!(
+                "mov cr3, edi",
+                "mov eax, cr0",
+                "or eax, 0x80000000",
+                "mov cr0, eax"
+            ))
+        });
         expect("reserved bits of a pointer", &end, vector::GP, 0);
     }
     poke(pointers + 16, 0);
@@ -414,20 +721,59 @@ fn sysenter() {
     }
     cpu::wrmsr(cpu::msr::SYSENTER_CS, SPARE);
     cpu::wrmsr(cpu::msr::SYSENTER_ESP, u64::from(SCRATCH) + 0x400);
-    cpu::wrmsr(cpu::msr::SYSENTER_EIP, code32!("mov eax, cs", "mov ebx, ss", "mov ebp, esp", "lea edx, [2f]", "mov ecx, esi", "sysexit", "2: mov edi, cs", "mov esi, ss"));
-    let end = run_protected(Registers { esi: SCRATCH + 0x600, esp: SCRATCH + 0x800, ..Registers::protected_user(code32!("sysenter")) });
+    cpu::wrmsr(
+        cpu::msr::SYSENTER_EIP,
+        code32!(
+            "mov eax, cs",
+            "mov ebx, ss",
+            "mov ebp, esp",
+            "lea edx, [2f]",
+            "mov ecx, esi",
+            "sysexit",
+            "2: mov edi, cs",
+            "mov esi, ss"
+        ),
+    );
+    let end = run_protected(Registers {
+        esi: SCRATCH + 0x600,
+        esp: SCRATCH + 0x800,
+        ..Registers::protected_user(code32!("sysenter"))
+    });
     check("sysenter: cs and ss", u64::from(end.eax) << 16 | u64::from(end.ebx), SPARE << 16 | (SPARE + 8));
     check("sysenter: esp", end.ebp.into(), u64::from(SCRATCH) + 0x400);
-    check("sysexit: cs and ss", u64::from(end.edi) << 16 | u64::from(end.esi), (SPARE + 16 | 3) << 16 | (SPARE + 24 | 3));
+    check(
+        "sysexit: cs and ss",
+        u64::from(end.edi) << 16 | u64::from(end.esi),
+        ((SPARE + 16) | 3) << 16 | ((SPARE + 24) | 3),
+    );
     check("sysexit: esp", end.esp.into(), u64::from(SCRATCH) + 0x600);
     cpu::wrmsr(cpu::msr::SYSENTER_CS, 0);
 }
 
 fn virtual_8086() {
     // Entered by iret with the VM flag; code in low memory, segment 0x3000.
-    let code = harrier_bare_metal::code16!("mov ax, cs", "mov bx, ds", "mov cx, [0]", "mov dx, sp", "mov si, 0x5555", "hlt");
-    let enter = code32!("push 0", "push 0", "push 0x3000", "push 0x3000", "push 0x4000", "push 0x800", "push 0x20002", "push 0x3000", "push edi", "iretd");
-    let end = run_protected(Registers { edi: (code - legacy::LOW_START) as u32, ..Registers::protected(enter) });
+    let code = harrier_bare_metal::code16!(
+        "mov ax, cs",
+        "mov bx, ds",
+        "mov cx, [0]",
+        "mov dx, sp",
+        "mov si, 0x5555",
+        "hlt"
+    );
+    let enter = code32!(
+        "push 0",
+        "push 0",
+        "push 0x3000",
+        "push 0x3000",
+        "push 0x4000",
+        "push 0x800",
+        "push 0x20002",
+        "push 0x3000",
+        "push edi",
+        "iretd"
+    );
+    let end =
+        run_protected(Registers { edi: (code - legacy::LOW_START) as u32, ..Registers::protected(enter) });
     expect("hlt in virtual-8086 mode", &end, vector::GP, 0);
     check("ran in its segments", u64::from(end.eax) << 16 | u64::from(end.ebx), 0x3000 << 16 | 0x3000);
     check("on its stack", u64::from(end.edx & 0xffff), 0x800);

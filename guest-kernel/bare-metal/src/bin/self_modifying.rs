@@ -45,7 +45,11 @@ fn same_block() {
     let end = run_at(CODE, &[0xc6, 0x05, 1, 0, 0, 0, 7, 0xb8, 1, 0, 0, 0, 0xcd, 0xff], kernel());
     check("the next instruction", end.rax, 7);
     // The same, two instructions further on.
-    let end = run_at(CODE, &[0xc6, 0x05, 5, 0, 0, 0, 8, 0x90, 0x48, 0x89, 0xc2, 0xb8, 1, 0, 0, 0, 0xcd, 0xff], kernel());
+    let end = run_at(
+        CODE,
+        &[0xc6, 0x05, 5, 0, 0, 0, 8, 0x90, 0x48, 0x89, 0xc2, 0xb8, 1, 0, 0, 0, 0xcd, 0xff],
+        kernel(),
+    );
     check("an instruction further on", end.rax, 8);
     // Behind a jump.
     let end = run_at(CODE, &[0xc6, 0x05, 3, 0, 0, 0, 9, 0xeb, 0x00, 0xb8, 1, 0, 0, 0, 0xcd, 0xff], kernel());
@@ -55,10 +59,18 @@ fn same_block() {
     check("the instruction itself", end.vector, vector::END);
     check("changes", peek(CODE) >> 48 & 0xff, 0x55);
     // An instruction behind: run twice by a loop. 2: mov eax, 0; (imm at +1) inc byte [rip-11]; dec ecx; jnz
-    let end = run_at(CODE, &[0xb8, 0, 0, 0, 0, 0xfe, 0x05, 0xf6, 0xff, 0xff, 0xff, 0xff, 0xc9, 0x75, 0xf1, 0xcd, 0xff], Frame { rcx: 10, ..kernel() });
+    let end = run_at(
+        CODE,
+        &[0xb8, 0, 0, 0, 0, 0xfe, 0x05, 0xf6, 0xff, 0xff, 0xff, 0xff, 0xc9, 0x75, 0xf1, 0xcd, 0xff],
+        Frame { rcx: 10, ..kernel() },
+    );
     check("an instruction behind, each time around", end.rax, 9);
     // A store that makes the next instruction longer: nop nop nop nop nop becomes mov eax, imm32.
-    let end = run_at(CODE, &[0x66, 0xc7, 0x05, 0, 0, 0, 0, 0xb8, 0x34, 0x90, 0x90, 0x90, 0x90, 0x90, 0xcd, 0xff], kernel());
+    let end = run_at(
+        CODE,
+        &[0x66, 0xc7, 0x05, 0, 0, 0, 0, 0xb8, 0x34, 0x90, 0x90, 0x90, 0x90, 0x90, 0xcd, 0xff],
+        kernel(),
+    );
     check("instruction boundaries", end.rax, 0x9090_9034);
     // Into an undefined instruction and out of one.
     let end = run_at(CODE, &[0x66, 0xc7, 0x05, 0, 0, 0, 0, 0x0f, 0x0b, 0x90, 0x90, 0xcd, 0xff], kernel());
@@ -66,7 +78,11 @@ fn same_block() {
     let end = run_at(CODE, &[0x66, 0xc7, 0x05, 0, 0, 0, 0, 0x90, 0x90, 0x0f, 0x0b, 0xcd, 0xff], kernel());
     check("an undefined instruction that becomes defined", end.vector, vector::END);
     // A conditional jump is turned around: cmp eax, eax; jne over; mov ecx, 1; over: int
-    let end = run_at(CODE, &[0x39, 0xc0, 0xc6, 0x05, 0, 0, 0, 0, 0x75, 0x74, 0x05, 0xb9, 1, 0, 0, 0, 0xcd, 0xff], kernel());
+    let end = run_at(
+        CODE,
+        &[0x39, 0xc0, 0xc6, 0x05, 0, 0, 0, 0, 0x75, 0x74, 0x05, 0xb9, 1, 0, 0, 0, 0xcd, 0xff],
+        kernel(),
+    );
     check("a condition", end.rcx, 1);
     // With the trap flag: after the store, one step at a time.
     let mut frame = Frame { rflags: 0x102, ..kernel() };
@@ -103,7 +119,13 @@ fn every_store() {
         ("movnti", &[0x48, 0x0f, 0xc3, 0x07]),
         ("fistp", &[0xdf, 0x2e, 0xdf, 0x3f]),
         ("xor", &[0x48, 0x8b, 0x0f, 0x48, 0x31, 0xc1, 0x48, 0x31, 0x0f]),
-        ("bts and btr", &[0x48, 0x0f, 0xba, 0x2f, 0x0a, 0x48, 0x0f, 0xba, 0x2f, 0x0c, 0x48, 0x0f, 0xba, 0x2f, 0x0e, 0x48, 0x0f, 0xba, 0x37, 0x0c, 0x48, 0x0f, 0xba, 0x2f, 0x0c]),
+        (
+            "bts and btr",
+            &[
+                0x48, 0x0f, 0xba, 0x2f, 0x0a, 0x48, 0x0f, 0xba, 0x2f, 0x0c, 0x48, 0x0f, 0xba, 0x2f, 0x0e,
+                0x48, 0x0f, 0xba, 0x37, 0x0c, 0x48, 0x0f, 0xba, 0x2f, 0x0c,
+            ],
+        ),
     ];
     for (name, store) in stores {
         let mut code = [0x90; 64];
@@ -128,7 +150,10 @@ fn every_store() {
 fn loops() {
     // A function in a loop whose constant the loop increments, 100 000 times: sum of the constants.
     // 2: call f; add rdx, rax; inc dword [f + 1]; dec ecx; jnz 2b; int 0xff; f: mov eax, 0; ret
-    poke_bytes(CODE, &[0xe8, 15, 0, 0, 0, 0x48, 0x01, 0xc2, 0xff, 0x05, 7, 0, 0, 0, 0xff, 0xc9, 0x75, 0xee, 0xcd, 0xff]);
+    poke_bytes(
+        CODE,
+        &[0xe8, 15, 0, 0, 0, 0x48, 0x01, 0xc2, 0xff, 0x05, 7, 0, 0, 0, 0xff, 0xc9, 0x75, 0xee, 0xcd, 0xff],
+    );
     poke_bytes(CODE + 20, &[0xb8, 0, 0, 0, 0, 0xc3]);
     let end = run(Frame { rip: CODE, rcx: 100_000, ..kernel() });
     check("a constant that changes each time", end.rdx, 99_999 * 100_000 / 2);
@@ -139,14 +164,27 @@ fn loops() {
     check("a constant in another page", end.rdx, 99_999 * 100_000 / 2);
     // A loop that overwrites its own jump at the end: jnz becomes nop nop in the fifth round.
     // 2: inc eax; cmp eax, 5; jne 3f; mov word [4f], 0x9090; 3: test eax, eax; 4: jnz 2b; int 0xff
-    let end = run_at(CODE, &[0xff, 0xc0, 0x83, 0xf8, 5, 0x75, 0x09, 0x66, 0xc7, 0x05, 2, 0, 0, 0, 0x90, 0x90, 0x85, 0xc0, 0x75, 0xec, 0xcd, 0xff], kernel());
+    let end = run_at(
+        CODE,
+        &[
+            0xff, 0xc0, 0x83, 0xf8, 5, 0x75, 0x09, 0x66, 0xc7, 0x05, 2, 0, 0, 0, 0x90, 0x90, 0x85, 0xc0,
+            0x75, 0xec, 0xcd, 0xff,
+        ],
+        kernel(),
+    );
     check("a loop that ends itself", end.rax, 5);
     // Copying a function over another one, then calling it, again and again.
     poke_bytes(frame(26), &[0xb8, 1, 0, 0, 0, 0xc3, 0x90, 0x90]);
     poke_bytes(frame(26) + 16, &[0xb8, 2, 0, 0, 0, 0xc3, 0x90, 0x90]);
     // 2: xor rsi, 16; mov r8, [rsi]; mov [rdi], r8; call rdi; add rdx, rax; dec ecx; jnz 2b; int 0xff
-    let end = run_at(CODE, &[0x48, 0x83, 0xf6, 16, 0x4c, 0x8b, 0x06, 0x4c, 0x89, 0x07, 0xff, 0xd7, 0x48, 0x01, 0xc2, 0xff, 0xc9, 0x75, 0xed, 0xcd, 0xff],
-        Frame { rsi: frame(26), rdi: frame(27), rcx: 1000, ..kernel() });
+    let end = run_at(
+        CODE,
+        &[
+            0x48, 0x83, 0xf6, 16, 0x4c, 0x8b, 0x06, 0x4c, 0x89, 0x07, 0xff, 0xd7, 0x48, 0x01, 0xc2, 0xff,
+            0xc9, 0x75, 0xed, 0xcd, 0xff,
+        ],
+        Frame { rsi: frame(26), rdi: frame(27), rcx: 1000, ..kernel() },
+    );
     check("functions that replace each other", end.rdx, 1500);
 }
 
@@ -160,11 +198,18 @@ fn other_pages() {
     // Code that was never run before it changed again, and code that is moved whole pages at a time.
     poke_bytes(function + 512, &[0xb8, 0x33, 0, 0, 0, 0xc3]);
     poke_bytes(function + 512, &[0xb8, 0x44, 0, 0, 0, 0xc3]);
-    check("never run before", run_at(CODE, &[0xff, 0xd7, 0xcd, 0xff], Frame { rdi: function + 512, ..kernel() }).rax, 0x44);
+    check(
+        "never run before",
+        run_at(CODE, &[0xff, 0xd7, 0xcd, 0xff], Frame { rdi: function + 512, ..kernel() }).rax,
+        0x44,
+    );
     poke_bytes(frame(23) + 512, &[0xb8, 0x66, 0, 0, 0, 0xc3]);
     // rep movsq of a page over the function, then the call
-    let end = run_at(CODE, &[0x57, 0xf3, 0x48, 0xa5, 0x5f, 0x48, 0x81, 0xc7, 0, 2, 0, 0, 0xff, 0xd7, 0xcd, 0xff],
-        Frame { rsi: frame(23), rdi: function, rcx: 512, ..kernel() });
+    let end = run_at(
+        CODE,
+        &[0x57, 0xf3, 0x48, 0xa5, 0x5f, 0x48, 0x81, 0xc7, 0, 2, 0, 0, 0xff, 0xd7, 0xcd, 0xff],
+        Frame { rsi: frame(23), rdi: function, rcx: 512, ..kernel() },
+    );
     check("a page copied over it", end.rax, 0x66);
     // rep stosb that fills ahead of itself, over the code that follows: nops up to the end.
     let mut code = [0x0f; 64];
@@ -177,7 +222,10 @@ fn other_pages() {
 fn aliases() {
     // Written through one address, run through another; a serializing instruction between (SDM volume 3, 9.1.3).
     poke_bytes(CODE, &[0xb8, 1, 0, 0, 0, 0xc3]);
-    let call = [0xff, 0xd7, 0x41, 0x89, 0xc0, 0xc7, 0x46, 0x01, 2, 0, 0, 0, 0x31, 0xc0, 0x0f, 0xa2, 0xff, 0xd7, 0xcd, 0xff];
+    let call = [
+        0xff, 0xd7, 0x41, 0x89, 0xc0, 0xc7, 0x46, 0x01, 2, 0, 0, 0, 0x31, 0xc0, 0x0f, 0xa2, 0xff, 0xd7, 0xcd,
+        0xff,
+    ];
     let end = run_at(frame(24), &call, Frame { rdi: CODE, rsi: ALIAS, ..kernel() });
     check("written through another address: before", end.r8, 1);
     check("written through another address: after", end.rax, 2);
@@ -186,7 +234,11 @@ fn aliases() {
     check("run through another address: after", end.rax, 2);
     poke_bytes(CODE, &[0xb8, 3, 0, 0, 0, 0xc3]);
     cpu::cpuid(0, 0);
-    let end = run_at(frame(24), &[0xff, 0xd7, 0x41, 0x89, 0xc0, 0xff, 0xd6, 0xcd, 0xff], Frame { rdi: ALIAS, rsi: CODE, ..kernel() });
+    let end = run_at(
+        frame(24),
+        &[0xff, 0xd7, 0x41, 0x89, 0xc0, 0xff, 0xd6, 0xcd, 0xff],
+        Frame { rdi: ALIAS, rsi: CODE, ..kernel() },
+    );
     check("both addresses show the change", end.r8 << 8 | end.rax, 0x303);
     // Through a 2 MiB page: the identity map is one.
     let end = run_at(ALIAS, &[0xc6, 0x05, 1, 0, 0, 0, 7, 0xb8, 1, 0, 0, 0, 0xcd, 0xff], kernel());
@@ -223,7 +275,8 @@ unsafe extern "C" fn patch(frame: &mut Frame, _: &mut Block) {
 fn handlers() {
     set_handler(vector::BP, Some(patch));
     // 2: int3; inc eax; dec ecx; jnz 2b; int 0xff
-    let end = run_at(CODE, &[0xcc, 0xff, 0xc0, 0xff, 0xc9, 0x75, 0xf9, 0xcd, 0xff], Frame { rcx: 5, ..kernel() });
+    let end =
+        run_at(CODE, &[0xcc, 0xff, 0xc0, 0xff, 0xc9, 0x75, 0xf9, 0xcd, 0xff], Frame { rcx: 5, ..kernel() });
     check("a handler that replaces the breakpoint", end.rax, 5);
     set_handler(vector::BP, None);
     check("it was replaced", peek(CODE) & 0xff, 0x90);
@@ -242,12 +295,20 @@ fn data_beside_code() {
     // 2: inc qword [rip + 100]; dec rcx; jnz 2b; int 0xff
     poke(CODE + 7 + 100, 0);
     let start = cpu::rdtsc();
-    let end = run_at(CODE, &[0x48, 0xff, 0x05, 100, 0, 0, 0, 0x48, 0xff, 0xc9, 0x75, 0xf4, 0xcd, 0xff], Frame { rcx: 100_000, ..kernel() });
+    let end = run_at(
+        CODE,
+        &[0x48, 0xff, 0x05, 100, 0, 0, 0, 0x48, 0xff, 0xc9, 0x75, 0xf4, 0xcd, 0xff],
+        Frame { rcx: 100_000, ..kernel() },
+    );
     let ticks = cpu::rdtsc() - start;
     check("data in the page of the code", peek(CODE + 7 + 100), 100_000);
     check("and the code runs to its end", end.vector, vector::END);
     check_true("in finite time", ticks < u64::MAX / 2);
     // A stack in the page of the code.
-    let end = run_at(CODE, &[0x50, 0x58, 0xff, 0xc0, 0xff, 0xc9, 0x75, 0xf8, 0xcd, 0xff], Frame { rcx: 10_000, rsp: CODE + 2048, ..kernel() });
+    let end = run_at(
+        CODE,
+        &[0x50, 0x58, 0xff, 0xc0, 0xff, 0xc9, 0x75, 0xf8, 0xcd, 0xff],
+        Frame { rcx: 10_000, rsp: CODE + 2048, ..kernel() },
+    );
     check("a stack in the page of the code", end.rax, 10_000);
 }

@@ -36,7 +36,11 @@ fn start() {
     check("no processor starts by itself", smp::starts().into(), 0);
     check_true("all others start", smp::start_all());
     check("CR0 after INIT", u64::from(smp::first_cr0() & !0x6000_0000), 0x10);
-    check("CR0 after INIT keeps the cache bits", u64::from(smp::first_cr0() & 0x6000_0000 == 0x6000_0000 || smp::first_cr0() & 0x6000_0000 == 0), 1);
+    check(
+        "CR0 after INIT keeps the cache bits",
+        u64::from(smp::first_cr0() & 0x6000_0000 == 0x6000_0000 || smp::first_cr0() & 0x6000_0000 == 0),
+        1,
+    );
     let mut ids = 0u64;
     for number in 0..smp::expected() {
         ids |= 1 << if number == 0 { apic::read(apic::ID) >> 24 } else { smp::apic_id(number) };
@@ -225,7 +229,7 @@ fn atomics() {
     });
     check("lock inc", peek(cell(0)), 2 * ROUNDS);
     check("lock xadd", peek(cell(1)), 2 * ROUNDS);
-    check("lock add of a byte", peek(cell(2)) & 0xff, 6 * ROUNDS & 0xff);
+    check("lock add of a byte", peek(cell(2)) & 0xff, (6 * ROUNDS) & 0xff);
     check("lock sub of a word", peek(cell(2)) >> 16 & 0xffff, (2 * ROUNDS).wrapping_neg() & 0xffff);
     check("lock cmpxchg", peek(cell(3)), 2 * ROUNDS);
     check("a lock by xchg", peek(cell(5)), 2 * ROUNDS);
@@ -296,71 +300,98 @@ fn order() {
             }
         };
     }
-    litmus(store_buffering!("mov qword ptr [{own}], 1", "mfence", "mov {seen}, [{theirs}]"), "store buffering with mfence");
-    litmus(store_buffering!("mov eax, 1", "xchg [{own}], rax", "mov {seen}, [{theirs}]"), "store buffering with xchg");
-    litmus(store_buffering!("mov qword ptr [{own}], 1", "lock add dword ptr [rsp], 0", "mov {seen}, [{theirs}]"), "store buffering with a locked add");
+    litmus(
+        store_buffering!("mov qword ptr [{own}], 1", "mfence", "mov {seen}, [{theirs}]"),
+        "store buffering with mfence",
+    );
+    litmus(
+        store_buffering!("mov eax, 1", "xchg [{own}], rax", "mov {seen}, [{theirs}]"),
+        "store buffering with xchg",
+    );
+    litmus(
+        store_buffering!("mov qword ptr [{own}], 1", "lock add dword ptr [rsp], 0", "mov {seen}, [{theirs}]"),
+        "store buffering with a locked add",
+    );
     // Message passing: who sees the flag sees the data.
     poke(cell(0), 0);
     poke(cell(4), 0);
-    litmus(|| {
-        meet();
-        for n in 1..=50_000u64 {
-            if other() {
-                unsafe { asm!("mov [{data}], {n}", "mov [{flag}], {n}", data = in(reg) cell(0), flag = in(reg) cell(4), n = in(reg) n) }
-            } else {
-                let (flag, data): (u64, u64);
-                unsafe { asm!("mov {f}, [{flag}]", "mov {d}, [{data}]", f = out(reg) flag, d = out(reg) data, data = in(reg) cell(0), flag = in(reg) cell(4)) }
-                if data < flag {
-                    WRONG.fetch_add(1, Ordering::SeqCst);
+    litmus(
+        || {
+            meet();
+            for n in 1..=50_000u64 {
+                if other() {
+                    unsafe {
+                        asm!("mov [{data}], {n}", "mov [{flag}], {n}", data = in(reg) cell(0), flag = in(reg) cell(4), n = in(reg) n)
+                    }
+                } else {
+                    let (flag, data): (u64, u64);
+                    unsafe {
+                        asm!("mov {f}, [{flag}]", "mov {d}, [{data}]", f = out(reg) flag, d = out(reg) data, data = in(reg) cell(0), flag = in(reg) cell(4))
+                    }
+                    if data < flag {
+                        WRONG.fetch_add(1, Ordering::SeqCst);
+                    }
                 }
             }
-        }
-    }, "message passing");
+        },
+        "message passing",
+    );
     // Plain aligned accesses are never torn.
-    litmus(|| {
-        meet();
-        for n in 0..50_000u64 {
-            if other() {
-                poke(cell(2), if n % 2 == 0 { u64::MAX } else { 0 });
-            } else {
-                let value = peek(cell(2));
-                if value != 0 && value != u64::MAX {
-                    WRONG.fetch_add(1, Ordering::SeqCst);
+    litmus(
+        || {
+            meet();
+            for n in 0..50_000u64 {
+                if other() {
+                    poke(cell(2), if n % 2 == 0 { u64::MAX } else { 0 });
+                } else {
+                    let value = peek(cell(2));
+                    if value != 0 && value != u64::MAX {
+                        WRONG.fetch_add(1, Ordering::SeqCst);
+                    }
                 }
             }
-        }
-    }, "an aligned store of 8 bytes is never torn");
+        },
+        "an aligned store of 8 bytes is never torn",
+    );
     // Load buffering: both may not read what the other stores afterwards.
-    litmus(|| {
-        let (own, theirs) = if other() { (cell(0), cell(4)) } else { (cell(4), cell(0)) };
-        rounds(2000, |_| {
-            poke(own, 0);
-            meet();
-            let seen: u64;
-            unsafe { asm!("mov {seen}, [{theirs}]", "mov qword ptr [{own}], 1", own = in(reg) own, theirs = in(reg) theirs, seen = out(reg) seen) }
-            SEEN[usize::from(other())].store(seen, Ordering::SeqCst);
-            meet();
-            if !other() && SEEN[0].load(Ordering::SeqCst) == 1 && SEEN[1].load(Ordering::SeqCst) == 1 {
-                WRONG.fetch_add(1, Ordering::SeqCst);
-            }
-        });
-    }, "load buffering");
-    // The time-stamp counters agree well enough that a message never arrives before it was sent.
-    litmus(|| {
-        rounds(2000, |_| {
-            if other() {
-                SEEN[0].store(cpu::rdtsc(), Ordering::SeqCst);
+    litmus(
+        || {
+            let (own, theirs) = if other() { (cell(0), cell(4)) } else { (cell(4), cell(0)) };
+            rounds(2000, |_| {
+                poke(own, 0);
                 meet();
-            } else {
+                let seen: u64;
+                unsafe {
+                    asm!("mov {seen}, [{theirs}]", "mov qword ptr [{own}], 1", own = in(reg) own, theirs = in(reg) theirs, seen = out(reg) seen)
+                }
+                SEEN[usize::from(other())].store(seen, Ordering::SeqCst);
                 meet();
-                // The other one may be in the next round already: its message is read before the clock.
-                let sent = SEEN[0].load(Ordering::SeqCst);
-                if cpu::rdtsc() < sent {
+                if !other() && SEEN[0].load(Ordering::SeqCst) == 1 && SEEN[1].load(Ordering::SeqCst) == 1 {
                     WRONG.fetch_add(1, Ordering::SeqCst);
                 }
-            }
-        });
-    }, "time stamps follow the order of events");
+            });
+        },
+        "load buffering",
+    );
+    // The time-stamp counters agree well enough that a message never arrives before it was sent.
+    litmus(
+        || {
+            rounds(2000, |_| {
+                if other() {
+                    SEEN[0].store(cpu::rdtsc(), Ordering::SeqCst);
+                    meet();
+                } else {
+                    meet();
+                    // The other one may be in the next round already: its message is read before the clock.
+                    let sent = SEEN[0].load(Ordering::SeqCst);
+                    if cpu::rdtsc() < sent {
+                        WRONG.fetch_add(1, Ordering::SeqCst);
+                    }
+                }
+            });
+        },
+        "time stamps follow the order of events",
+    );
 }
 
 const PAGE: u64 = TEST_BASE + 0x60_0000;
@@ -395,7 +426,10 @@ fn translations() {
         }
         cpu::cli();
     });
-    check_true("the second processor reads through a page", wait_until(|| VALUE.load(Ordering::SeqCst) == 0x1000));
+    check_true(
+        "the second processor reads through a page",
+        wait_until(|| VALUE.load(Ordering::SeqCst) == 0x1000),
+    );
     let mut wrong = 0;
     repeat(200, |n| {
         let target = u64::from(n % 2);
@@ -415,7 +449,11 @@ fn translations() {
     map(PAGE, frame(0) | P | W);
     STOP.store(false, Ordering::SeqCst);
     give(1, || {
-        let end = run(Frame { rdi: PAGE, rflags: 0x202, ..Frame::kernel(code!("2: inc qword ptr [rdi]", "jmp 2b")) });
+        let end = run(Frame {
+            rdi: PAGE,
+            rflags: 0x202,
+            ..Frame::kernel(code!("2: inc qword ptr [rdi]", "jmp 2b"))
+        });
         VALUE.store(end.vector << 8 | end.error, Ordering::SeqCst);
     });
     VALUE.store(0, Ordering::SeqCst);
@@ -549,8 +587,10 @@ fn halting_and_reset() {
     join(1);
     // INIT stops a running processor until the next start-up message.
     static TICKS: AtomicU64 = AtomicU64::new(0);
-    give(1, || loop {
-        TICKS.fetch_add(1, Ordering::SeqCst);
+    give(1, || {
+        loop {
+            TICKS.fetch_add(1, Ordering::SeqCst);
+        }
     });
     check_true("it runs", wait_until(|| TICKS.load(Ordering::SeqCst) > 1000));
     apic::send_ipi(id, 0x4500);

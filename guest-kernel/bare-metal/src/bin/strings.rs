@@ -104,13 +104,19 @@ fn moves() {
     exec(code64!("rep movsq"), 0, 4, A, A + 4, 0);
     // Each element takes its first half from the one before.
     let halves = [(4, 0), (8, 4), (12, 4), (16, 12), (20, 12)];
-    check_true("overlapping rep movsq by half an element", halves.iter().all(|(at, from)| wrong(A + at, 4, *from, 9) == 0));
+    check_true(
+        "overlapping rep movsq by half an element",
+        halves.iter().all(|(at, from)| wrong(A + at, 4, *from, 9) == 0),
+    );
     fill(A, 4200, 9);
     exec(code64!("rep movsb"), 0, 4190, A + 1, A, 0);
     check("overlapping rep movsb downwards in memory", wrong(A, 4190, 1, 9), 0);
     fill(A, 64, 9);
     exec(code64!("rep movsb"), 0, 32, A + 31, A + 30, DF);
-    check_true("overlapping rep movsb backwards repeats a byte", (0..30).all(|n| peek8(A + n) == peek8(A + 31)));
+    check_true(
+        "overlapping rep movsb backwards repeats a byte",
+        (0..30).all(|n| peek8(A + n) == peek8(A + 31)),
+    );
     let end = exec(code64!("repne movsb"), 0, 3, A, B, 0);
     registers("repne movs repeats too", &end, 0, A + 3, B + 3);
 }
@@ -138,8 +144,14 @@ fn stores_and_loads() {
     }
     fill(A, 64, 3);
     poke(A + 8, 0xa1a2_a3a4_a5a6_a7a8);
-    let end = exec(code64!("lodsb", "mov rbx, rax", "lodsw", "mov rdx, rax", "lodsd", "mov r8, rax", "std", "lodsq"),
-        u64::MAX, 4, A + 8, 0, 0);
+    let end = exec(
+        code64!("lodsb", "mov rbx, rax", "lodsw", "mov rdx, rax", "lodsd", "mov r8, rax", "std", "lodsq"),
+        u64::MAX,
+        4,
+        A + 8,
+        0,
+        0,
+    );
     check("lodsb", end.rbx, 0xffff_ffff_ffff_ffa8);
     check("lodsw", end.rdx, 0xffff_ffff_ffff_a6a7);
     check("lodsd clears the upper half", end.r8, 0xa2a3_a4a5);
@@ -279,28 +291,60 @@ fn faults() {
 
 fn address_sizes() {
     fill(frame(0), 64, 1);
-    let end = exec(code64!("addr32 rep movsb"), 0, 0xffff_ffff_0000_0010, 0xaaaa_0000_0000_0000 | frame(0), 0xbbbb_0000_0000_0000 | frame(4), 0);
+    let end = exec(
+        code64!("addr32 rep movsb"),
+        0,
+        0xffff_ffff_0000_0010,
+        0xaaaa_0000_0000_0000 | frame(0),
+        0xbbbb_0000_0000_0000 | frame(4),
+        0,
+    );
     check("32-bit addresses: done", end.vector, vector::END);
     registers("32-bit addresses", &end, 0, frame(0) + 16, frame(4) + 16);
     check("32-bit addresses: bytes", wrong(frame(4), 16, 0, 1), 0);
-    let end = exec(code64!("addr32 lodsb", "addr32 stosb"), 0, 1 << 40, 1 << 40 | frame(0), 1 << 40 | frame(4), 0);
+    let end =
+        exec(code64!("addr32 lodsb", "addr32 stosb"), 0, 1 << 40, 1 << 40 | frame(0), 1 << 40 | frame(4), 0);
     check("32-bit lods and stos", end.rsi << 32 | end.rdi, (frame(0) + 1) << 32 | (frame(4) + 1));
     check("without repeat rcx is untouched", end.rcx, 1 << 40);
     cpu::wrmsr(cpu::msr::FS_BASE, 0x40);
     fill(frame(0), 128, 1);
-    let end = exec(code64!("movs byte ptr [rdi], byte ptr fs:[rsi]", "lods al, byte ptr fs:[rsi]"), 0, 1, frame(0), frame(4), 0);
+    let end = exec(
+        code64!("movs byte ptr [rdi], byte ptr fs:[rsi]", "lods al, byte ptr fs:[rsi]"),
+        0,
+        1,
+        frame(0),
+        frame(4),
+        0,
+    );
     check("movs takes a segment override for the source", wrong(frame(4), 1, 0x40, 1), 0);
     check("lods takes a segment override", end.rax, u64::from(peek8(frame(0) + 0x41)));
     cpu::wrmsr(cpu::msr::FS_BASE, 0);
     // Ports: the serial scratch register.
     poke(frame(0), 0x1234_5678_9abc_def0);
-    let end = run(Frame { rdx: 0x3ff, rcx: 3, rsi: frame(0), rdi: frame(4), ..Frame::kernel(code64!("rep outsb", "mov ecx, 2", "rep insb")) });
+    let end = run(Frame {
+        rdx: 0x3ff,
+        rcx: 3,
+        rsi: frame(0),
+        rdi: frame(4),
+        ..Frame::kernel(code64!("rep outsb", "mov ecx, 2", "rep insb"))
+    });
     registers("rep outsb and insb", &end, 0, frame(0) + 3, frame(4) + 2);
     check("rep insb reads the port", peek(frame(4)) & 0xffff, 0xbcbc);
-    let end = run(Frame { rdx: 0x3ff, rcx: 0x40, rdi: B + 8192 - 4, ..Frame::kernel(code!("rep insb", "int 0xff")) });
+    let end = run(Frame {
+        rdx: 0x3ff,
+        rcx: 0x40,
+        rdi: B + 8192 - 4,
+        ..Frame::kernel(code!("rep insb", "int 0xff"))
+    });
     check("rep insb into a missing page", end.cr2, B + 8192);
     check("rep insb into a missing page: count", end.rcx, 0x3c);
-    let end = run(Frame { rdx: 0x3ff, rsi: frame(0) + 1, rdi: B + 64, rflags: 2 | DF, ..Frame::kernel(code64!("outsb", "insb")) });
+    let end = run(Frame {
+        rdx: 0x3ff,
+        rsi: frame(0) + 1,
+        rdi: B + 64,
+        rflags: 2 | DF,
+        ..Frame::kernel(code64!("outsb", "insb"))
+    });
     check("outs and ins go down", end.rsi << 32 | (end.rdi - B), frame(0) << 32 | 63);
     check("ins after outs", u64::from(peek8(B + 64)), 0xde);
 }
