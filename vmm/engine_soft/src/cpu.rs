@@ -173,6 +173,8 @@ pub(crate) struct Cpu {
     pub sti_shadow: bool,
     pub mov_ss_shadow: bool,
     pub nmi_pending: bool,
+    /// A second one came before the first was delivered.
+    pub nmi_second: bool,
     pub nmi_masked: bool,
     /// A debug trap (single step, breakpoint) is due after this instruction; bits for DR6.
     pub debug_trap: u64,

@@ -436,7 +436,7 @@ impl Cpu {
         let shadow = self.sti_shadow || self.mov_ss_shadow;
         if !shadow {
             if self.nmi_pending && !self.nmi_masked {
-                self.nmi_pending = false;
+                self.nmi_pending = std::mem::take(&mut self.nmi_second);
                 self.nmi_masked = true;
                 self.deliver_external(vector::NMI);
                 return true;

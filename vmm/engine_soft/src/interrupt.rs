@@ -163,7 +163,8 @@ pub(crate) struct InterruptMail {
     pub fixed: VectorSet,
     /// Those of `fixed` that came level triggered last.
     pub level: VectorSet,
-    pub nmi: bool,
+    /// NMIs, as far as it matters: the second one waits while the first is served.
+    pub nmi: u8,
     pub init: bool,
     /// Start-up vector page.
     pub start_up: Option<u8>,
@@ -180,7 +181,7 @@ impl InterruptMail {
                     self.level.0[usize::from(message.vector >> 6)] &= !(1 << (message.vector & 63));
                 }
             }
-            delivery::NMI => self.nmi = true,
+            delivery::NMI => self.nmi = (self.nmi + 1).min(2),
             delivery::INIT => {
                 self.init = true;
                 self.start_up = None;
@@ -245,7 +246,8 @@ impl Cpu {
         for vector in mail.fixed.iter() {
             self.lapic.accept(vector, mail.level.contains(vector));
         }
-        if mail.nmi {
+        if mail.nmi > 0 {
+            self.nmi_second |= self.nmi_pending && !self.nmi_masked || mail.nmi > 1;
             self.nmi_pending = true;
         }
         if let Some(page) = mail.start_up

@@ -13,6 +13,8 @@ use crate::native::mem::Word;
 /// Hardware configuration register of AMD processors; Linux wants bit 24 (the TSC counts at a constant rate).
 const HWCR: u32 = 0xc001_0015;
 const HWCR_TSC_FREQ_SEL: u64 = 1 << 24;
+/// What machine-check banks there are, and the state of a machine check: none.
+const MACHINE_CHECK: std::ops::RangeInclusive<u32> = 0x179..=0x17a;
 /// The four performance counters that every AMD processor has, and what they count: nothing here.
 const COUNTERS: std::ops::RangeInclusive<u32> = 0xc001_0000..=0xc001_0007;
 /// Northbridge configuration; Linux reads it and switches on extended configuration cycles, which nobody makes.
@@ -28,7 +30,7 @@ impl Cpu {
             msr::IA32_APIC_BASE => self.msrs.apic_base,
             msr::IA32_TSC_ADJUST if self.features.has(Features::TSC_ADJUST) => self.msrs.tsc_adjust,
             msr::IA32_BIOS_SIGN_ID | DEBUGCTL | NB_CFG => 0,
-            _ if COUNTERS.contains(&index) => 0,
+            _ if COUNTERS.contains(&index) || MACHINE_CHECK.contains(&index) => 0,
             // No variable or fixed ranges: the default type is for everything.
             msr::IA32_MTRRCAP => 0,
             msr::IA32_SYSENTER_CS => self.msrs.sysenter_cs,

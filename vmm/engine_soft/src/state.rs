@@ -73,6 +73,7 @@ impl Cpu {
             sti_shadow: false,
             mov_ss_shadow: false,
             nmi_pending: false,
+            nmi_second: false,
             nmi_masked: false,
             debug_trap: 0,
             step_trap: false,
@@ -132,6 +133,7 @@ impl Cpu {
         self.sti_shadow = false;
         self.mov_ss_shadow = false;
         self.nmi_pending = false;
+        self.nmi_second = false;
         self.nmi_masked = false;
         self.debug_trap = 0;
         self.step_trap = false;

@@ -9,6 +9,7 @@ use crate::decode::Mode;
 use crate::decode::lower::Selected;
 use crate::decode::op::{Exec, Op, Step, Stop};
 use crate::descriptor::{Descriptor, Frame, flat, is_null, system, unusable};
+use crate::exception::dr6;
 use crate::fault::vector;
 use crate::mmu::Intent;
 
@@ -372,8 +373,8 @@ fn drop_privileged_segments(cpu: &mut Cpu, cpl: u8) {
         let segment = cpu.seg[index];
         let conforming = segment.code_or_data && segment.kind & 0xc == 0xc;
         if !segment.unusable && segment.dpl < cpl && !conforming {
-            cpu.seg[index] = unusable(0);
-            cpu.seg_base[index] = 0;
+            // The base stays: FS and GS are still used with it.
+            cpu.seg[index] = Segment { base: segment.base, ..unusable(0) };
         }
     }
 }
@@ -505,10 +506,17 @@ fn syscall(cpu: &mut Cpu, op: &Op) -> Step {
     cpu.seg[SS] = flat(selector.wrapping_add(8), 0, false, false);
     let code = flat(selector, 0, true, cpu.long_mode());
     cpu.enter_code(code, 0);
-    // Whether a trap follows depends on TF as the instruction left it.
-    cpu.step_trap &= cpu.rflags & rflags::TF != 0;
-    cpu.update_attention();
+    trap_by_new_flags(cpu);
     Err(Stop::Block)
+}
+
+/// After SYSCALL and SYSRET a single-step trap follows when they leave TF set, whatever it was before.
+fn trap_by_new_flags(cpu: &mut Cpu) {
+    cpu.step_trap = false;
+    if cpu.rflags & rflags::TF != 0 {
+        cpu.debug_trap |= dr6::BS;
+    }
+    cpu.update_attention();
 }
 
 fn sysret(cpu: &mut Cpu, op: &Op) -> Step {
@@ -544,7 +552,7 @@ fn sysret(cpu: &mut Cpu, op: &Op) -> Step {
     cpu.seg[SS] = flat(base.wrapping_add(8) | 3, 3, false, false);
     let selector = if wide { base.wrapping_add(16) } else { base } | 3;
     cpu.enter_code(flat(selector, 3, true, wide), 3);
-    cpu.update_attention();
+    trap_by_new_flags(cpu);
     Err(Stop::Block)
 }
 
