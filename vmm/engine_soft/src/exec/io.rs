@@ -90,6 +90,7 @@ impl Cpu {
     fn port_read<W: Word>(&mut self, port: u16) -> W {
         let mut bytes = [0xff; 8];
         self.io_accesses += 1;
+        self.fpu.settle();
         let flow = self.io.with(|io| io.pio_read(port, &mut bytes[..W::SIZE]));
         self.follow(flow);
         W::from_u64(u64::from_le_bytes(bytes))
@@ -98,6 +99,7 @@ impl Cpu {
     fn port_write<W: Word>(&mut self, port: u16, value: W) {
         let bytes = value.to_u64().to_le_bytes();
         self.io_accesses += 1;
+        self.fpu.settle();
         let flow = self.io.with(|io| io.pio_write(port, &bytes[..W::SIZE]));
         self.follow(flow);
     }

@@ -29,7 +29,8 @@ impl Cpu {
         if self.fpu.usable.x87 { Ok(()) } else { self.deny_x87() }
     }
 
-    /// Checks before every other x87 instruction.
+    /// Checks before every other x87 instruction. A pending exception is #MF whatever CR0.NE says: there is no
+    /// interrupt controller that the signal for NE = 0 could go to.
     #[inline(always)]
     pub(crate) fn x87_wait(&mut self) -> Step {
         self.x87_check()?;

@@ -172,6 +172,7 @@ impl Fpu {
         if mxcsr & !MXCSR_MASK != 0 {
             return Err(BadArea(format!("mxcsr {mxcsr:#x} has reserved bits set")));
         }
+        self.settle();
         let keep = self.usable;
         *self = Fpu { mxcsr: Mxcsr::new(mxcsr), usable: keep, ..Fpu::default() };
         if present & X87_STATE != 0 {
