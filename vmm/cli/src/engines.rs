@@ -1,6 +1,9 @@
 //! Which engine runs a machine.
 
-use harrier_engine::{CpuModel, Engine};
+use std::sync::Arc;
+
+use harrier_engine::{CpuModel, Engine, Probe};
+use harrier_engine_kvm::KvmEngine;
 use harrier_engine_soft::SoftEngine;
 use thiserror::Error;
 
@@ -17,10 +20,8 @@ pub(crate) enum EngineChoice {
 pub(crate) enum EngineChoiceError {
     #[error("unknown engine '{0}': use auto, kvm or soft")]
     Unknown(String),
-    #[error(
-        "engine kvm is not available: this version of harrier has only the soft engine: use --engine soft or auto"
-    )]
-    NoKvm,
+    #[error("engine kvm is not available: {0}: or use --engine soft")]
+    NoKvm(String),
 }
 
 impl std::str::FromStr for EngineChoice {
@@ -47,7 +48,13 @@ pub(crate) fn select(choice: EngineChoice) -> Result<Selected, EngineChoiceError
     let soft = || Box::new(SoftEngine);
     match choice {
         EngineChoice::Soft => Ok(Selected { engine: soft(), reason: None }),
-        EngineChoice::Kvm => Err(EngineChoiceError::NoKvm),
+        EngineChoice::Kvm => {
+            let engine = KvmEngine::default().with_software(Arc::new(SoftEngine));
+            match engine.probe() {
+                Probe::Available { .. } => Ok(Selected { engine: Box::new(engine), reason: None }),
+                Probe::Unavailable { reason } => Err(EngineChoiceError::NoKvm(reason)),
+            }
+        }
         EngineChoice::Auto => {
             Ok(Selected { engine: soft(), reason: Some("engine soft: this version of harrier has no other") })
         }

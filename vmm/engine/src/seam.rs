@@ -190,6 +190,8 @@ pub struct Counters {
     pub instructions: Option<u64>,
     /// Times that another engine had to finish an instruction.
     pub assists: u64,
+    /// Times that user code ran on the host's processor for a software engine.
+    pub loans: u64,
     /// Device accesses (port, memory and end-of-interrupt).
     pub io_accesses: u64,
     /// Times that cached translations of guest code were thrown away because the code was written.

@@ -61,6 +61,12 @@ fn calibrate_device(path: &Path) -> Result<Calibration, EngineError> {
     Ok(Calibration { kernel_mips, user_mips, kernel_mode_in_hardware: kernel_mips >= SLOWEST_HARDWARE_MIPS })
 }
 
+/// Whether this KVM runs kernel mode on the processor, found out by a loop of a millisecond or two.
+pub(crate) fn kernel_mode_in_hardware(path: &Path) -> Result<bool, EngineError> {
+    let mut vcpu = vcpu(path)?;
+    Ok(run_loop(vcpu.as_mut(), 0, FEW_ROUNDS)? < SLOW)
+}
+
 /// Leaves on the first port write.
 struct LeaveOnWrite;
 
@@ -82,13 +88,17 @@ impl Io for LeaveOnWrite {
     }
 }
 
-/// Million instructions a second of the loop at this privilege level.
-fn measure(path: &Path, level: u8) -> Result<f64, EngineError> {
+fn vcpu(path: &Path) -> Result<Box<dyn Vcpu>, EngineError> {
     let engine = KvmEngine::with_device(path.to_owned());
     let config = VmConfig { cpu_model: CpuModel::Host, vcpu_count: 1, tsc_khz: None };
     let vm = engine.create_vm(&config)?;
     vm.map_memory(memory()?, false)?;
-    let mut vcpu = vm.create_vcpu(0)?;
+    vm.create_vcpu(0)
+}
+
+/// Million instructions a second of the loop at this privilege level.
+fn measure(path: &Path, level: u8) -> Result<f64, EngineError> {
+    let mut vcpu = vcpu(path)?;
     let mut best: f64 = 0.0;
     // The first run of each pays for page tables and caches.
     let mut rounds = FEW_ROUNDS;

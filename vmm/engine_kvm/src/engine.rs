@@ -1,25 +1,32 @@
-//! The engine: opens KVM anew for every question, so nothing stale is remembered.
+//! The engine: opens KVM anew for every question; only what was measured of kernel mode is remembered, as long
+//! as the engine lives.
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
-use harrier_engine::user_mode::UserMode;
+use harrier_engine::user_mode::{LendingEngine, UserMode};
 use harrier_engine::{CpuModel, Engine, EngineError, Probe, Vm, VmConfig};
 
 use crate::probe::{self, Host};
 use crate::user::KvmUserMode;
 use crate::vm::KvmVm;
-use crate::{cpuid, host};
+use crate::{calibrate, cpuid, host};
 
 /// Hardware virtualization by the host's KVM.
-#[derive(Debug, Clone)]
+///
+/// On a host whose KVM emulates kernel mode it runs user code only, and needs an engine that runs the rest:
+/// [`KvmEngine::with_software`]. Without one it takes such a KVM as it is, slow and with gaps.
+#[derive(Clone)]
 pub struct KvmEngine {
     path: PathBuf,
+    software: Option<Arc<dyn LendingEngine>>,
+    /// Whether kernel mode runs on the processor, once it was measured.
+    in_hardware: Arc<OnceLock<bool>>,
 }
 
 impl Default for KvmEngine {
     fn default() -> Self {
-        KvmEngine { path: probe::default_path() }
+        KvmEngine::with_device(probe::default_path())
     }
 }
 
@@ -27,7 +34,30 @@ impl KvmEngine {
     /// An engine over another device than `/dev/kvm`.
     #[must_use]
     pub fn with_device(path: PathBuf) -> Self {
-        KvmEngine { path }
+        KvmEngine { path, software: None, in_hardware: Arc::default() }
+    }
+
+    /// Lets `software` run kernel mode where this host's KVM does not run it on the processor.
+    #[must_use]
+    pub fn with_software(mut self, software: Arc<dyn LendingEngine>) -> Self {
+        self.software = Some(software);
+        self
+    }
+
+    /// The engine that has to run kernel mode here, if one has to.
+    fn kernel_mode(&self) -> Option<&Arc<dyn LendingEngine>> {
+        let software = self.software.as_ref()?;
+        let in_hardware = match self.in_hardware.get() {
+            Some(&known) => known,
+            None => match calibrate::kernel_mode_in_hardware(&self.path) {
+                Ok(found) => *self.in_hardware.get_or_init(|| found),
+                Err(err) => {
+                    log::warn!("kvm: kernel mode could not be measured: {err}");
+                    false
+                }
+            },
+        };
+        (!in_hardware).then_some(software)
     }
 
     /// User mode on the processor for a machine that runs everything else in software.
@@ -60,11 +90,17 @@ impl Engine for KvmEngine {
     }
 
     fn cpu_models(&self) -> Vec<CpuModel> {
+        if let Some(software) = self.kernel_mode() {
+            return software.cpu_models();
+        }
         let supported = probe::open(&self.path).ok().and_then(|host| cpuid::supported(&host.kvm).ok());
         supported.map_or_else(Vec::new, |supported| cpuid::models(&supported))
     }
 
     fn create_vm(&self, config: &VmConfig) -> Result<Box<dyn Vm>, EngineError> {
+        if let Some(software) = self.kernel_mode() {
+            return software.create_lending_vm(config, self.create_user_mode()?);
+        }
         let opened = self.open()?;
         let most = opened.kvm.get_max_vcpus().min(255);
         if config.vcpu_count == 0 || config.vcpu_count as usize > most {

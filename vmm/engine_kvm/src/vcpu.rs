@@ -233,6 +233,12 @@ impl Vcpu for KvmVcpu {
     }
 
     fn counters(&self) -> Counters {
-        Counters { instructions: None, assists: 0, io_accesses: self.io_accesses, code_invalidations: 0 }
+        Counters {
+            instructions: None,
+            assists: 0,
+            loans: 0,
+            io_accesses: self.io_accesses,
+            code_invalidations: 0,
+        }
     }
 }

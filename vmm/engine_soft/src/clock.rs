@@ -7,11 +7,21 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use crate::native::tsc;
+
 /// Frequency of the TSC when nobody asks for another.
 const DEFAULT_TSC_KHZ: u32 = 1_000_000;
 
+/// What drives guest time.
+enum Source {
+    /// The host's monotonic clock; the TSC is made of it.
+    Monotonic(Instant),
+    /// The host's TSC, from this value on: user code that runs on the host's processor reads it unchanged.
+    Native(u64),
+}
+
 pub(crate) struct Clock {
-    start: Instant,
+    source: Source,
     /// Added to the time since `start` (wrapping) to give the paravirtual clock.
     offset_ns: AtomicU64,
     /// Grows when the paravirtual clock is set: the clock pages have to be written again.
@@ -24,8 +34,22 @@ pub(crate) struct Clock {
 impl Clock {
     pub(crate) fn new(tsc_khz: Option<u32>) -> Clock {
         let khz = tsc_khz.filter(|&khz| khz > 0).unwrap_or(DEFAULT_TSC_KHZ);
+        Clock::from_source(Source::Monotonic(Instant::now()), khz)
+    }
+
+    /// A clock whose TSC is the host's, of this frequency, and cannot be moved.
+    pub(crate) fn native(khz: u32) -> Clock {
+        Clock::from_source(Source::Native(tsc::read()), khz.max(1))
+    }
+
+    /// Whether the TSC is the host's.
+    pub(crate) fn is_native(&self) -> bool {
+        matches!(self.source, Source::Native(_))
+    }
+
+    fn from_source(source: Source, khz: u32) -> Clock {
         Clock {
-            start: Instant::now(),
+            source,
             offset_ns: AtomicU64::new(0),
             generation: AtomicU64::new(0),
             restored_offset: Mutex::new(None),
@@ -36,7 +60,13 @@ impl Clock {
     /// Nanoseconds since the machine was created; never jumps. Deadlines are in this time.
     #[inline]
     pub(crate) fn host_ns(&self) -> u64 {
-        self.start.elapsed().as_nanos() as u64
+        match self.source {
+            Source::Monotonic(start) => start.elapsed().as_nanos() as u64,
+            Source::Native(start) => {
+                let ticks = tsc::read().saturating_sub(start);
+                (u128::from(ticks) * 1_000_000 / u128::from(self.khz)) as u64
+            }
+        }
     }
 
     /// The paravirtual clock.
@@ -70,6 +100,9 @@ impl Clock {
     /// TSC offset for a processor that is restored with `wanted`. The counters of one machine's processors
     /// were saved one after the other; those that agree to within a second belong together and stay equal.
     pub(crate) fn common_offset(&self, wanted: u64) -> u64 {
+        if self.is_native() {
+            return 0;
+        }
         let mut last = self.restored_offset.lock().unwrap_or_else(PoisonError::into_inner);
         let second = u64::from(self.khz) * 1000;
         match *last {
@@ -103,11 +136,12 @@ impl Clock {
     /// TSC ticks at a host time, before any vCPU's offset.
     #[inline]
     pub(crate) fn ticks_at(&self, host_ns: u64) -> u64 {
-        if self.khz == DEFAULT_TSC_KHZ {
-            host_ns
-        } else {
-            (u128::from(host_ns) * u128::from(self.khz) / 1_000_000) as u64
-        }
+        let start = match self.source {
+            Source::Monotonic(_) if self.khz == DEFAULT_TSC_KHZ => return host_ns,
+            Source::Monotonic(_) => 0,
+            Source::Native(start) => start,
+        };
+        start.wrapping_add((u128::from(host_ns) * u128::from(self.khz) / 1_000_000) as u64)
     }
 
     /// Host nanoseconds that so many ticks take, rounded up.
@@ -130,6 +164,17 @@ mod tests {
         assert_eq!(clock.ticks_at(1_000_000_000), 2_500_000_000);
         assert_eq!(clock.ticks_to_ns(5), 2);
         assert_eq!(Clock::new(None).ticks_at(7), 7);
+    }
+
+    #[test]
+    fn a_native_clock_shows_the_hosts_tsc() {
+        let clock = Clock::native(2_000_000);
+        let before = tsc::read();
+        let shown = clock.ticks_at(clock.host_ns());
+        let after = tsc::read();
+        // Going through nanoseconds loses less than one of them.
+        assert!((before.saturating_sub(4)..=after).contains(&shown), "{before} {shown} {after}");
+        assert_eq!(clock.common_offset(12345), 0);
     }
 
     #[test]

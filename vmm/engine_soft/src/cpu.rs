@@ -6,14 +6,15 @@ use harrier_engine::cpu_state::{DescriptorTable, MpState, PendingException, Segm
 
 use crate::decode::op::{Op, REG_BLOCK, Step, Stop};
 use crate::fault::{Fault, vector};
-use harrier_engine::cpuid::Features;
 use crate::fpu::Fpu;
 use crate::io_slot::IoSlot;
 use crate::lapic::Lapic;
+use crate::lend::LentPages;
 use crate::mmu::Mmu;
 use crate::native::alu::Flags;
 use crate::native::mem::Word;
 use crate::vm::Shared;
+use harrier_engine::cpuid::Features;
 
 pub(crate) const RAX: usize = 0;
 pub(crate) const RCX: usize = 1;
@@ -195,6 +196,8 @@ pub(crate) struct Cpu {
     /// Generation of the paravirtual clock that the clock page shows.
     pub clock_seen: u64,
 
+    /// What user mode on the host's processor may do without us.
+    pub lent: LentPages,
     /// Devices, while a run is under way.
     pub io: IoSlot,
     /// What all vCPUs of the machine share.

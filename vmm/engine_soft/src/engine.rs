@@ -1,12 +1,50 @@
 //! The engine itself: always there, on any host.
 
+use std::sync::Arc;
+
+use harrier_engine::user_mode::{LendingEngine, UserMode};
 use harrier_engine::{CpuModel, Engine, EngineError, Probe, Vm, VmConfig};
 
+use crate::native::thunk;
 use crate::vm::SoftVm;
+
+/// Why there is no engine where executable memory is forbidden.
+const NO_THUNKS: &str = "floating-point and vector instructions need executable memory: allow memfd_create and executable mappings";
 
 /// The software engine.
 #[derive(Debug, Default, Clone, Copy)]
 pub struct SoftEngine;
+
+impl LendingEngine for SoftEngine {
+    fn cpu_models(&self) -> Vec<CpuModel> {
+        crate::cpuid::supported_models()
+    }
+
+    fn create_lending_vm(
+        &self,
+        config: &VmConfig,
+        user_mode: Arc<dyn UserMode>,
+    ) -> Result<Box<dyn Vm>, EngineError> {
+        check(config)?;
+        Ok(Box::new(SoftVm::new(config, Some(user_mode))))
+    }
+}
+
+fn check(config: &VmConfig) -> Result<(), EngineError> {
+    if !(1..=255).contains(&config.vcpu_count) {
+        return Err(EngineError::State {
+            field: "vcpu count",
+            reason: format!("{} is not between 1 and 255", config.vcpu_count),
+        });
+    }
+    crate::cpuid::check_model(config.cpu_model)?;
+    // This also maps the memory before system calls are filtered.
+    if thunk::available() {
+        Ok(())
+    } else {
+        Err(EngineError::Unavailable { engine: "soft", reason: NO_THUNKS.to_owned() })
+    }
+}
 
 impl Engine for SoftEngine {
     fn name(&self) -> &'static str {
@@ -14,6 +52,9 @@ impl Engine for SoftEngine {
     }
 
     fn probe(&self) -> Probe {
+        if !thunk::available() {
+            return Probe::Unavailable { reason: NO_THUNKS.to_owned() };
+        }
         Probe::Available { detail: "software processor, on any host, slower than hardware".to_owned() }
     }
 
@@ -22,13 +63,7 @@ impl Engine for SoftEngine {
     }
 
     fn create_vm(&self, config: &VmConfig) -> Result<Box<dyn Vm>, EngineError> {
-        if !(1..=255).contains(&config.vcpu_count) {
-            return Err(EngineError::State {
-                field: "vcpu count",
-                reason: format!("{} is not between 1 and 255", config.vcpu_count),
-            });
-        }
-        crate::cpuid::check_model(config.cpu_model)?;
-        Ok(Box::new(SoftVm::new(config)))
+        check(config)?;
+        Ok(Box::new(SoftVm::new(config, None)))
     }
 }

@@ -4,6 +4,7 @@
 //! - [`exec`]: what the operations do, one file a topic.
 //! - [`mmu`]: paging, look-aside buffers, the way to guest memory.
 //! - [`exception`], [`interrupt`], [`lapic`]: what interrupts the straight line.
+//! - [`lend`]: user code on the host's processor, where somebody offers that.
 //! - [`vcpu`]: the dispatcher, and the engine seam's [`harrier_engine::Vcpu`].
 //! - [`native`], [`io_slot`], parts of [`mmu`] and [`fpu`]: the modules with `unsafe`.
 //!
@@ -24,6 +25,7 @@ mod fpu;
 mod interrupt;
 mod io_slot;
 mod lapic;
+mod lend;
 mod mmu;
 mod msr;
 mod native;

@@ -6,9 +6,9 @@
 use harrier_engine::cpu_state::msr;
 
 use crate::cpu::{Cpu, FS, GS, cr0, efer};
-use harrier_engine::cpuid::Features;
 use crate::decode::op::{Step, Stop};
 use crate::native::mem::Word;
+use harrier_engine::cpuid::Features;
 
 /// Hardware configuration register of AMD processors; Linux wants bit 24 (the TSC counts at a constant rate).
 const HWCR: u32 = 0xc001_0015;
@@ -63,6 +63,8 @@ impl Cpu {
     /// WRMSR; #GP(0) for what is not there or cannot be set so. Nothing changes then.
     pub(crate) fn write_msr(&mut self, index: u32, value: u64) -> Step {
         match index {
+            // User code on the host's processor reads its counter, which nobody can move.
+            msr::IA32_TSC | msr::IA32_TSC_ADJUST if self.shared.clock.is_native() => {}
             msr::IA32_TSC => {
                 let by = value.wrapping_sub(self.tsc());
                 self.tsc_offset = self.tsc_offset.wrapping_add(by);

@@ -18,6 +18,7 @@ use crate::fault::{Fault, has_error_code, vector};
 use crate::fpu::Fpu;
 use crate::io_slot::IoSlot;
 use crate::lapic::{Lapic, base, reg};
+use crate::lend::LentPages;
 use crate::mmu::{Mmu, PHYSICAL_BITS};
 use crate::msr::{canonical, pat_valid};
 use crate::native::alu::Flags;
@@ -84,6 +85,7 @@ impl Cpu {
             features: Features::of(shared.config.cpu_model),
             tsc_offset: 0,
             clock_seen: 0,
+            lent: LentPages::default(),
             io: IoSlot::default(),
             shared,
             index,
@@ -271,13 +273,23 @@ impl Cpu {
         let offset = state.tsc.value.wrapping_sub(clock.clock.ticks_at(now_ns));
         // Without its own adjustment, every processor of a machine has the same offset.
         let adjust = self.msrs.tsc_adjust;
-        self.tsc_offset = clock.clock.common_offset(offset.wrapping_sub(adjust)).wrapping_add(adjust);
+        let common = clock.clock.common_offset(offset.wrapping_sub(adjust));
+        self.tsc_offset = if clock.clock.is_native() { 0 } else { common.wrapping_add(adjust) };
 
         // APIC_BASE, the registers, the TSC, then its deadline.
         let x2apic = self.msrs.apic_base & base::MODE == base::MODE;
         self.lapic.restore(&state.lapic, x2apic, now_ns);
         self.lapic.set_task_priority((state.control.cr8 as u8) << 4 | self.lapic.task_priority() & 0xf);
         if let Some(&(_, deadline)) = state.msrs.iter().find(|(index, _)| *index == msr::IA32_TSC_DEADLINE) {
+            let deadline = if clock.clock.is_native() && deadline != 0 {
+                // The counter jumps to the host's; the time that is left does not.
+                let left = u128::from(deadline.saturating_sub(state.tsc.value));
+                let khz = u128::from(state.tsc.frequency_khz.max(1));
+                let left = (left * u128::from(clock.clock.tsc_khz()) / khz) as u64;
+                clock.clock.ticks_at(now_ns).saturating_add(left)
+            } else {
+                deadline
+            };
             self.set_tsc_deadline(deadline);
         }
         self.publish_apic();
@@ -384,7 +396,8 @@ impl Cpu {
         ensure(state.dr7 >> 32 == 0, "dr7", || format!("{:#x} has more than 32 bits", state.dr7))?;
         self.check_msrs(state)?;
         let khz = self.shared.clock.tsc_khz();
-        ensure(state.tsc.frequency_khz == khz, "tsc frequency", || {
+        let right = state.tsc.frequency_khz == khz || self.shared.clock.is_native();
+        ensure(right, "tsc frequency", || {
             format!("{} kHz, this machine was created with {khz} kHz", state.tsc.frequency_khz)
         })?;
         let id = state.lapic.registers[reg::ID];

@@ -3,11 +3,13 @@
 use std::sync::Arc;
 
 use harrier_engine::cpu_state::MpState;
+use harrier_engine::user_mode::UserProcessor;
 use harrier_engine::{Counters, CpuState, EngineError, Exit, Io, Kicker, Vcpu};
 
 use crate::cpu::Cpu;
 use crate::decode::block::CodeCache;
 use crate::decode::op::{REG_BLOCK, Stop};
+use crate::lend::Lending;
 use crate::vm::{Mailbox, Shared};
 
 /// Instructions between two looks at the clock, for timers; some tenths of a millisecond.
@@ -21,6 +23,8 @@ pub(crate) struct SoftVcpu {
     /// Instructions retired up to the last refill of the budget.
     retired: u64,
     kicked: bool,
+    /// Who runs user code at times.
+    lending: Option<Lending>,
 }
 
 struct SoftKicker(Arc<Mailbox>);
@@ -34,7 +38,14 @@ impl Kicker for SoftKicker {
 impl SoftVcpu {
     pub(crate) fn new(shared: Arc<Shared>, index: u32) -> SoftVcpu {
         let mailbox = Arc::clone(&shared.mailboxes[index as usize]);
-        SoftVcpu { cpu: Cpu::new(shared, index), code: CodeCache::new(), mailbox, retired: 0, kicked: false }
+        SoftVcpu {
+            cpu: Cpu::new(shared, index),
+            code: CodeCache::new(),
+            mailbox,
+            retired: 0,
+            kicked: false,
+            lending: None,
+        }
     }
 
     #[cfg(test)]
@@ -45,6 +56,12 @@ impl SoftVcpu {
     #[cfg(test)]
     pub(crate) fn parts(&mut self) -> (&mut Cpu, &mut CodeCache) {
         (&mut self.cpu, &mut self.code)
+    }
+
+    /// Lends user code to `processor` from now on.
+    pub(crate) fn lend_to(&mut self, processor: Box<dyn UserProcessor>) {
+        self.mailbox.set_borrower(processor.kicker());
+        self.lending = Some(Lending::new(processor));
     }
 
     fn run_loop(&mut self) -> Exit {
@@ -117,9 +134,11 @@ impl SoftVcpu {
     #[cold]
     #[inline(never)]
     fn attend(&mut self) -> Option<Exit> {
+        let mut slice_over = false;
         loop {
             self.cpu.attention = false;
             if self.cpu.budget <= 0 {
+                slice_over = true;
                 self.retired = self.retired.wrapping_add_signed(SLICE - self.cpu.budget);
                 self.cpu.budget = SLICE;
             }
@@ -140,6 +159,10 @@ impl SoftVcpu {
                 continue;
             }
             if cpu.mp_state == MpState::Runnable {
+                if self.lend(slice_over) {
+                    slice_over = false;
+                    continue;
+                }
                 return None;
             }
             let deadline = cpu.next_deadline_ns();
@@ -147,6 +170,23 @@ impl SoftVcpu {
                 .map(|at| std::time::Duration::from_nanos(at.saturating_sub(cpu.shared.clock.host_ns())));
             self.mailbox.wait(timeout);
         }
+    }
+
+    /// Lends user code if that is worth it; true if anything may have changed.
+    #[inline]
+    fn lend(&mut self, slice_over: bool) -> bool {
+        let Some(lending) = &mut self.lending else { return false };
+        if self.cpu.cpl != 3 || !lending.wants(&self.cpu, slice_over) {
+            return false;
+        }
+        let mut done = Ok(());
+        let cpu = &mut self.cpu;
+        self.mailbox.while_lent(|| done = lending.lend(cpu));
+        if let Err(reason) = done {
+            log::warn!("vcpu {}: user code stays in software from now on: {reason}", self.cpu.index);
+            self.lending = None;
+        }
+        true
     }
 
     fn leave(&mut self) -> Exit {
@@ -182,7 +222,8 @@ impl SoftVcpu {
         }
         for page in mail.new_code {
             let host = cpu.mmu.map.page(page).map(|page| page.host());
-            if host.is_some_and(|host| cpu.mmu.tlb.protect_host_page(host)) {
+            let lent = cpu.lent.protect(page);
+            if host.is_some_and(|host| cpu.mmu.tlb.protect_host_page(host)) || lent {
                 // This vCPU could write there until now: whoever decoded the page must look again.
                 cpu.shared.code_written(page, u64::MAX);
             }
@@ -195,6 +236,7 @@ impl SoftVcpu {
         }
         if mail.log_writes {
             cpu.mmu.forget_writable();
+            cpu.lent.forget();
         }
         cpu.accept_mail(mail.interrupts);
     }
@@ -214,6 +256,7 @@ impl Vcpu for SoftVcpu {
         let exit = loan.0.run_loop();
         // While nobody runs, every later write has to pass the log again.
         loan.0.cpu.mmu.forget_writable();
+        loan.0.cpu.lent.forget();
         exit
     }
 
@@ -235,8 +278,13 @@ impl Vcpu for SoftVcpu {
 
     fn counters(&self) -> Counters {
         Counters {
-            instructions: Some(self.retired.wrapping_add_signed(SLICE - self.cpu.budget)),
+            // Nobody counts what lent code executes.
+            instructions: self
+                .lending
+                .is_none()
+                .then(|| self.retired.wrapping_add_signed(SLICE - self.cpu.budget)),
             assists: 0,
+            loans: self.lending.as_ref().map_or(0, Lending::loans),
             io_accesses: self.cpu.io_accesses,
             code_invalidations: self.code.invalidations,
         }

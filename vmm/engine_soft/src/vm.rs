@@ -2,11 +2,12 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
 use harrier_engine::memory::WriteWatcher;
-use harrier_engine::{EngineError, GsiRoute, GuestRegion, Msi, PageLog, Vcpu, Vm, VmConfig};
+use harrier_engine::user_mode::UserMode;
+use harrier_engine::{EngineError, GsiRoute, GuestRegion, Kicker, Msi, PageLog, Vcpu, Vm, VmConfig};
 use vm_memory::{Address, GuestMemoryRegion, MmapRegion};
 
 use crate::clock::Clock;
@@ -41,6 +42,10 @@ pub(crate) struct Mailbox {
     flag: AtomicBool,
     mail: Mutex<Mail>,
     wake: Condvar,
+    /// User code runs on the host's processor, out of sight of the flag.
+    lent: AtomicBool,
+    /// Ends that.
+    borrower: OnceLock<Arc<dyn Kicker>>,
 }
 
 impl Mailbox {
@@ -53,11 +58,31 @@ impl Mailbox {
         if mail.waiting {
             self.wake.notify_one();
         }
+        drop(mail);
+        if self.lent.load(Ordering::SeqCst)
+            && let Some(borrower) = self.borrower.get()
+        {
+            borrower.kick();
+        }
     }
 
     #[inline(always)]
     pub(crate) fn has_mail(&self) -> bool {
         self.flag.load(Ordering::Relaxed)
+    }
+
+    /// Says who has to be told of mail while user code is lent.
+    pub(crate) fn set_borrower(&self, borrower: Arc<dyn Kicker>) {
+        let _ = self.borrower.set(borrower);
+    }
+
+    /// Runs `lend` unless there is mail; mail that comes meanwhile ends it.
+    pub(crate) fn while_lent(&self, lend: impl FnOnce()) {
+        self.lent.store(true, Ordering::SeqCst);
+        if !self.flag.load(Ordering::SeqCst) {
+            lend();
+        }
+        self.lent.store(false, Ordering::SeqCst);
     }
 
     /// Empties the box.
@@ -94,6 +119,8 @@ pub(crate) struct Shared {
     pub destinations: Destinations,
     /// Held by a LOCK instruction whose operand crosses a page, against the other ones.
     pub split_lock: Mutex<()>,
+    /// Where user code can be lent.
+    pub user_mode: Option<Arc<dyn UserMode>>,
     map: RwLock<Arc<MemoryMap>>,
 }
 
@@ -154,15 +181,20 @@ pub(crate) struct SoftVm {
 }
 
 impl SoftVm {
-    pub(crate) fn new(config: &VmConfig) -> SoftVm {
+    pub(crate) fn new(config: &VmConfig, user_mode: Option<Arc<dyn UserMode>>) -> SoftVm {
         let count = config.vcpu_count as usize;
+        let clock = match &user_mode {
+            Some(user_mode) => Clock::native(user_mode.tsc_khz()),
+            None => Clock::new(config.tsc_khz),
+        };
         SoftVm {
             shared: Arc::new(Shared {
                 config: config.clone(),
-                clock: Clock::new(config.tsc_khz),
+                clock,
                 mailboxes: (0..count).map(|_| Arc::new(Mailbox::default())).collect(),
                 destinations: Destinations::new(count),
                 split_lock: Mutex::default(),
+                user_mode,
                 map: RwLock::default(),
             }),
         }
@@ -197,6 +229,9 @@ impl Vm for SoftVm {
         if map.regions().iter().any(|r| r.start < end && gpa < r.end) {
             return Err(refuse("it overlaps a region that is mapped already"));
         }
+        if let Some(user_mode) = &self.shared.user_mode {
+            user_mode.map_memory(Arc::clone(&region), read_only)?;
+        }
         let mapping: &MmapRegion<PageLog> = &region;
         mapping
             .bitmap()
@@ -212,7 +247,10 @@ impl Vm for SoftVm {
             reason: "no region starts there".to_owned(),
         })?;
         self.replace_map(map);
-        Ok(())
+        match &self.shared.user_mode {
+            Some(user_mode) => user_mode.unmap_memory(gpa),
+            None => Ok(()),
+        }
     }
 
     fn sync_dirty_pages(&self) -> Result<(), EngineError> {
@@ -229,7 +267,11 @@ impl Vm for SoftVm {
                 reason: format!("{index} is not below the machine's {} vCPUs", self.shared.mailboxes.len()),
             });
         }
-        Ok(Box::new(SoftVcpu::new(Arc::clone(&self.shared), index)))
+        let mut vcpu = SoftVcpu::new(Arc::clone(&self.shared), index);
+        if let Some(user_mode) = &self.shared.user_mode {
+            vcpu.lend_to(user_mode.create_processor(index)?);
+        }
+        Ok(Box::new(vcpu))
     }
 
     fn send_msi(&self, msi: Msi) -> Result<(), EngineError> {

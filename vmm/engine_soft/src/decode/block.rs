@@ -309,6 +309,7 @@ fn note_code(cpu: &mut Cpu, gpa: u64, len: usize) {
     let Some(page) = map.page(gpa) else { return };
     if page.add_code(chunk_mask(gpa & (PAGE - 1), len as u64)) == 0 {
         cpu.mmu.tlb.protect_host_page(page.host());
+        cpu.lent.protect(gpa);
         cpu.shared.new_code_page(cpu.index, gpa & !(PAGE - 1));
     }
 }

@@ -127,6 +127,12 @@ impl Page<'_> {
         self.mapped.log().mark_dirty_unwatched(self.index);
     }
 
+    /// Whether a write to the page is in the log.
+    pub(crate) fn is_dirty(&self) -> bool {
+        use vm_memory::bitmap::Bitmap;
+        self.mapped.log().dirty_at(self.index * PAGE as usize)
+    }
+
     /// Chunks that hold decoded code.
     pub(crate) fn code(&self) -> u64 {
         self.mapped.code.get(self.index).map_or(0, |mask| mask.load(Ordering::SeqCst))

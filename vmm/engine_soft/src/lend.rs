@@ -1,0 +1,210 @@
+//! Lending user code to the host's processor ([`harrier_engine::user_mode`]): when, with what, and until when.
+//!
+//! A loan costs some tens of microseconds, in which the software processor executes thousands of instructions.
+//! So code is lent after it has stayed in user mode for a whole slice, and at once while loans turn out long;
+//! where they turn out short, the next tries come ever later.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use harrier_engine::cpu_state::MpState;
+use harrier_engine::user_mode::{UserAccess, UserExit, UserMemory, UserPage, UserProcessor, UserRegisters};
+
+use crate::cpu::{Cpu, DS, ES, FS, GS, SS, cr4, rflags};
+use crate::mmu::{Intent, PAGE, Rights};
+
+/// A loan that lasted this long was worth it.
+const LONG: Duration = Duration::from_micros(150);
+/// Short loans in a row after which code is lent only once a slice again.
+const SHORT_IN_A_ROW: u32 = 3;
+/// Most slices between two tries.
+const LONGEST_REST: u32 = 64;
+/// Longest loan: the run loop shall look around now and then.
+const LIMIT: Duration = Duration::from_millis(100);
+
+/// Pages that user mode on the processor may write, and whether it has to forget what it knows.
+#[derive(Debug, Default)]
+pub(crate) struct LentPages {
+    writable: HashSet<u64>,
+    stale: bool,
+}
+
+impl LentPages {
+    /// User mode has to forget its translations before the next loan.
+    pub(crate) fn forget(&mut self) {
+        self.stale = true;
+    }
+
+    /// The page at this guest physical address is no longer to be written unseen; true if it could be.
+    pub(crate) fn protect(&mut self, gpa: u64) -> bool {
+        let could = self.writable.contains(&(gpa & !(PAGE - 1)));
+        self.stale |= could;
+        could
+    }
+}
+
+/// The borrower of one vCPU, and its history.
+pub(crate) struct Lending {
+    processor: Box<dyn UserProcessor>,
+    registers: UserRegisters,
+    /// Generation of the translations that the borrower has.
+    generation: u64,
+    /// Loans are long at present: lend whenever user mode begins.
+    hot: bool,
+    short_in_a_row: u32,
+    /// Slices to sit out, now and after the next short loan.
+    rest: u32,
+    next_rest: u32,
+    /// The next instruction is software's.
+    refused: bool,
+    loans: u64,
+}
+
+impl Lending {
+    pub(crate) fn new(processor: Box<dyn UserProcessor>) -> Lending {
+        Lending {
+            processor,
+            registers: UserRegisters::default(),
+            generation: 0,
+            hot: false,
+            short_in_a_row: 0,
+            rest: 0,
+            next_rest: 1,
+            refused: false,
+            loans: 0,
+        }
+    }
+
+    /// Times that code was lent.
+    pub(crate) fn loans(&self) -> u64 {
+        self.loans
+    }
+
+    /// Whether to lend now. `slice_over`: the last slice of instructions has ended.
+    pub(crate) fn wants(&mut self, cpu: &Cpu, slice_over: bool) -> bool {
+        if std::mem::take(&mut self.refused) || !can_be_lent(cpu) {
+            return false;
+        }
+        if self.hot {
+            return true;
+        }
+        if slice_over && self.rest > 0 {
+            self.rest -= 1;
+            return false;
+        }
+        slice_over
+    }
+
+    /// Lends the processor's user mode until something else is to be done. An error ends lending for good.
+    pub(crate) fn lend(&mut self, cpu: &mut Cpu) -> Result<(), String> {
+        if cpu.lent.stale || self.generation != cpu.mmu.code_generation {
+            self.processor.forget_translations();
+            cpu.lent = LentPages::default();
+            self.generation = cpu.mmu.code_generation;
+        }
+        self.take_from(cpu);
+        let now_ns = cpu.shared.clock.host_ns();
+        let left = cpu.next_deadline_ns().map(|at| Duration::from_nanos(at.saturating_sub(now_ns)));
+        let limit = left.unwrap_or(LIMIT).min(LIMIT);
+        self.loans += 1;
+        let begin = Instant::now();
+        let exit = self.processor.run(&mut self.registers, &mut Lens(cpu), Some(limit));
+        self.learn(begin.elapsed(), &exit);
+        if let UserExit::Failed(reason) = exit {
+            return Err(reason);
+        }
+        self.give_to(cpu)
+    }
+
+    fn learn(&mut self, lasted: Duration, exit: &UserExit) {
+        self.refused = *exit == UserExit::Software;
+        if lasted >= LONG {
+            (self.hot, self.short_in_a_row, self.next_rest) = (true, 0, 1);
+        } else if *exit == UserExit::Software {
+            self.short_in_a_row += 1;
+            if self.short_in_a_row >= SHORT_IN_A_ROW {
+                self.hot = false;
+                self.rest = self.next_rest;
+                self.next_rest = (self.next_rest * 2).min(LONGEST_REST);
+            }
+        }
+    }
+
+    fn take_from(&mut self, cpu: &mut Cpu) {
+        let registers = &mut self.registers;
+        registers.gpr.copy_from_slice(&cpu.regs[..16]);
+        registers.rip = cpu.rip;
+        registers.rflags = cpu.rflags() & !rflags::RF;
+        let seg = &cpu.seg;
+        registers.segments = [seg[ES], seg[crate::cpu::CS], seg[SS], seg[DS], seg[FS], seg[GS]];
+        registers.xcr0 = cpu.xcr0;
+        registers.xsave = cpu.fpu.to_xsave(cpu.xcr0);
+    }
+
+    fn give_to(&mut self, cpu: &mut Cpu) -> Result<(), String> {
+        let registers = &self.registers;
+        cpu.regs[..16].copy_from_slice(&registers.gpr);
+        cpu.rip = registers.rip;
+        cpu.set_rflags(registers.rflags);
+        cpu.fpu.from_xsave(&registers.xsave, cpu.xcr0).map_err(|bad| bad.0)
+    }
+}
+
+/// Plain 64-bit user code, with nothing that has to be watched instruction by instruction.
+fn can_be_lent(cpu: &Cpu) -> bool {
+    cpu.cpl == 3
+        && cpu.code64()
+        && cpu.mp_state == MpState::Runnable
+        && cpu.rflags & rflags::TF == 0
+        && cpu.iopl() < 3
+        && cpu.dr7 & 0xff == 0
+        && cpu.debug_trap == 0
+        && !cpu.sti_shadow
+        && !cpu.mov_ss_shadow
+        && !cpu.mmu.check_alignment
+        && !cpu.alone
+        && cpu.fpu.usable.x87
+        && cpu.fpu.usable.sse
+        && cpu.cr4 & cr4::TSD == 0
+        && cpu.tsc_offset == 0
+}
+
+/// The guest's page tables as the borrower may see them.
+struct Lens<'a>(&'a mut Cpu);
+
+impl UserMemory for Lens<'_> {
+    fn translate(&mut self, va: u64, access: UserAccess) -> Option<UserPage> {
+        let cpu = &mut *self.0;
+        if !cpu.canonical(va) {
+            return None;
+        }
+        let intent = match access {
+            UserAccess::Read => Intent::Read,
+            UserAccess::Write => Intent::Write,
+            UserAccess::Fetch => Intent::Fetch,
+        };
+        let translation = cpu.mmu.walk(va, Rights::User, intent).ok()?;
+        let gpa = translation.gpa & !(PAGE - 1);
+        if cpu.lapic.claims(gpa, cpu.msrs.apic_base) {
+            return None;
+        }
+        let map = Arc::clone(&cpu.mmu.map);
+        let page = map.page(gpa)?;
+        let possible = translation.writable && !page.read_only() && page.code() == 0;
+        let writable = match access {
+            UserAccess::Write if !possible => return None,
+            UserAccess::Write => {
+                page.mark_dirty();
+                true
+            }
+            // A page that is in the log already needs no fault to get there.
+            UserAccess::Read | UserAccess::Fetch => possible && page.is_dirty(),
+        };
+        if writable {
+            cpu.lent.writable.insert(gpa);
+        }
+        let executable = access == UserAccess::Fetch || cpu.mmu.walk(va, Rights::User, Intent::Fetch).is_ok();
+        Some(UserPage { gpa, writable, executable })
+    }
+}
