@@ -173,9 +173,12 @@ fn noise_decodes_to_an_error_or_to_exactly_itself() {
     for _ in 0..200_000 {
         let length = (noise.next() % 64) as usize;
         // Small values often, so that flags, counts and kinds are met.
-        let payload: Vec<u8> = (0..length)
-            .map(|_| if noise.next().is_multiple_of(3) { (noise.next() % 4) as u8 } else { noise.next() as u8 })
-            .collect();
+        let payload: Vec<u8> =
+            (0..length)
+                .map(|_| {
+                    if noise.next().is_multiple_of(3) { (noise.next() % 4) as u8 } else { noise.next() as u8 }
+                })
+                .collect();
         let frame = Frame { kind: (noise.next() % 48) as u16, id: noise.next() as u32, payload: &payload };
         assert!(decode_any(frame), "{frame:?}");
         understood += u32::from(HostMessage::decode(frame).is_ok() || AgentMessage::decode(frame).is_ok());
