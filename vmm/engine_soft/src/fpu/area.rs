@@ -107,14 +107,16 @@ impl Fpu {
     pub(crate) fn in_use(&mut self) -> u64 {
         self.settle();
         let any = |from: usize| self.ymm.iter().any(|register| register[from] | register[from + 1] != 0);
-        u64::from(!self.x87.is_initial()) * X87_STATE
-            | u64::from(any(0)) * SSE_STATE
-            | u64::from(any(2)) * AVX_STATE
+        let component = |used: bool, bit: u64| if used { bit } else { 0 };
+        component(!self.x87.is_initial(), X87_STATE)
+            | component(any(0), SSE_STATE)
+            | component(any(2), AVX_STATE)
     }
 
     /// The XSAVE area in the seam's canonical form: standard layout, components in their initial state absent
     /// and zero. 576 bytes, or 832 when XCR0 has AVX. MXCSR is always there; MXCSR_MASK, which is no state, is
     /// zero.
+    #[expect(clippy::wrong_self_convention, reason = "the state has to be fetched from the host's registers")]
     pub(crate) fn to_xsave(&mut self, xcr0: u64) -> Vec<u8> {
         let avx = xcr0 & AVX_STATE != 0;
         let mut area = vec![0; AVX_AT + if avx { AVX_SIZE } else { 0 }];
@@ -153,6 +155,7 @@ impl Fpu {
     ///
     /// # Errors
     /// When it is too short, compacted, holds components that XCR0 lacks, or sets reserved bits of MXCSR.
+    #[expect(clippy::wrong_self_convention, reason = "what is usable stays")]
     pub(crate) fn from_xsave(&mut self, area: &[u8], xcr0: u64) -> Result<(), BadArea> {
         if area.len() < AVX_AT {
             return Err(BadArea(format!("{} bytes are too short for an xsave area", area.len())));
@@ -188,6 +191,7 @@ impl Fpu {
     }
 
     /// State after RESET (Intel SDM volume 3, table 10-1).
+    #[cfg(test)]
     pub(crate) fn reset(&mut self) {
         self.settle();
         let keep = self.usable;

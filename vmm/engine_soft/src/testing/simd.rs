@@ -185,8 +185,8 @@ fn random_state(random: &mut Random, variation: Variation) -> State {
         trapped: false,
     };
     for (register, value) in state.ymm.iter().enumerate() {
-        for half in 0..2 {
-            state.fx[160 + 16 * register + 8 * half..][..8].copy_from_slice(&value[half].to_le_bytes());
+        for (half, word) in value.iter().take(2).enumerate() {
+            state.fx[160 + 16 * register + 8 * half..][..8].copy_from_slice(&word.to_le_bytes());
         }
     }
     state
