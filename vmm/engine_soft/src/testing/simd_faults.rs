@@ -368,3 +368,67 @@ fn xrstor_gives_absent_components_their_initial_state_and_leaves_the_others() {
     cpu.write(HOLE - 0x400 + 512, &[8]).unwrap();
     assert_eq!(step(&mut vcpu, XRSTOR64), Err(vector::GP), "a component that XCR0 lacks");
 }
+
+#[test]
+fn random_instructions_do_the_host_no_harm() {
+    let mut vcpu = paged();
+    let mut value = 0x1234_5678_9abc_def1u64;
+    let mut next = || {
+        value ^= value << 13;
+        value ^= value >> 7;
+        value ^= value << 17;
+        value
+    };
+    let (mut ran, mut faulted) = (0, 0);
+    for round in 0..60_000 {
+        if round % 1000 == 0 {
+            // 64-bit and 32-bit code, with and without unmasked exceptions.
+            let cpu = vcpu.cpu();
+            let long = next() & 1 == 0;
+            cpu.seg[crate::cpu::CS].long = long;
+            for (index, seg) in cpu.seg.iter_mut().enumerate() {
+                seg.db = index != crate::cpu::CS || !long;
+                (seg.limit, seg.present, seg.code_or_data) = (u32::MAX, true, true);
+                seg.kind = if index == crate::cpu::CS { 0xb } else { 3 };
+            }
+            cpu.mode_changed();
+            cpu.fpu.mxcsr.set(if next() & 1 == 0 { 0x1f80 } else { next() as u32 & 0xffff });
+        }
+        for register in 0..16 {
+            vcpu.cpu().regs[register] = READ_ONLY - 0x800 + (next() & 0x3fff);
+        }
+        let raw = next().to_le_bytes();
+        let tail = next().to_le_bytes();
+        let mut code = match next() % 8 {
+            0 => vec![0xd8 | raw[7] & 7],
+            1 => vec![0xc4, raw[7] & 0xe3 | 1, raw[6]],
+            2 => vec![0xc5, raw[7]],
+            3 => vec![0x66, 0x0f],
+            4 => vec![0xf3, 0x0f],
+            5 => vec![0xf2, 0x0f],
+            6 => vec![0x66, 0x0f, 0x38 | raw[7] & 2],
+            _ => vec![0x0f],
+        };
+        code.extend_from_slice(&raw[..6]);
+        code.extend_from_slice(&tail);
+        let instruction = iced_x86::Decoder::new(64, &code, 0).decode();
+        if instruction.is_privileged() || instruction.flow_control() != iced_x86::FlowControl::Next {
+            continue;
+        }
+        match step(&mut vcpu, &code) {
+            Ok(()) => ran += 1,
+            Err(_) => faulted += 1,
+        }
+        let cpu = vcpu.cpu();
+        assert_eq!(cpu.regs[16], 0, "{code:02x?}");
+        assert!(cpu.fpu.mxcsr.get() & !0xffff == 0, "{code:02x?}");
+    }
+    vcpu.cpu().fpu.settle();
+    assert!(ran > 5_000 && faulted > 5_000, "{ran} ran, {faulted} faulted");
+    assert_eq!(
+        crate::native::x87::control_word(),
+        0x37f,
+        "the host's x87 unit is as compiled code expects it"
+    );
+    assert_eq!((1.0f64 / 3.0).to_bits(), 0x3fd5_5555_5555_5555, "and so is MXCSR");
+}
