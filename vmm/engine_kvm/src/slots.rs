@@ -11,7 +11,7 @@ use harrier_engine::memory::PAGE_SIZE;
 use harrier_engine::{EngineError, GuestRegion};
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
-use vm_memory::{Address, GuestMemoryRegion};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryRegion};
 
 /// One region that KVM has mapped.
 #[derive(Debug)]
@@ -50,6 +50,13 @@ impl Slots {
     /// The regions with their slot numbers.
     pub(crate) fn iter(&self) -> impl Iterator<Item = &Slot> {
         self.by_gpa.values()
+    }
+
+    /// Reads guest memory; false where there is none.
+    pub(crate) fn read(&self, gpa: u64, bytes: &mut [u8]) -> bool {
+        let Some((_, slot)) = self.by_gpa.range(..=gpa).next_back() else { return false };
+        let at = slot.region.to_region_addr(GuestAddress(gpa));
+        at.is_some_and(|at| slot.region.read_slice(bytes, at).is_ok())
     }
 
     /// Whether KVM logs writes already.

@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 
 use harrier_engine::{Counters, CpuState, EngineError, Exit, Flow, Io, Kicker, Vcpu};
 use kvm_ioctls::VcpuFd;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryRegion};
 
 use crate::exit::{self, PortAccess, RunExit};
 use crate::kick::Kick;
@@ -185,13 +184,7 @@ impl KvmVcpu {
         let gpa = translation.physical_address;
         let len = LONGEST_INSTRUCTION.min(0x1000 - (gpa & 0xfff) as usize);
         let mut bytes = vec![0; len];
-        let slots = self.shared.slots();
-        let region = slots
-            .iter()
-            .map(|slot| &slot.region)
-            .find(|region| region.to_region_addr(GuestAddress(gpa)).is_some())?;
-        region.read_slice(&mut bytes, region.to_region_addr(GuestAddress(gpa))?).ok()?;
-        Some(bytes)
+        self.shared.slots().read(gpa, &mut bytes).then_some(bytes)
     }
 
     /// Lets the guest know that time passed while it stood still, if it has a paravirtual clock.

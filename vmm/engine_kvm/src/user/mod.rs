@@ -3,14 +3,17 @@
 //!
 //! - [`KvmUserMode`]: a VM without interrupt controllers that has the machine's memory.
 //! - [`processor`]: a vCPU that runs user code, and what it does when something else comes.
+//! - [`code`]: which pages of code it may execute.
 //! - [`tables`]: the page tables that it runs on. They are our own, not the guest's: KVM's shadow of the guest's
 //!   would not notice what the software engine writes to them.
 
+mod code;
 mod processor;
 mod tables;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use harrier_engine::memory::PAGE_SIZE;
 use harrier_engine::user_mode::{UserMode, UserProcessor};
 use harrier_engine::{EngineError, GuestRegion};
 use kvm_bindings::CpuId;
@@ -41,6 +44,12 @@ struct Shared {
 impl Shared {
     fn slots(&self) -> MutexGuard<'_, Slots> {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The content of the page at this guest physical address.
+    fn page(&self, gpa: u64) -> Option<Vec<u8>> {
+        let mut bytes = vec![0; PAGE_SIZE];
+        self.slots().read(gpa, &mut bytes).then_some(bytes)
     }
 }
 

@@ -15,6 +15,7 @@ use kvm_bindings::{KVM_MAX_XCRS, Msrs, kvm_dtable, kvm_msr_entry, kvm_segment, k
 use kvm_ioctls::{SyncReg, VcpuFd};
 
 use super::Shared;
+use super::code::{Admission, Pages};
 use super::tables::{self, Tables};
 use crate::exit::{self, RunExit};
 use crate::host::refused;
@@ -51,6 +52,9 @@ pub(super) struct KvmUserProcessor {
     xsave: XsaveLayout,
     /// The area that KVM has.
     loaded_xsave: Vec<u8>,
+    pages: Pages,
+    /// Times in this run that a page changed between executable and writable.
+    turned: u32,
 }
 
 /// Where the vCPU stands after KVM_RUN.
@@ -115,7 +119,18 @@ impl KvmUserProcessor {
         *fd.sync_regs_mut() = kvm_bindings::kvm_sync_regs { sregs, ..Default::default() };
         let kick = Arc::new(Kick::new(Arc::clone(&page)));
         let alarm = Alarm::default();
-        Ok(KvmUserProcessor { shared, fd, page, kick, alarm, tables, xsave, loaded_xsave: Vec::new() })
+        Ok(KvmUserProcessor {
+            shared,
+            fd,
+            page,
+            kick,
+            alarm,
+            tables,
+            xsave,
+            loaded_xsave: Vec::new(),
+            pages: Pages::default(),
+            turned: 0,
+        })
     }
 
     /// Puts the registers where KVM takes them from.
@@ -155,6 +170,9 @@ impl KvmUserProcessor {
     fn store(&self, registers: &mut UserRegisters, stub: Option<u64>) -> Event {
         let regs = self.fd.sync_regs().regs;
         let now = crate::state::regs_from_kvm(&regs);
+        let sregs = &self.fd.sync_regs().sregs;
+        // Where the host lets user mode write them.
+        (registers.segments[4].base, registers.segments[5].base) = (sregs.fs.base, sregs.gs.base);
         (registers.gpr, registers.rip, registers.rflags) = (now.gpr, now.rip, now.rflags);
         let Some(vector) = stub else { return Event::None };
         if vector == tables::SYSCALL_STUB {
@@ -195,31 +213,55 @@ impl KvmUserProcessor {
         if va >= USER_END {
             return Ok(false);
         }
-        let Some(to) = memory.translate(va, access) else { return Ok(false) };
-        self.map_one(va, to)?;
+        if !self.map_one(memory, va, access)? {
+            return Ok(false);
+        }
         let first = va & !(AROUND - 1);
         for near in (first..first + AROUND).step_by(PAGE_SIZE) {
-            if near != va & !(PAGE - 1)
-                && !self.tables.is_mapped(near)
-                && let Some(to) = memory.translate(near, UserAccess::Read)
-            {
-                self.map_one(near, to)?;
+            if near != va & !(PAGE - 1) && !self.tables.is_mapped(near) {
+                self.map_one(memory, near, UserAccess::Read)?;
             }
         }
         Ok(true)
     }
 
-    fn map_one(&mut self, va: u64, to: harrier_engine::user_mode::UserPage) -> Result<(), EngineError> {
-        if self.tables.map(va, to).is_err() {
-            self.empty_tables()?;
-            // An empty region has room for one page.
-            let _ = self.tables.map(va, to);
+    fn map_one(
+        &mut self,
+        memory: &mut dyn UserMemory,
+        va: u64,
+        access: UserAccess,
+    ) -> Result<bool, EngineError> {
+        let Some(to) = memory.translate(va, access) else { return Ok(false) };
+        // Twice at most: after forgetting, nothing excludes anything.
+        for _ in 0..2 {
+            let shared = &self.shared;
+            match self.pages.admit(to, access, || shared.page(to.gpa)) {
+                Admission::Never => return Ok(false),
+                Admission::AfterForgetting if access == UserAccess::Read => return Ok(false),
+                Admission::AfterForgetting => {
+                    self.turned += 1;
+                    self.forget()?;
+                }
+                Admission::As(to) => {
+                    if self.tables.map(va, to).is_err() {
+                        self.empty_tables()?;
+                        continue;
+                    }
+                    return Ok(true);
+                }
+            }
         }
-        Ok(())
+        Ok(false)
+    }
+
+    fn forget(&mut self) -> Result<(), EngineError> {
+        self.pages.forget();
+        if self.tables.begin().is_err() { self.empty_tables() } else { Ok(()) }
     }
 
     /// Takes the tables away from KVM and gives them back empty.
     fn empty_tables(&mut self) -> Result<(), EngineError> {
+        self.pages.forget();
         let mut slots = self.shared.slots();
         slots.unmap(&self.shared.fd, self.tables.gpa())?;
         self.tables.reset();
@@ -227,6 +269,7 @@ impl KvmUserProcessor {
     }
 
     fn run_loop(&mut self, registers: &mut UserRegisters, memory: &mut dyn UserMemory) -> UserExit {
+        self.turned = 0;
         let mut last = (0, UserAccess::Read);
         let mut repeated = 0;
         loop {
@@ -266,7 +309,7 @@ impl KvmUserProcessor {
             let Event::PageFault { va, access } = event else { return UserExit::Software };
             repeated = if last == (va, access) { repeated + 1 } else { 0 };
             last = (va, access);
-            if repeated >= PATIENCE {
+            if repeated >= PATIENCE || self.turned >= PATIENCE {
                 return UserExit::Software;
             }
             match self.map(memory, va, access) {
@@ -370,9 +413,7 @@ impl UserProcessor for KvmUserProcessor {
     }
 
     fn forget_translations(&mut self) {
-        if self.tables.begin().is_err()
-            && let Err(err) = self.empty_tables()
-        {
+        if let Err(err) = self.forget() {
             log::warn!("kvm: user mode's page tables: {err}");
         }
     }

@@ -182,6 +182,23 @@ fn forgotten_translations_are_asked_for_again_and_may_lead_elsewhere() {
 }
 
 #[test]
+fn a_page_with_cpuid_is_softwares_also_when_it_was_just_written() {
+    // nop; mov [rsi], rbx; jmp rsi
+    let Some(mut program) = program(&[0x90, 0x48, 0x89, 0x1e, 0xff, 0xe6]) else { return };
+    program.pages.add(DATA, 0x2000, true, true);
+    program.registers.gpr[6] = DATA;
+    // nop; nop; syscall: writing, then executing what was written, works.
+    program.registers.gpr[3] = 0x050f_9090;
+    assert_eq!(program.run(), UserExit::Software);
+    assert_eq!(program.registers.rip, DATA + 2);
+    // nop; nop; cpuid
+    program.registers.rip = CODE;
+    program.registers.gpr[3] = 0xa20f_9090;
+    assert_eq!(program.run(), UserExit::Software);
+    assert_eq!(program.registers.rip, DATA);
+}
+
+#[test]
 fn a_kick_and_a_time_limit_end_an_endless_loop() {
     let Some(mut program) = program(&[0xeb, 0xfe]) else { return };
     let limit = Duration::from_millis(5);
