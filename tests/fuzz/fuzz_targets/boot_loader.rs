@@ -16,7 +16,8 @@ const MEMORY_BYTES: usize = 48 << 20;
 fn memory() -> &'static GuestMemory {
     static MEMORY: OnceLock<GuestMemory> = OnceLock::new();
     MEMORY.get_or_init(|| {
-        GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY_BYTES), (GuestAddress(1 << 32), 1 << 20)]).unwrap()
+        GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY_BYTES), (GuestAddress(1 << 32), 1 << 20)])
+            .unwrap()
     })
 }
 
@@ -101,7 +102,9 @@ fn multiboot() -> Vec<u8> {
     let flags = 0x1_0003u32;
     let magic = 0x1bad_b002u32;
     let mut file = Vec::new();
-    for word in [magic, flags, 0u32.wrapping_sub(magic).wrapping_sub(flags), 0x10_0000, 0x10_0000, 0, 0, 0x10_0020] {
+    for word in
+        [magic, flags, 0u32.wrapping_sub(magic).wrapping_sub(flags), 0x10_0000, 0x10_0000, 0, 0, 0x10_0020]
+    {
         file.extend_from_slice(&word.to_le_bytes());
     }
     file.resize(256, 0x90);
