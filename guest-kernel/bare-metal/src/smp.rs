@@ -139,13 +139,15 @@ pub fn delay(ticks: u64) {
 
 /// Waits until `condition` holds; false if it does not for a very long time.
 pub fn wait_until(condition: impl Fn() -> bool) -> bool {
-    for _ in 0..400_000_000u64 {
+    // Eight seconds or more; processors that share a busy host have to wait long.
+    let start = cpu::rdtsc();
+    while cpu::rdtsc() - start < 20_000_000_000 {
         if condition() {
             return true;
         }
         cpu::pause();
     }
-    false
+    condition()
 }
 
 /// Starts all other processors and waits for them.
