@@ -53,6 +53,8 @@ pub(super) struct KvmUserProcessor {
     /// The area that KVM has.
     loaded_xsave: Vec<u8>,
     pages: Pages,
+    /// The page that ended the last run: by now the guest's kernel may have provided it.
+    missing: Option<(u64, UserAccess)>,
     /// Times in this run that a page changed between executable and writable.
     turned: u32,
 }
@@ -129,6 +131,7 @@ impl KvmUserProcessor {
             xsave,
             loaded_xsave: Vec::new(),
             pages: Pages::default(),
+            missing: None,
             turned: 0,
         })
     }
@@ -174,7 +177,13 @@ impl KvmUserProcessor {
         // Where the host lets user mode write them.
         (registers.segments[4].base, registers.segments[5].base) = (sregs.fs.base, sregs.gs.base);
         (registers.gpr, registers.rip, registers.rflags) = (now.gpr, now.rip, now.rflags);
-        let Some(vector) = stub else { return Event::None };
+        let Some(vector) = stub else {
+            // There is a KVM that stays in user mode after SYSCALL, where a signal may find it.
+            if registers.rip == SYSCALL {
+                undo_syscall(registers);
+            }
+            return Event::None;
+        };
         if vector == tables::SYSCALL_STUB {
             undo_syscall(registers);
             return Event::Other;
@@ -191,7 +200,7 @@ impl KvmUserProcessor {
             PAGE_FAULT => {
                 let error = self.tables.stack_word(regs.rsp);
                 if registers.rip == SYSCALL && error & FETCH != 0 {
-                    // There is a KVM that stays in user mode after SYSCALL, and faults at the stub.
+                    // The same KVM, when no signal came: it faults at the stub.
                     undo_syscall(registers);
                     return Event::Other;
                 }
@@ -269,7 +278,6 @@ impl KvmUserProcessor {
     }
 
     fn run_loop(&mut self, registers: &mut UserRegisters, memory: &mut dyn UserMemory) -> UserExit {
-        self.turned = 0;
         let mut last = (0, UserAccess::Read);
         let mut repeated = 0;
         loop {
@@ -314,7 +322,10 @@ impl KvmUserProcessor {
             }
             match self.map(memory, va, access) {
                 Ok(true) => self.load(registers),
-                Ok(false) => return UserExit::Software,
+                Ok(false) => {
+                    self.missing = Some((va, access));
+                    return UserExit::Software;
+                }
                 Err(err) => return UserExit::Failed(err.to_string()),
             }
         }
@@ -386,6 +397,12 @@ impl UserProcessor for KvmUserProcessor {
         }
         if self.loaded_xsave != registers.xsave
             && let Err(err) = self.xsave.set(&self.fd, &registers.xsave)
+        {
+            return UserExit::Failed(err.to_string());
+        }
+        self.turned = 0;
+        if let Some((va, access)) = self.missing.take()
+            && let Err(err) = self.map(memory, va, access)
         {
             return UserExit::Failed(err.to_string());
         }
