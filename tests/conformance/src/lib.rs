@@ -9,13 +9,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use harrier_engine::{CpuModel, Engine};
+use harrier_engine_kvm::KvmEngine;
 use harrier_engine_soft::SoftEngine;
 use harrier_machine::boot::{Boot, ElfEntry, FileImage};
 use harrier_machine::{MachineBuilder, MachineConfig, MachineEnd, RunReport};
 
 /// Every engine, available here or not.
 pub fn engines() -> Vec<Box<dyn Engine>> {
-    vec![Box::new(SoftEngine)]
+    let kvm = KvmEngine::default().with_software(Arc::new(SoftEngine));
+    vec![Box::new(SoftEngine), Box::new(kvm)]
 }
 
 /// A bare-metal guest.
