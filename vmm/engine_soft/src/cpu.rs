@@ -79,7 +79,6 @@ pub(crate) mod cr4 {
     pub(crate) const OSFXSR: u64 = 1 << 9;
     pub(crate) const OSXMMEXCPT: u64 = 1 << 10;
     pub(crate) const UMIP: u64 = 1 << 11;
-    pub(crate) const LA57: u64 = 1 << 12;
     pub(crate) const FSGSBASE: u64 = 1 << 16;
     pub(crate) const PCIDE: u64 = 1 << 17;
     pub(crate) const OSXSAVE: u64 = 1 << 18;

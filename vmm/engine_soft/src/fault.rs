@@ -1,7 +1,6 @@
 //! Exceptions as handlers raise them.
 
 /// Exception vectors (Intel SDM volume 3, table 6-1).
-#[expect(missing_docs, reason = "the manual's mnemonics")]
 pub(crate) mod vector {
     pub(crate) const DE: u8 = 0;
     pub(crate) const DB: u8 = 1;

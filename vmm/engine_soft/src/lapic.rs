@@ -6,10 +6,10 @@
 use harrier_engine::cpu_state::LapicState;
 
 use crate::cpu::Cpu;
-use harrier_engine::cpuid::APIC_BUS_KHZ;
 use crate::decode::op::Stop;
 use crate::interrupt::{Destination, Identity, Message, send};
 use crate::mmu::PHYSICAL_BITS;
+use harrier_engine::cpuid::APIC_BUS_KHZ;
 
 /// Indices of registers: their offset in the page divided by 16, their MSR number minus 0x800.
 pub(crate) mod reg {
@@ -514,12 +514,12 @@ impl Cpu {
             }
             reg::ESR => self.lapic.regs[index] = std::mem::take(&mut self.lapic.errors),
             reg::LVT_TIMER..=reg::LVT_ERROR => self.write_local_vector(index, value),
+            // In deadline mode the initial count cannot be written.
+            reg::TIMER_INITIAL if self.lapic.timer_mode() == TIMER_DEADLINE => {}
             reg::TIMER_INITIAL => {
-                if self.lapic.timer_mode() != TIMER_DEADLINE {
-                    self.lapic.regs[index] = value;
-                    let now = self.shared.clock.host_ns();
-                    self.lapic.start_timer(now);
-                }
+                self.lapic.regs[index] = value;
+                let now = self.shared.clock.host_ns();
+                self.lapic.start_timer(now);
             }
             reg::TIMER_DIVIDE => {
                 let now = self.shared.clock.host_ns();

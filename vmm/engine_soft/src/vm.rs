@@ -219,7 +219,7 @@ impl Vm for SoftVm {
         let size_bytes = region.len();
         let refuse = |reason: &str| EngineError::Memory { gpa, size_bytes, reason: reason.to_owned() };
         let end = gpa.checked_add(size_bytes).ok_or_else(|| refuse("its end is beyond 64 bits"))?;
-        if size_bytes == 0 || gpa % PAGE != 0 || size_bytes % PAGE != 0 {
+        if size_bytes == 0 || !gpa.is_multiple_of(PAGE) || !size_bytes.is_multiple_of(PAGE) {
             return Err(refuse("start and size must be multiples of 4096 and not zero"));
         }
         if end > 1 << crate::mmu::PHYSICAL_BITS {

@@ -7,8 +7,8 @@ use super::op::{
     ADDR_16, ADDR_32, ADDR_FLAT, ADDR_SEGMENTED, ADDR_SIZE_MASK, Exec, Op, REG_BLOCK, REG_ZERO, SEG_FLAT,
     SEG_FLAT_STACK,
 };
-use crate::cpuid::FeatureRules as _;
 use crate::cpu::{Cpu, DS, ES, FS, GS, SS};
+use crate::cpuid::FeatureRules as _;
 use crate::exec;
 
 /// An operation, and whether the block ends with it.

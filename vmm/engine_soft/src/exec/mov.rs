@@ -211,7 +211,7 @@ fn nop(_cpu: &mut Cpu, _op: &Op) -> Step {
 fn pause(cpu: &mut Cpu, op: &Op) -> Step {
     if cpu.shared.mailboxes.len() > 1 {
         cpu.spins = cpu.spins.wrapping_add(1);
-        if cpu.spins % 64 == 0 {
+        if cpu.spins.is_multiple_of(64) {
             std::thread::yield_now();
         }
     }

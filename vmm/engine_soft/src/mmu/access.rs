@@ -285,11 +285,6 @@ impl Cpu {
         self.read_slow(va, out, self.system_rights())
     }
 
-    /// Writes as the processor itself does.
-    pub(crate) fn write_system(&mut self, va: u64, data: &[u8]) -> Step {
-        self.write_slow(va, data, self.system_rights())
-    }
-
     fn read_slow(&mut self, va: u64, out: &mut [u8], rights: Rights) -> Step {
         let mut done = 0;
         let watched = rights == Rights::Checked;

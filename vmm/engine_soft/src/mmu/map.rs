@@ -50,10 +50,6 @@ impl Mapped {
         }
     }
 
-    pub(crate) fn region(&self) -> &Arc<GuestRegion> {
-        &self.region
-    }
-
     fn log(&self) -> &PageLog {
         let mapping: &MmapRegion<PageLog> = &self.region;
         mapping.bitmap()

@@ -2,7 +2,10 @@
 //! for a list of mnemonics, with random registers, flags, immediates and memory operands.
 #![expect(unsafe_code, reason = "runs generated machine code at a fixed address")]
 
-use iced_x86::{Code, Encoder, EncodingKind, Instruction, MemoryOperand, Mnemonic, OpCodeOperandKind as K, OpKind, Register};
+use iced_x86::{
+    Code, Encoder, EncodingKind, Instruction, MemoryOperand, Mnemonic, OpCodeOperandKind as K, OpKind,
+    Register,
+};
 
 use super::flat_vcpu;
 use crate::cpu::RSP;
@@ -172,7 +175,15 @@ fn generate(code: Code, random: &mut Random) -> Option<Instruction> {
             MemoryOperand::with_base_displ_size(Register::RBX, disp, 1)
         } else {
             // R15 holds a small index for these.
-            MemoryOperand::new(Register::RBX, Register::R15, random.pick(&[1, 2, 4, 8]), disp, 1, false, Register::None)
+            MemoryOperand::new(
+                Register::RBX,
+                Register::R15,
+                random.pick(&[1, 2, 4, 8]),
+                disp,
+                1,
+                false,
+                Register::None,
+            )
         };
         instruction.set_memory_base(operand.base);
         instruction.set_memory_index(operand.index);
@@ -304,14 +315,96 @@ fn undefined_flags(mnemonic: Mnemonic) -> u64 {
 fn general_instructions_do_what_the_processor_does() {
     use Mnemonic as M;
     let wanted = [
-        M::Add, M::Or, M::Adc, M::Sbb, M::And, M::Sub, M::Xor, M::Cmp, M::Test, M::Inc, M::Dec, M::Neg, M::Not,
-        M::Shl, M::Sal, M::Shr, M::Sar, M::Rol, M::Ror, M::Rcl, M::Rcr, M::Shld, M::Shrd, M::Mul, M::Imul, M::Div,
-        M::Idiv, M::Mov, M::Movzx, M::Movsx, M::Movsxd, M::Lea, M::Xchg, M::Bswap, M::Cbw, M::Cwde, M::Cdqe,
-        M::Cwd, M::Cdq, M::Cqo, M::Bt, M::Bts, M::Btr, M::Btc, M::Bsf, M::Bsr, M::Popcnt, M::Cmpxchg, M::Xadd,
-        M::Cmpxchg8b, M::Cmpxchg16b, M::Clc, M::Stc, M::Cmc, M::Lahf, M::Sahf, M::Seta, M::Setae, M::Setb,
-        M::Setbe, M::Sete, M::Setg, M::Setge, M::Setl, M::Setle, M::Setne, M::Setno, M::Setnp, M::Setns, M::Seto,
-        M::Setp, M::Sets, M::Cmova, M::Cmovae, M::Cmovb, M::Cmovbe, M::Cmove, M::Cmovg, M::Cmovge, M::Cmovl,
-        M::Cmovle, M::Cmovne, M::Cmovno, M::Cmovnp, M::Cmovns, M::Cmovo, M::Cmovp, M::Cmovs, M::Movnti, M::Nop,
+        M::Add,
+        M::Or,
+        M::Adc,
+        M::Sbb,
+        M::And,
+        M::Sub,
+        M::Xor,
+        M::Cmp,
+        M::Test,
+        M::Inc,
+        M::Dec,
+        M::Neg,
+        M::Not,
+        M::Shl,
+        M::Sal,
+        M::Shr,
+        M::Sar,
+        M::Rol,
+        M::Ror,
+        M::Rcl,
+        M::Rcr,
+        M::Shld,
+        M::Shrd,
+        M::Mul,
+        M::Imul,
+        M::Div,
+        M::Idiv,
+        M::Mov,
+        M::Movzx,
+        M::Movsx,
+        M::Movsxd,
+        M::Lea,
+        M::Xchg,
+        M::Bswap,
+        M::Cbw,
+        M::Cwde,
+        M::Cdqe,
+        M::Cwd,
+        M::Cdq,
+        M::Cqo,
+        M::Bt,
+        M::Bts,
+        M::Btr,
+        M::Btc,
+        M::Bsf,
+        M::Bsr,
+        M::Popcnt,
+        M::Cmpxchg,
+        M::Xadd,
+        M::Cmpxchg8b,
+        M::Cmpxchg16b,
+        M::Clc,
+        M::Stc,
+        M::Cmc,
+        M::Lahf,
+        M::Sahf,
+        M::Seta,
+        M::Setae,
+        M::Setb,
+        M::Setbe,
+        M::Sete,
+        M::Setg,
+        M::Setge,
+        M::Setl,
+        M::Setle,
+        M::Setne,
+        M::Setno,
+        M::Setnp,
+        M::Setns,
+        M::Seto,
+        M::Setp,
+        M::Sets,
+        M::Cmova,
+        M::Cmovae,
+        M::Cmovb,
+        M::Cmovbe,
+        M::Cmove,
+        M::Cmovg,
+        M::Cmovge,
+        M::Cmovl,
+        M::Cmovle,
+        M::Cmovne,
+        M::Cmovno,
+        M::Cmovnp,
+        M::Cmovns,
+        M::Cmovo,
+        M::Cmovp,
+        M::Cmovs,
+        M::Movnti,
+        M::Nop,
     ];
     let native = Native::new();
     // SAFETY: the mapping lives as long as the process.
@@ -392,7 +485,10 @@ fn mismatch(code: Code, bytes: &[u8], before: &State, real: &State, soft: &State
             );
         }
     }
-    text += &format!("flags: before {:x}, processor {:x}, engine {:x}\n", before.rflags, real.rflags, soft.rflags);
+    text += &format!(
+        "flags: before {:x}, processor {:x}, engine {:x}\n",
+        before.rflags, real.rflags, soft.rflags
+    );
     for at in (0..DATA_LEN).filter(|&at| real.data[at] != soft.data[at]) {
         text += &format!("data+{at:x}: processor {:x}, engine {:x}\n", real.data[at], soft.data[at]);
     }

@@ -9,7 +9,6 @@ use std::sync::Arc;
 
 use harrier_engine::cpu_state::Segment;
 use harrier_engine::{CpuModel, GuestRegion, Io, PageLog, Vm, VmConfig};
-use vm_memory::bitmap::NewBitmap;
 use vm_memory::{GuestAddress, MmapRegion};
 
 use crate::cpu::{CS, SS, efer};

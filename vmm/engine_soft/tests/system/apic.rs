@@ -1,5 +1,6 @@
 //! The local APIC: interrupts from outside, priorities, end of interrupt, timers, other processors.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -31,20 +32,19 @@ fn a_message_from_another_thread_wakes_a_halted_processor() {
     let mut vcpu = machine.long_mode(0);
     machine.write(CODE, &[&enable(), &[0xe6, 0x10][..], WAIT].concat());
     let halted = CODE + enable().len() as u64 + 4;
+    let woken = AtomicBool::new(false);
     thread::scope(|scope| {
-        let vm = &machine.vm;
+        let (vm, woken) = (&machine.vm, &woken);
         scope.spawn(move || {
-            thread::sleep(Duration::from_millis(20));
-            vm.send_msi(msi(0x41, false)).unwrap();
-        });
-        let mut devices = Devices::default();
-        loop {
-            // Sent before the APIC was on, the message is lost: then it is sent again.
-            match vcpu.run(&mut devices) {
-                Exit::Left => break,
-                other => panic!("{other:?}"),
+            // Sent before the APIC is on, a message is lost: then the next one arrives.
+            while !woken.load(Ordering::SeqCst) {
+                thread::sleep(Duration::from_millis(5));
+                vm.send_msi(msi(0x41, false)).unwrap();
             }
-        }
+        });
+        let exit = vcpu.run(&mut Devices::default());
+        woken.store(true, Ordering::SeqCst);
+        assert_eq!(exit, Exit::Left);
     });
     let state = vcpu.state().unwrap();
     assert_eq!(machine.read::<1>(state.regs.gpr[RSP]), [halted]);
