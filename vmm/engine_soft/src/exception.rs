@@ -11,6 +11,7 @@ use crate::decode::op::{Op, SEG_FLAT_STACK, Stop};
 use crate::descriptor::{Descriptor, Frame, is_null, system, unusable};
 use crate::fault::{Fault, has_error_code, vector};
 use crate::mmu::Intent;
+use crate::task::Cause;
 
 /// Bits of DR6.
 pub(crate) mod dr6 {
@@ -18,6 +19,8 @@ pub(crate) mod dr6 {
     pub(crate) const BD: u64 = 1 << 13;
     /// Single step.
     pub(crate) const BS: u64 = 1 << 14;
+    /// Switch to a task whose T bit is set.
+    pub(crate) const BT: u64 = 1 << 15;
     /// Bits that always read as one.
     pub(crate) const FIXED: u64 = 0xffff_0ff0;
     /// Bits that software can set.
@@ -220,8 +223,8 @@ impl Cpu {
         }
         let selector = (gate >> 16) as u16;
         if kind == system::TASK_GATE {
-            self.unsupported = Some(format!("vector {} through a task gate", event.vector));
-            return self.raise_gp();
+            let next = self.rip;
+            return self.switch_task(selector, Cause::Event, next, event.error, ext);
         }
         let wide = kind & 8 != 0;
         let mut target = (gate & 0xffff) | (gate >> 48 & 0xffff) << 16 | (high & 0xffff_ffff) << 32;

@@ -30,6 +30,7 @@ mod mmu;
 mod msr;
 mod native;
 mod state;
+mod task;
 #[cfg(test)]
 mod testing;
 mod vcpu;

@@ -12,6 +12,7 @@ use crate::descriptor::{Descriptor, Frame, flat, is_null, system, unusable};
 use crate::exception::dr6;
 use crate::fault::vector;
 use crate::mmu::Intent;
+use crate::task::Cause;
 
 /// In [`Op::aux`]: operand size in bytes; this bit marks a CALL.
 const CALL: u16 = 0x100;
@@ -192,9 +193,9 @@ fn through_gate(cpu: &mut Cpu, op: &Op, gate: Descriptor, call: bool) -> Step {
         return cpu.raise_with(vector::NP, gate.error());
     }
     if !matches!(kind, system::CALL_GATE | system::CALL_GATE16) {
-        cpu.rip = cpu.op_rip(op);
-        cpu.unsupported = Some(format!("task switch to selector {:#x}", gate.selector));
-        return cpu.raise_gp();
+        let selector = if kind == system::TASK_GATE { (gate.raw >> 16) as u16 } else { gate.selector };
+        let cause = if call { Cause::Call } else { Cause::Jump };
+        return to_task(cpu, op, selector, cause);
     }
     let wide = kind == system::CALL_GATE;
     let selector = (gate.raw >> 16) as u16;
@@ -281,6 +282,22 @@ fn through_gate(cpu: &mut Cpu, op: &Op, gate: Descriptor, call: bool) -> Step {
     if call {
         cpu.set_stack_pointer(frame.sp);
     }
+    Err(Stop::Block)
+}
+
+/// Switches to another task; the present one goes on after this instruction.
+fn to_task(cpu: &mut Cpu, op: &Op, selector: u16, cause: Cause) -> Step {
+    let next = cpu.next_rip(op);
+    // Only whole: the stores of the switch do not stop for code in their pages.
+    let alone = std::mem::replace(&mut cpu.alone, true);
+    let done = cpu.switch_task(selector, cause, next, None, 0);
+    cpu.alone = alone;
+    done?;
+    if cause == Cause::Return {
+        cpu.nmi_masked = false;
+    }
+    cpu.step_trap = false;
+    cpu.update_attention();
     Err(Stop::Block)
 }
 
@@ -416,9 +433,8 @@ fn iret(cpu: &mut Cpu, op: &Op) -> Step {
         if cpu.long_mode() {
             return cpu.raise_gp();
         }
-        cpu.rip = cpu.op_rip(op);
-        cpu.unsupported = Some("IRET to another task".to_owned());
-        return cpu.raise_gp();
+        let link = cpu.load_system::<u16>(cpu.tr.base & 0xffff_ffff)?;
+        return to_task(cpu, op, link, Cause::Return);
     }
     let rip = cpu.peek_stack(0, size)?;
     let selector = cpu.peek_stack(bytes, size)? as u16;
