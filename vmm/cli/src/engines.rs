@@ -55,9 +55,10 @@ pub(crate) fn select(choice: EngineChoice) -> Result<Selected, EngineChoiceError
                 Probe::Unavailable { reason } => Err(EngineChoiceError::NoKvm(reason)),
             }
         }
-        EngineChoice::Auto => {
-            Ok(Selected { engine: soft(), reason: Some("engine soft: this version of harrier has no other") })
-        }
+        EngineChoice::Auto => Ok(Selected {
+            engine: soft(),
+            reason: Some("engine soft: kvm is taken when it is asked for, with --engine kvm"),
+        }),
     }
 }
 

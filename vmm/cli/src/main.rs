@@ -19,6 +19,7 @@ mod run_command;
 mod run_console;
 mod sandbox;
 mod signals;
+mod stdout_check;
 mod terminal;
 mod units;
 
@@ -47,6 +48,10 @@ fn dispatch(started: Instant) -> u8 {
         Ok(flags) => flags,
         Err(err) => return report_usage(&err),
     };
+    if stdout_check::stdout_was_closed() {
+        print_failure(&Failure::new("stdout is closed: send it somewhere, to /dev/null if nobody wants it"));
+        return HARRIER_FAILED;
+    }
     let result = match flags.command {
         Command::Run(run_flags) => {
             logging::init(run_flags.verbose);

@@ -5,6 +5,7 @@ use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 use harrier_engine::{CpuModel, Engine, Probe};
+use harrier_engine_kvm::KvmEngine;
 use harrier_engine_soft::SoftEngine;
 use harrier_machine::memory::{ByteSize, host_memory_bytes};
 use rustix::fs::{MemfdFlags, Mode, OFlags, memfd_create};
@@ -73,27 +74,28 @@ fn soft_engine() -> Finding {
 }
 
 fn kvm() -> Finding {
-    let device = match open_device("/dev/kvm") {
-        Ok(device) => device,
-        Err(detail) => {
-            return finding(
-                "kvm",
-                Some(false),
-                detail,
-                "guests run in software; with access to /dev/kvm they could be faster",
-            );
-        }
-    };
-    let unused = "not used by this version, which has only the soft engine";
-    match host_calls::kvm_api_version(&device) {
-        Ok(12) => finding("kvm", Some(true), "/dev/kvm opens, interface version 12", unused),
-        Ok(other) => finding(
-            "kvm",
+    if let Probe::Unavailable { reason } = KvmEngine::default().probe() {
+        return finding(
+            "engine kvm",
             Some(false),
-            format!("interface version {other}, not 12"),
-            "this KVM is too old to be used",
-        ),
-        Err(err) => finding("kvm", Some(false), format!("/dev/kvm: {err}"), "this device is not a KVM"),
+            reason,
+            "guests run in software; with KVM they could be faster",
+        );
+    }
+    match harrier_engine_kvm::calibrate() {
+        Ok(speeds) => {
+            let detail = format!(
+                "kernel mode {:.0}, user mode {:.0} million instructions/s",
+                speeds.kernel_mips, speeds.user_mips
+            );
+            let consequence = if speeds.kernel_mode_in_hardware {
+                "--engine kvm runs guests on the processor"
+            } else {
+                "this KVM emulates kernel mode: --engine kvm runs that in software and user mode on the processor"
+            };
+            finding("engine kvm", Some(true), detail, consequence)
+        }
+        Err(err) => finding("engine kvm", Some(false), err.to_string(), "guests run in software"),
     }
 }
 

@@ -135,7 +135,7 @@ pub(crate) fn wait(child: Child) -> Output {
         let _ = done.send(());
         output
     });
-    if ended.recv_timeout(Duration::from_secs(120)).is_err() {
+    if ended.recv_timeout(Duration::from_secs(100)).is_err() {
         let _ = Command::new("kill").args(["-KILL", &id.to_string()]).status();
         panic!("harrier did not end");
     }
