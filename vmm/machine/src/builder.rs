@@ -22,6 +22,7 @@ use harrier_devices::virtio::mmio::TransportError;
 use harrier_devices::virtio::{VirtioDevice, VirtioMmio};
 use harrier_devices::{BusBuilder, BusDevice, InterruptLine, MsiSink, PowerSink};
 use harrier_engine::{CpuModel, Engine, EngineError, GsiRoute, GuestMemory, Msi, Probe, Vcpu, Vm, VmConfig};
+use vm_memory::GuestMemoryError;
 
 use crate::acpi::{self, TablesTooLarge};
 use crate::boot::{self, Boot, KernelError};
@@ -29,6 +30,7 @@ use crate::event_loop::Subscriber;
 use crate::layout::{COM1_GSI, VIRTIO_GSIS, VIRTIO_MMIO_LEN, VIRTIO_MMIO_START};
 use crate::machine::Machine;
 use crate::memory::{GuestRam, MemoryError};
+use crate::mp_table;
 use crate::run_control::RunControl;
 use crate::vcpu::MachineIo;
 
@@ -76,6 +78,9 @@ pub enum BuildError {
     /// The ACPI tables.
     #[error(transparent)]
     Acpi(#[from] TablesTooLarge),
+    /// The MP table.
+    #[error("the MP table does not fit into guest memory ({0}): give more memory")]
+    MpTable(#[from] GuestMemoryError),
     /// The kernel or what goes with it.
     #[error(transparent)]
     Kernel(#[from] KernelError),
@@ -299,6 +304,7 @@ impl MachineBuilder {
         // A flat image may want the place of the tables for itself.
         if matches!(boot, Boot::Kernel { .. }) {
             acpi::write_tables(vcpu_count, &self.acpi_objects, &self.ram.memory)?;
+            mp_table::write(vcpu_count, &self.ram.memory)?;
         }
         if let Some(boot_processor) = self.vcpus.first_mut() {
             let mut state = boot_processor.state()?;

@@ -31,12 +31,16 @@ pub const BOOT_PAGE_TABLES: u64 = 0x9000;
 pub const COMMAND_LINE: u64 = 0x2_0000;
 /// Bytes that the command line may take, terminating zero included.
 pub const COMMAND_LINE_MAX: u64 = 0x1_0000;
-/// End of conventional memory; the extended BIOS data area would begin here.
+/// End of conventional memory and start of the extended BIOS data area, with the pointer to the MP table.
 pub const EBDA_START: u64 = 0x9_fc00;
 /// ACPI tables; the root pointer is at the start, where firmware-less kernels look for it.
 pub const ACPI_START: u64 = 0xe_0000;
 /// End of the space for ACPI tables.
-pub const ACPI_END: u64 = 0x10_0000;
+pub const ACPI_END: u64 = 0xf_0000;
+/// The MP table.
+pub const MP_TABLE_START: u64 = 0xf_0000;
+/// End of the space that firmware would take.
+pub const BIOS_END: u64 = 0x10_0000;
 /// First address at which a kernel may be loaded.
 pub const KERNEL_START: u64 = 0x10_0000;
 

@@ -14,6 +14,7 @@ mod event_loop;
 pub mod layout;
 mod machine;
 pub mod memory;
+mod mp_table;
 mod run_control;
 mod vcpu;
 

@@ -3,7 +3,7 @@
 use harrier_engine::GuestMemory;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
-use crate::layout::{ACPI_END, ACPI_START, EBDA_START, KERNEL_START};
+use crate::layout::{ACPI_START, BIOS_END, EBDA_START, KERNEL_START};
 
 /// Address range types of the BIOS's function E820 (ACPI specification 6.5, table 15.4).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,7 +26,7 @@ pub(super) fn memory_map(memory: &GuestMemory) -> Vec<MapRange> {
     let mut map = vec![
         range(0, EBDA_START, RangeKind::Usable),
         range(EBDA_START, 0xa_0000, RangeKind::Reserved),
-        range(ACPI_START, ACPI_END, RangeKind::Reserved),
+        range(ACPI_START, BIOS_END, RangeKind::Reserved),
     ];
     for region in memory.iter() {
         let start = region.start_addr().0.max(KERNEL_START);
