@@ -24,7 +24,8 @@ pub(crate) fn set_raw() -> std::io::Result<()> {
     let mut raw = before.clone();
     raw.make_raw();
     let mut saved = SAVED.lock().unwrap_or_else(PoisonError::into_inner);
-    tcsetattr(stdin(), OptionalActions::Flush, &raw)?;
+    // What has been typed ahead stays.
+    tcsetattr(stdin(), OptionalActions::Drain, &raw)?;
     if saved.is_none() {
         *saved = Some(before);
     }

@@ -200,3 +200,51 @@ fn an_unmodified_distribution_kernel_boots_as_bzimage_and_as_vmlinux() {
         assert!(stdout.trim_end().ends_with("-cloud-amd64"), "{name}: {stdout}");
     }
 }
+
+/// `harrier` in a terminal of its own; `input` is what the user types.
+fn in_terminal(args: &str) -> std::process::Command {
+    let mut command = std::process::Command::new("script");
+    let inner = format!("{} {args}", env!("CARGO_BIN_EXE_harrier"));
+    command.args(["-q", "-e", "-c", &inner, "/dev/null"]);
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+#[test]
+fn in_a_terminal_the_command_has_one_and_keys_reach_it() {
+    let mut child =
+        in_terminal("run --quiet -- sh -c 'tty; read line; echo got $line; exit 3'").spawn().unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    stdin.write_all(b"keys\n").unwrap();
+    let (code, stdout, stderr) = texts(wait(child));
+    drop(stdin);
+    assert_eq!(code, 3, "{stdout} {stderr}");
+    assert!(stdout.contains("/dev/pts/") && stdout.contains("got keys"), "{stdout}");
+}
+
+#[test]
+fn a_terminal_that_goes_away_ends_the_machine() {
+    let mark = format!("MARK={}", std::process::id());
+    let mut child =
+        in_terminal(&format!("run --quiet -e {mark} -- sh -c 'echo up; sleep 1000'")).spawn().unwrap();
+    let mut seen = Vec::new();
+    let mut stdout = child.stdout.take().unwrap();
+    while !seen.ends_with(b"up") {
+        let mut byte = [0];
+        stdout.read_exact(&mut byte).unwrap();
+        seen.push(byte[0]);
+    }
+    signal(&child, "KILL");
+    child.wait().unwrap();
+    let runs = || {
+        std::fs::read_dir("/proc").unwrap().filter_map(Result::ok).any(|entry| {
+            let line = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+            line.split(|byte| *byte == 0).any(|word| word == mark.as_bytes())
+        })
+    };
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    while runs() {
+        assert!(std::time::Instant::now() < deadline, "harrier still runs");
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+}
