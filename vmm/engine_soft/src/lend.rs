@@ -98,10 +98,10 @@ impl Lending {
 
     /// Lends the processor's user mode until something else is to be done. An error ends lending for good.
     pub(crate) fn lend(&mut self, cpu: &mut Cpu) -> Result<(), String> {
-        if cpu.lent.stale || self.generation != cpu.mmu.code_generation {
+        if cpu.lent.stale || self.generation != cpu.mmu.generation() {
             self.processor.forget_translations();
             cpu.lent = LentPages::default();
-            self.generation = cpu.mmu.code_generation;
+            self.generation = cpu.mmu.generation();
         }
         self.take_from(cpu);
         let now_ns = cpu.shared.clock.host_ns();

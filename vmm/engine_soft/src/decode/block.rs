@@ -142,6 +142,10 @@ impl CodeCache {
             Some(index) => index,
             None => self.decode(cpu, va, gpa, address_key)?,
         };
+        cpu.mmu.note_code_address(va);
+        if self.blocks[index as usize].pages[1] != NO_PAGE {
+            cpu.mmu.note_code_address((va | (PAGE - 1)).wrapping_add(1));
+        }
         // The key is taken again: translating may have changed it.
         self.jumps[Self::slot(rip)] = Jump { rip, key: Self::key(cpu), block: index };
         Ok(index)

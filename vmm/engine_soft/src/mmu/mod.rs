@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use crate::cpu::{cr0, cr4, efer, rflags};
 use map::MemoryMap;
-use tlb::Tlb;
+use tlb::{AddressFilter, Tlb};
 
 /// Bits of a physical address that this processor has.
 pub(crate) const PHYSICAL_BITS: u32 = 46;
@@ -85,6 +85,9 @@ pub(crate) struct Mmu {
     pub pdpte: [u64; 4],
     /// Grows whenever cached translations of code addresses may be stale.
     pub code_generation: u64,
+    /// Pages of code that are kept under that generation.
+    code_pages: AddressFilter,
+    page_flushes: u64,
     /// Physical pages of the block that is being executed.
     pub running: [u64; 2],
 }
@@ -102,6 +105,8 @@ impl Mmu {
             map,
             pdpte: [0; 4],
             code_generation: 1,
+            code_pages: AddressFilter::new(),
+            page_flushes: 0,
             running: [u64::MAX; 2],
         }
     }
@@ -156,13 +161,31 @@ impl Mmu {
     /// Forgets all translations.
     pub(crate) fn flush(&mut self) {
         self.tlb.flush();
-        self.code_generation += 1;
+        self.forget_code();
     }
 
     /// Forgets the translations of the page that holds `va`.
     pub(crate) fn flush_page(&mut self, va: u64) {
-        self.tlb.flush_page(va);
+        self.page_flushes += 1;
+        // Most pages that are flushed never held code: the dispatcher keeps what it knows.
+        if self.tlb.flush_page(va) || self.code_pages.may_contain(va / PAGE) {
+            self.forget_code();
+        }
+    }
+
+    fn forget_code(&mut self) {
         self.code_generation += 1;
+        self.code_pages.clear();
+    }
+
+    /// Notes that a translation of a code address is kept under the present [`Mmu::code_generation`].
+    pub(crate) fn note_code_address(&mut self, va: u64) {
+        self.code_pages.add(va / PAGE);
+    }
+
+    /// Grows whenever any translation was forgotten or code changed.
+    pub(crate) fn generation(&self) -> u64 {
+        self.code_generation + self.page_flushes
     }
 
     /// Marks every page that could still be written without passing through the slow path as written, then

@@ -36,9 +36,44 @@ pub(crate) struct Tlb {
     data: Box<[DataEntry; 4 * DATA_ENTRIES]>,
     code: Box<[CodeEntry; 4 * CODE_ENTRIES]>,
     generation: u64,
-    /// Lowest and highest address that a large page's entries may lie at since the last flush.
-    large: Option<(u64, u64)>,
+    /// Where large pages' entries may lie, by 2 MiB.
+    large: AddressFilter,
 }
+
+/// A set of addresses that may hold more than was put in, never less: a bit for each of 4,096 hashes.
+#[derive(Clone)]
+pub(crate) struct AddressFilter([u64; 64]);
+
+impl AddressFilter {
+    pub(crate) fn new() -> AddressFilter {
+        AddressFilter([0; 64])
+    }
+
+    /// Neighbours get bits of their own.
+    #[inline(always)]
+    fn bit(number: u64) -> (usize, u64) {
+        let hash = (number ^ number >> 12 ^ number >> 24) & 0xfff;
+        ((hash >> 6) as usize, 1 << (hash & 63))
+    }
+
+    #[inline(always)]
+    pub(crate) fn add(&mut self, number: u64) {
+        let (word, bit) = Self::bit(number);
+        self.0[word] |= bit;
+    }
+
+    pub(crate) fn may_contain(&self, number: u64) -> bool {
+        let (word, bit) = Self::bit(number);
+        self.0[word] & bit != 0
+    }
+
+    pub(crate) fn clear(&mut self) {
+        self.0 = [0; 64];
+    }
+}
+
+/// Large pages are noted in pieces of this size.
+const LARGE_SHIFT: u32 = 21;
 
 impl Tlb {
     pub(crate) fn new() -> Tlb {
@@ -46,7 +81,7 @@ impl Tlb {
             data: Box::new([DataEntry::default(); 4 * DATA_ENTRIES]),
             code: Box::new([CodeEntry::default(); 4 * CODE_ENTRIES]),
             generation: 1,
-            large: None,
+            large: AddressFilter::new(),
         }
     }
 
@@ -118,15 +153,13 @@ impl Tlb {
 
     /// Notes that entries inside this large page may exist.
     pub(crate) fn note_large(&mut self, va: u64, size: u64) {
-        let (first, last) = (va & !(size - 1), va | (size - 1));
-        self.large = Some(match self.large {
-            Some((low, high)) => (low.min(first), high.max(last)),
-            None => (first, last),
-        });
+        for piece in (va & !(size - 1)) >> LARGE_SHIFT..=(va | (size - 1)) >> LARGE_SHIFT {
+            self.large.add(piece);
+        }
     }
 
     pub(crate) fn flush(&mut self) {
-        self.large = None;
+        self.large.clear();
         if self.generation == GENERATIONS {
             self.data.fill(DataEntry::default());
             self.code.fill(CodeEntry::default());
@@ -135,15 +168,17 @@ impl Tlb {
         self.generation += 1;
     }
 
-    pub(crate) fn flush_page(&mut self, va: u64) {
-        if self.large.is_some_and(|(low, high)| (low..=high).contains(&va)) {
+    /// Forgets the page at `va`; true when everything was forgotten, because the page may be a large one.
+    pub(crate) fn flush_page(&mut self, va: u64) -> bool {
+        if self.large.may_contain(va >> LARGE_SHIFT) {
             self.flush();
-            return;
+            return true;
         }
         for rights in [Rights::User, Rights::Supervisor, Rights::SupervisorSmap] {
             self.data[Self::data_index(rights, va)] = DataEntry::default();
             self.code[Self::code_index(rights, va)] = CodeEntry::default();
         }
+        false
     }
 
     /// Takes away the right to write straight to the page at this host address; true if there was one.
@@ -204,7 +239,20 @@ mod tests {
         let mut tlb = Tlb::new();
         tlb.note_large(0x20_0000, 0x20_0000);
         tlb.fill_data(Rights::Supervisor, 0x20_1000, 0x7000, true);
-        tlb.flush_page(0x3f_f000);
+        assert!(!tlb.flush_page(0x40_0000), "not in it");
+        assert!(tlb.read::<u8>(Rights::Supervisor, 0x20_1000).is_some());
+        assert!(tlb.flush_page(0x3f_f000));
         assert_eq!(tlb.read::<u8>(Rights::Supervisor, 0x20_1000), None);
+    }
+
+    #[test]
+    fn a_filter_forgets_nothing_that_was_put_in() {
+        let mut filter = AddressFilter::new();
+        let numbers: Vec<u64> = (0..300).map(|n: u64| n.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 12).collect();
+        assert!(numbers.iter().all(|&n| !filter.may_contain(n)));
+        numbers.iter().for_each(|&n| filter.add(n));
+        assert!(numbers.iter().all(|&n| filter.may_contain(n)));
+        filter.clear();
+        assert!(numbers.iter().all(|&n| !filter.may_contain(n)));
     }
 }
