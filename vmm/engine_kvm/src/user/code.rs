@@ -164,17 +164,4 @@ mod tests {
         pages.forget();
         assert_eq!(pages.admit(CODE, UserAccess::Fetch, || Some(bytes)), Admission::Never);
     }
-
-    #[test]
-    #[ignore = "prints what it finds in the files named by HARRIER_CODE, to compare with a disassembler"]
-    fn candidates_in_real_files() {
-        for file in std::env::var("HARRIER_CODE").unwrap_or_default().split(':') {
-            let Ok(bytes) = std::fs::read(file) else { continue };
-            for (number, page) in bytes.chunks(4096).enumerate() {
-                for (at, _) in page.windows(2).enumerate().filter(|(_, pair)| *pair == CPUID) {
-                    println!("{file} {:#x} {}", number * 4096 + at, is_met_as_instruction(page, at));
-                }
-            }
-        }
-    }
 }
