@@ -39,8 +39,10 @@ pub struct UserPage {
     pub gpa: u64,
     /// Writes need not be seen by anybody: the page is in the page log already and holds no watched code.
     pub writable: bool,
-    /// Instructions may be fetched.
+    /// Instructions may be fetched. The caller has to notice writes to the page from then on.
     pub executable: bool,
+    /// Software has executed a CPUID of this page.
+    pub cpuid: bool,
 }
 
 /// What user mode wants to do with a page.

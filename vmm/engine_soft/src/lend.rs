@@ -12,6 +12,7 @@ use harrier_engine::cpu_state::MpState;
 use harrier_engine::user_mode::{UserAccess, UserExit, UserMemory, UserPage, UserProcessor, UserRegisters};
 
 use crate::cpu::{Cpu, DS, ES, FS, GS, SS, cr4, rflags};
+use crate::decode::block::note_code;
 use crate::mmu::{Intent, PAGE, Rights};
 
 /// A loan that lasted this long was worth it.
@@ -23,17 +24,33 @@ const LONGEST_REST: u32 = 64;
 /// Longest loan: the run loop shall look around now and then.
 const LIMIT: Duration = Duration::from_millis(100);
 
+/// Most pages with CPUID that are remembered; a guest could have them all over its memory.
+const MOST_CPUID_PAGES: usize = 4096;
+
 /// Pages that user mode on the processor may write, and whether it has to forget what it knows.
 #[derive(Debug, Default)]
 pub(crate) struct LentPages {
     writable: HashSet<u64>,
     stale: bool,
+    /// Pages of which CPUID was executed, and which were not written since.
+    cpuid: HashSet<u64>,
 }
 
 impl LentPages {
     /// User mode has to forget its translations before the next loan.
     pub(crate) fn forget(&mut self) {
         self.stale = true;
+    }
+
+    /// User mode forgets its translations now.
+    fn forgotten(&mut self) {
+        self.writable.clear();
+        self.stale = false;
+    }
+
+    /// A page that held code was written.
+    pub(crate) fn written(&mut self, page: u64) {
+        self.cpuid.remove(&page);
     }
 
     /// The page at this guest physical address is no longer to be written unseen; true if it could be.
@@ -100,7 +117,7 @@ impl Lending {
     pub(crate) fn lend(&mut self, cpu: &mut Cpu) -> Result<(), String> {
         if cpu.lent.stale || self.generation != cpu.mmu.generation() {
             self.processor.forget_translations();
-            cpu.lent = LentPages::default();
+            cpu.lent.forgotten();
             self.generation = cpu.mmu.generation();
         }
         self.take_from(cpu);
@@ -148,6 +165,17 @@ impl Lending {
         cpu.rip = registers.rip;
         cpu.set_rflags(registers.rflags);
         cpu.fpu.from_xsave(&registers.xsave, cpu.xcr0).map_err(|bad| bad.0)
+    }
+}
+
+/// Remembers that the code at this address is CPUID, if it is user mode's.
+pub(crate) fn note_cpuid(cpu: &mut Cpu, rip: u64) {
+    if cpu.cpl == 3
+        && cpu.code64()
+        && let Ok(translation) = cpu.mmu.walk(rip, Rights::User, Intent::Fetch)
+        && cpu.lent.cpuid.len() < MOST_CPUID_PAGES
+    {
+        cpu.lent.cpuid.insert(translation.gpa & !(PAGE - 1));
     }
 }
 
@@ -201,10 +229,15 @@ impl UserMemory for Lens<'_> {
             // A page that is in the log already needs no fault to get there.
             UserAccess::Read | UserAccess::Fetch => possible && page.is_dirty(),
         };
+        let executable = access == UserAccess::Fetch;
+        let writable = writable && !executable;
         if writable {
             cpu.lent.writable.insert(gpa);
         }
-        let executable = access == UserAccess::Fetch || cpu.mmu.walk(va, Rights::User, Intent::Fetch).is_ok();
-        Some(UserPage { gpa, writable, executable })
+        if executable {
+            // Whoever writes there has to say so.
+            note_code(cpu, gpa, PAGE as usize);
+        }
+        Some(UserPage { gpa, writable, executable, cpuid: cpu.lent.cpuid.contains(&gpa) })
     }
 }

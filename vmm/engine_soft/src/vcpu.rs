@@ -230,6 +230,7 @@ impl SoftVcpu {
         }
         if !mail.written_code.is_empty() {
             for (page, chunks) in mail.written_code {
+                cpu.lent.written(page);
                 self.code.invalidate(page, chunks);
             }
             cpu.mmu.code_generation += 1;

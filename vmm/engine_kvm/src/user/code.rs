@@ -1,11 +1,13 @@
-//! Code pages that user mode may run on the processor: those without CPUID.
+//! Code pages that user mode may run on the processor, without their CPUID.
 //!
 //! CPUID of user mode does not leave the guest here and would show the host's processor instead of the model's: a
 //! program would choose instructions that the software engine lacks, or whose registers the guest's kernel does not
-//! save. So each page is searched for the two bytes of CPUID before it may be executed, and stays software's if it
-//! has one. Bytes that only look like it, inside another instruction, are told apart by decoding towards them from
-//! many places before: decoders fall into step with the code after a few instructions, wherever they begin. This is
-//! no protection against a guest that wants to see the host's CPUID, and need not be one.
+//! save. So each page is searched for the two bytes of CPUID before it may be executed. Bytes that only look like it,
+//! inside another instruction, are told apart by decoding towards them from many places before: decoders fall into
+//! step with the code after a few instructions, wherever they begin. Where that leaves a doubt, software keeps the
+//! page. Once software has executed a CPUID of a page, what looks like its others is believed too, and the page runs as
+//! a copy that has undefined instructions in their places. This is no protection against a guest that wants to see
+//! the host's CPUID, and need not be one.
 //!
 //! A page is either executable or writable, so that what was searched stays as it was.
 
@@ -17,9 +19,13 @@ use iced_x86::{Decoder, DecoderOptions};
 /// The bytes of CPUID.
 const CPUID: [u8; 2] = [0x0f, 0xa2];
 /// Decoding begins this far before the bytes, at every place of the range.
-const BEGIN: std::ops::Range<usize> = 64..192;
-/// Of so many decoders, one at most may meet the bytes as an instruction.
+const BEGIN: std::ops::Range<usize> = 8..136;
+/// Fewer decoders say nothing.
+const FEWEST: usize = 32;
+/// Of so many decoders, one at most may disagree.
 const SHARE: usize = 8;
+/// UD2.
+pub(super) const TRAP: [u8; 2] = [0x0f, 0x0b];
 
 /// Which pages user mode has, and how.
 #[derive(Debug, Default)]
@@ -30,13 +36,15 @@ pub(super) struct Pages {
 }
 
 /// How a page may be mapped.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Admission {
     /// Like this.
     As(UserPage),
+    /// As a copy of the page, with [`TRAP`] at these offsets; executable and not writable.
+    Copied(Vec<u8>, Vec<usize>),
     /// Only after everything was forgotten: it is mapped in the way that excludes this one.
     AfterForgetting,
-    /// Not at all: it holds CPUID.
+    /// Not at all: it holds CPUID, or may.
     Never,
 }
 
@@ -59,43 +67,70 @@ impl Pages {
             return Admission::AfterForgetting;
         }
         let mut executable = page.executable && !writable && !self.writable.contains(&page.gpa);
-        if executable && !self.is_admitted(page.gpa, content) {
-            if fetch {
-                return Admission::Never;
+        let mut copied = None;
+        if executable {
+            match content().map(|bytes| (find(&bytes, page.cpuid), bytes)) {
+                Some((Some(found), bytes)) if !found.is_empty() => copied = Some((bytes, found)),
+                Some((Some(_), _)) => {}
+                _ if fetch => return Admission::Never,
+                _ => executable = false,
             }
-            executable = false;
         }
         if executable {
             self.executable.insert(page.gpa);
+        }
+        if let Some((bytes, found)) = copied {
+            return Admission::Copied(bytes, found);
         }
         if writable {
             self.writable.insert(page.gpa);
         }
         Admission::As(UserPage { writable, executable, ..page })
     }
+}
 
-    fn is_admitted(&self, gpa: u64, content: impl FnOnce() -> Option<Vec<u8>>) -> bool {
-        self.executable.contains(&gpa) || content().is_some_and(|bytes| !may_hold_cpuid(&bytes))
+/// What the bytes of CPUID are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Meaning {
+    /// Part of another instruction.
+    Inside,
+    /// CPUID, by all that can be seen.
+    Instruction,
+    /// Who knows; data among the code, perhaps.
+    Doubtful,
+}
+
+/// Offsets of the CPUIDs in a page; `None` if there are some that may be one or not. `believe`: one was executed.
+fn find(page: &[u8], believe: bool) -> Option<Vec<usize>> {
+    // A CPUID that crosses into the next page is missed: its first byte alone is far too common.
+    let pairs = page.windows(2).enumerate().filter(|(_, pair)| *pair == CPUID).map(|(at, _)| at);
+    let mut found = Vec::new();
+    for at in pairs {
+        match meaning(page, at) {
+            Meaning::Inside => {}
+            Meaning::Instruction if believe => found.push(at),
+            Meaning::Instruction | Meaning::Doubtful => return None,
+        }
     }
+    Some(found)
 }
 
-/// Whether a page of code has CPUID in it, as far as one can see.
-fn may_hold_cpuid(page: &[u8]) -> bool {
-    // In two pages: who is to say what the next one will be. The first byte alone is far too common.
-    let mut pairs = page.windows(2).enumerate().filter(|(_, pair)| *pair == CPUID);
-    pairs.any(|(at, _)| is_met_as_instruction(page, at))
-}
-
-/// Whether decoders that begin before `at` fall into step so that an instruction begins there.
-fn is_met_as_instruction(page: &[u8], at: usize) -> bool {
+fn meaning(page: &[u8], at: usize) -> Meaning {
     let (mut met, mut all) = (0, 0);
     for distance in BEGIN {
         let Some(code) = at.checked_sub(distance).and_then(|begin| page.get(begin..)) else { break };
         all += 1;
         met += usize::from(begins_at(code, distance));
     }
-    // Too near to the page's begin to tell.
-    all < (BEGIN.end - BEGIN.start) / 4 || met * SHARE > all
+    if all < FEWEST {
+        Meaning::Doubtful
+    } else if met * SHARE <= all {
+        Meaning::Inside
+    } else if (all - met) * SHARE <= all {
+        Meaning::Instruction
+    } else {
+        Meaning::Doubtful
+    }
 }
 
 /// Whether an instruction begins at `distance` when decoding begins at 0.
@@ -114,7 +149,7 @@ fn begins_at(code: &[u8], distance: usize) -> bool {
 mod tests {
     use super::*;
 
-    const BOTH: UserPage = UserPage { gpa: 0x5000, writable: true, executable: true };
+    const BOTH: UserPage = UserPage { gpa: 0x5000, writable: true, executable: true, cpuid: false };
     const CODE: UserPage = UserPage { writable: false, ..BOTH };
 
     fn plain() -> Option<Vec<u8>> {
@@ -140,16 +175,34 @@ mod tests {
         block.repeat(4096 / block.len())
     }
 
-    #[test]
-    fn a_page_with_cpuid_is_never_executed_and_can_still_be_read() {
+    fn code_with_cpuid() -> Vec<u8> {
         let mut bytes = code();
-        // In place of nop; lea's first byte, and then a nop again.
+        // After mov eax, 0, in place of nop; lea.
         bytes[2009..2012].copy_from_slice(&[0x0f, 0xa2, 0x90]);
+        bytes
+    }
+
+    #[test]
+    fn a_page_with_cpuid_is_not_executed_and_can_still_be_read() {
         let mut pages = Pages::default();
-        assert_eq!(pages.admit(CODE, UserAccess::Fetch, || Some(bytes.clone())), Admission::Never);
+        assert_eq!(pages.admit(CODE, UserAccess::Fetch, || Some(code_with_cpuid())), Admission::Never);
         let data = UserPage { executable: false, ..CODE };
-        assert_eq!(pages.admit(CODE, UserAccess::Read, || Some(bytes)), Admission::As(data));
+        assert_eq!(pages.admit(CODE, UserAccess::Read, || Some(code_with_cpuid())), Admission::As(data));
         assert_eq!(pages.admit(CODE, UserAccess::Fetch, || None), Admission::Never);
+    }
+
+    #[test]
+    fn once_a_cpuid_was_executed_the_page_runs_as_a_copy_that_traps_at_each() {
+        let mut pages = Pages::default();
+        let proven = UserPage { cpuid: true, ..CODE };
+        let admitted = pages.admit(proven, UserAccess::Fetch, || Some(code_with_cpuid()));
+        assert_eq!(admitted, Admission::Copied(code_with_cpuid(), vec![2009]));
+        assert_eq!(pages.admit(proven, UserAccess::Write, plain), Admission::AfterForgetting);
+        // So near to the begin, nobody can tell.
+        let mut bytes = vec![0x90; 4096];
+        bytes[20..22].copy_from_slice(&CPUID);
+        pages.forget();
+        assert_eq!(pages.admit(proven, UserAccess::Fetch, || Some(bytes)), Admission::Never);
     }
 
     #[test]

@@ -15,7 +15,7 @@ use kvm_bindings::{KVM_MAX_XCRS, Msrs, kvm_dtable, kvm_msr_entry, kvm_segment, k
 use kvm_ioctls::{SyncReg, VcpuFd};
 
 use super::Shared;
-use super::code::{Admission, Pages};
+use super::code::{self, Admission, Pages};
 use super::tables::{self, Tables};
 use crate::exit::{self, RunExit};
 use crate::host::refused;
@@ -34,8 +34,9 @@ const WRITE: u64 = 1 << 1;
 const FETCH: u64 = 1 << 4;
 /// Vectors that push an error code.
 const WITH_ERROR_CODE: [u64; 9] = [8, 10, 11, 12, 13, 14, 17, 21, 30];
-/// Pages around a fault that are mapped along with it: as many as fit this block.
-const AROUND: u64 = 16 * PAGE_SIZE as u64;
+/// Blocks of addresses around a fault whose pages are mapped along with it.
+const DATA_AROUND: u64 = 128 * PAGE_SIZE as u64;
+const CODE_AROUND: u64 = 16 * PAGE_SIZE as u64;
 /// End of the lower half of the address space.
 const USER_END: u64 = 1 << 47;
 /// The same fault so often means that mapping does not help.
@@ -222,13 +223,18 @@ impl KvmUserProcessor {
         if va >= USER_END {
             return Ok(false);
         }
-        if !self.map_one(memory, va, access)? {
+        if !self.map_one(memory, va, access, false)? {
             return Ok(false);
         }
-        let first = va & !(AROUND - 1);
-        for near in (first..first + AROUND).step_by(PAGE_SIZE) {
+        // A neighbour may be read, or executed, but not marked as written.
+        let (around, quietly) = match access {
+            UserAccess::Fetch => (CODE_AROUND, UserAccess::Fetch),
+            UserAccess::Read | UserAccess::Write => (DATA_AROUND, UserAccess::Read),
+        };
+        let first = va & !(around - 1);
+        for near in (first..first + around).step_by(PAGE_SIZE) {
             if near != va & !(PAGE - 1) && !self.tables.is_mapped(near) {
-                self.map_one(memory, near, UserAccess::Read)?;
+                self.map_one(memory, near, quietly, true)?;
             }
         }
         Ok(true)
@@ -239,6 +245,7 @@ impl KvmUserProcessor {
         memory: &mut dyn UserMemory,
         va: u64,
         access: UserAccess,
+        quiet: bool,
     ) -> Result<bool, EngineError> {
         let Some(to) = memory.translate(va, access) else { return Ok(false) };
         // Twice at most: after forgetting, nothing excludes anything.
@@ -246,13 +253,25 @@ impl KvmUserProcessor {
             let shared = &self.shared;
             match self.pages.admit(to, access, || shared.page(to.gpa)) {
                 Admission::Never => return Ok(false),
-                Admission::AfterForgetting if access == UserAccess::Read => return Ok(false),
+                Admission::AfterForgetting if quiet => return Ok(false),
                 Admission::AfterForgetting => {
                     self.turned += 1;
                     self.forget()?;
                 }
-                Admission::As(to) => {
-                    if self.tables.map(va, to).is_err() {
+                admission => {
+                    let mapped = match admission {
+                        Admission::Copied(mut bytes, cpuids) => {
+                            for at in cpuids {
+                                if let Some(place) = bytes.get_mut(at..at + code::TRAP.len()) {
+                                    place.copy_from_slice(&code::TRAP);
+                                }
+                            }
+                            self.tables.map_copy(va, &bytes)
+                        }
+                        Admission::As(to) => self.tables.map(va, to),
+                        Admission::Never | Admission::AfterForgetting => return Ok(false),
+                    };
+                    if mapped.is_err() {
                         self.empty_tables()?;
                         continue;
                     }

@@ -218,6 +218,15 @@ impl Tables {
         Ok(())
     }
 
+    /// Maps a page of our own at `va`: executable, not writable, with this content.
+    pub(super) fn map_copy(&mut self, va: u64, content: &[u8]) -> Result<(), Full> {
+        let page = self.allocate()?;
+        let content = content.get(..PAGE_SIZE).unwrap_or(content);
+        let _ = self.region.write_slice(content, MemoryRegionAddress(page * PAGE));
+        let gpa = self.gpa + page * PAGE;
+        self.map(va, UserPage { gpa, writable: false, executable: true, cpuid: false })
+    }
+
     /// Whether something is mapped at `va`.
     pub(super) fn is_mapped(&self, va: u64) -> bool {
         let (mut table, mut level) = (self.root, 4);
@@ -240,7 +249,7 @@ fn index(va: u64, level: u32) -> u64 {
 mod tests {
     use super::*;
 
-    const PAGE_OF_CODE: UserPage = UserPage { gpa: 0x5000, writable: false, executable: true };
+    const PAGE_OF_CODE: UserPage = UserPage { gpa: 0x5000, writable: false, executable: true, cpuid: false };
 
     #[test]
     fn a_page_is_mapped_until_a_new_root_begins() {

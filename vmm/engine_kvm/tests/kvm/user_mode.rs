@@ -28,7 +28,7 @@ struct Pages {
 
 impl Pages {
     fn add(&mut self, va: u64, gpa: u64, writable: bool, executable: bool) {
-        self.there.insert(va, UserPage { gpa, writable, executable });
+        self.there.insert(va, UserPage { gpa, writable, executable, cpuid: false });
     }
 }
 

@@ -96,15 +96,15 @@ impl CodeCache {
 
     /// What a jump cache entry depends on besides RIP.
     #[inline(always)]
-    fn key(cpu: &Cpu) -> u64 {
-        cpu.mmu.code_generation << 3 | u64::from(cpu.cpl == 3) << 2 | cpu.mode as u64
+    fn key(cpu: &Cpu, rip: u64) -> u64 {
+        cpu.mmu.code_generation_at(rip) << 3 | u64::from(cpu.cpl == 3) << 2 | cpu.mode as u64
     }
 
     /// The block at RIP. The answer stays valid until the next call.
     #[inline(always)]
     pub(crate) fn find(&mut self, cpu: &mut Cpu) -> Result<(&Block, &[Op]), Stop> {
         let rip = cpu.rip;
-        let key = Self::key(cpu);
+        let key = Self::key(cpu, rip);
         let jump = &self.jumps[Self::slot(rip)];
         let index = if jump.rip == rip && jump.key == key { jump.block } else { self.find_slow(cpu)? };
         let block = &self.blocks[index as usize];
@@ -147,7 +147,7 @@ impl CodeCache {
             cpu.mmu.note_code_address((va | (PAGE - 1)).wrapping_add(1));
         }
         // The key is taken again: translating may have changed it.
-        self.jumps[Self::slot(rip)] = Jump { rip, key: Self::key(cpu), block: index };
+        self.jumps[Self::slot(rip)] = Jump { rip, key: Self::key(cpu, rip), block: index };
         Ok(index)
     }
 
@@ -308,7 +308,7 @@ fn read_code(cpu: &mut Cpu, gpa: u64, out: &mut [u8]) -> Result<(), Stop> {
 }
 
 /// Marks a range as holding decoded code.
-fn note_code(cpu: &mut Cpu, gpa: u64, len: usize) {
+pub(crate) fn note_code(cpu: &mut Cpu, gpa: u64, len: usize) {
     let map = Arc::clone(&cpu.mmu.map);
     let Some(page) = map.page(gpa) else { return };
     if page.add_code(chunk_mask(gpa & (PAGE - 1), len as u64)) == 0 {

@@ -236,8 +236,7 @@ impl Cpu {
             return self.raise_gp();
         }
         self.cr3 = value;
-        self.mmu.config.cr3 = value;
-        self.mmu.flush();
+        self.mmu.switch_space(value);
         Ok(())
     }
 
@@ -488,7 +487,10 @@ fn bound(cpu: &mut Cpu, op: &Op) -> Step {
 
 // ---- identification, time, model-specific registers ----
 
-fn cpuid(cpu: &mut Cpu, _op: &Op) -> Step {
+fn cpuid(cpu: &mut Cpu, op: &Op) -> Step {
+    if cpu.shared.user_mode.is_some() {
+        crate::lend::note_cpuid(cpu, cpu.op_rip(op));
+    }
     let [eax, ebx, ecx, edx] = cpu.cpuid(cpu.regs[RAX] as u32, cpu.regs[RCX] as u32);
     cpu.regs[RAX] = u64::from(eax);
     cpu.regs[RBX] = u64::from(ebx);
