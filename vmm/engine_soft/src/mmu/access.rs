@@ -448,6 +448,7 @@ impl Cpu {
                 let gpa = translation.gpa;
                 if intent == Intent::Fetch {
                     self.mmu.tlb.fill_code(rights, va, gpa);
+                    self.mmu.note_code_translation(va, translation.global);
                 } else if !self.lapic.claims(gpa, self.msrs.apic_base)
                     && let Some(page) = std::sync::Arc::clone(&self.mmu.map).page(gpa)
                 {

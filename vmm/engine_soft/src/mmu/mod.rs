@@ -63,6 +63,7 @@ pub(crate) struct PagingConfig {
     pub write_protect: bool,
     pub no_execute: bool,
     pub page_size_extension: bool,
+    pub global_pages: bool,
     pub smep: bool,
     pub smap: bool,
 }
@@ -88,6 +89,10 @@ pub(crate) struct Mmu {
     /// Pages of code that are kept under that generation.
     code_pages: AddressFilter,
     page_flushes: u64,
+    /// Times that only the address space was switched: code in the upper half stays known then.
+    space_switches: u64,
+    /// Code in the upper half was fetched from a page that is not global.
+    upper_half_is_local: bool,
     /// Physical pages of the block that is being executed.
     pub running: [u64; 2],
 }
@@ -107,6 +112,8 @@ impl Mmu {
             code_generation: 1,
             code_pages: AddressFilter::new(),
             page_flushes: 0,
+            space_switches: 0,
+            upper_half_is_local: false,
             running: [u64::MAX; 2],
         }
     }
@@ -129,6 +136,7 @@ impl Mmu {
             write_protect: cr0 & cr0::WP != 0,
             no_execute: efer & efer::NXE != 0,
             page_size_extension: cr4 & cr4::PSE != 0,
+            global_pages: cr4 & cr4::PGE != 0,
             smep: cr4 & cr4::SMEP != 0,
             smap: cr4 & cr4::SMAP != 0,
         };
@@ -161,7 +169,31 @@ impl Mmu {
     /// Forgets all translations.
     pub(crate) fn flush(&mut self) {
         self.tlb.flush();
+        self.upper_half_is_local = false;
         self.forget_code();
+    }
+
+    /// Takes over another CR3 and forgets all translations that are not global.
+    pub(crate) fn switch_space(&mut self, cr3: u64) {
+        self.config.cr3 = cr3;
+        if self.upper_half_is_local {
+            self.flush();
+        } else {
+            self.tlb.flush();
+            self.space_switches += 1;
+        }
+    }
+
+    /// What knowledge about the code at a linear address depends on: it grows when that may be stale.
+    #[inline(always)]
+    pub(crate) fn code_generation_at(&self, rip: u64) -> u64 {
+        // Kernels map their half with global pages, and those stay when the address space changes.
+        if (rip as i64) < 0 { self.code_generation } else { self.code_generation + self.space_switches }
+    }
+
+    /// Notes how code at a linear address was translated.
+    pub(crate) fn note_code_translation(&mut self, va: u64, global: bool) {
+        self.upper_half_is_local |= (va as i64) < 0 && !global;
     }
 
     /// Forgets the translations of the page that holds `va`.
@@ -185,7 +217,7 @@ impl Mmu {
 
     /// Grows whenever any translation was forgotten or code changed.
     pub(crate) fn generation(&self) -> u64 {
-        self.code_generation + self.page_flushes
+        self.code_generation + self.page_flushes + self.space_switches
     }
 
     /// Marks every page that could still be written without passing through the slow path as written, then

@@ -9,6 +9,7 @@ const USER: u64 = 1 << 2;
 const ACCESSED: u64 = 1 << 5;
 const DIRTY: u64 = 1 << 6;
 const LARGE: u64 = 1 << 7;
+const GLOBAL: u64 = 1 << 8;
 const NO_EXECUTE: u64 = 1 << 63;
 
 /// Bits of a #PF error code.
@@ -34,6 +35,8 @@ pub(crate) struct Translation {
     pub writable: bool,
     /// Size of the page, 4 KiB and up.
     pub page_size: u64,
+    /// The translation stays valid when CR3 changes.
+    pub global: bool,
 }
 
 /// Error code of the page fault.
@@ -44,7 +47,9 @@ impl Mmu {
     /// Translates `va` and sets accessed and dirty bits. The address is canonical.
     pub(crate) fn walk(&self, va: u64, rights: Rights, intent: Intent) -> Result<Translation, PageFault> {
         match self.config.paging {
-            Paging::Off => Ok(Translation { gpa: va & 0xffff_ffff, writable: true, page_size: PAGE }),
+            Paging::Off => {
+                Ok(Translation { gpa: va & 0xffff_ffff, writable: true, page_size: PAGE, global: false })
+            }
             Paging::Legacy => self.walk_legacy(va & 0xffff_ffff, rights, intent),
             Paging::Pae => self.walk_pae(va & 0xffff_ffff, rights, intent),
             Paging::Long => {
@@ -87,7 +92,12 @@ impl Mmu {
             let leaf = Leaf { entry: pde, at: pde_at, allowed: pde & (WRITABLE | USER), no_execute: false };
             let writable = self.finish::<u32>(leaf, rights, intent)?;
             let gpa = (pde & 0xffc0_0000) | ((pde >> 13) & 0xff) << 32 | (va & 0x3f_ffff);
-            return Ok(Translation { gpa: gpa & ((1 << PHYSICAL_BITS) - 1), writable, page_size: 1 << 22 });
+            return Ok(Translation {
+                gpa: gpa & ((1 << PHYSICAL_BITS) - 1),
+                writable,
+                page_size: 1 << 22,
+                global: false,
+            });
         }
         let pte_at = (pde & 0xffff_f000) + ((va >> 12) & 0x3ff) * 4;
         let pte = u64::from(self.read_entry::<u32>(pte_at));
@@ -98,7 +108,12 @@ impl Mmu {
         self.check(&leaf, rights, intent)?;
         self.set_bits::<u32>(pde_at, pde, ACCESSED);
         let writable = self.finish::<u32>(leaf, rights, intent)?;
-        Ok(Translation { gpa: (pte & 0xffff_f000) | (va & (PAGE - 1)), writable, page_size: PAGE })
+        Ok(Translation {
+            gpa: (pte & 0xffff_f000) | (va & (PAGE - 1)),
+            writable,
+            page_size: PAGE,
+            global: false,
+        })
     }
 
     /// Three levels; the first are the PDPTE registers (4.4).
@@ -159,7 +174,8 @@ impl Mmu {
                 let writable = self.finish::<u64>(leaf, rights, intent)?;
                 let size = 1u64 << shift;
                 let gpa = (entry & ADDRESS & !(size - 1)) | (va & (size - 1));
-                return Ok(Translation { gpa, writable, page_size: size });
+                let global = entry & GLOBAL != 0 && self.config.global_pages;
+                return Ok(Translation { gpa, writable, page_size: size, global });
             }
             upper[level as usize - 1] = (at, entry);
             table = entry & ADDRESS;
