@@ -7,6 +7,7 @@
 //! This crate holds no unsafe code and nothing of KVM. Its neighbours are `engine_soft` and `engine_kvm`
 //! below the seam, `machine` and `devices` above it.
 
+pub mod assist;
 pub mod cpu_model;
 pub mod cpu_state;
 pub mod cpuid;

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::cpu_state::Segment;
-use crate::{CpuModel, EngineError, GuestRegion, Kicker, Vm, VmConfig};
+use crate::{EngineError, GuestRegion, Kicker};
 
 /// The registers of user mode. Control registers are those of 64-bit mode with paging; privilege level is 3.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -99,16 +99,4 @@ pub trait UserMode: Send + Sync {
     fn unmap_memory(&self, gpa: u64) -> Result<(), EngineError>;
     /// Creates user mode for a vCPU.
     fn create_processor(&self, index: u32) -> Result<Box<dyn UserProcessor>, EngineError>;
-}
-
-/// An engine whose machines can lend their user code.
-pub trait LendingEngine: Send + Sync {
-    /// The CPU models that it offers on this host, lowest first.
-    fn cpu_models(&self) -> Vec<CpuModel>;
-    /// Creates a machine without memory and vCPUs that lends its user code to `user_mode`; its TSC is the host's.
-    fn create_lending_vm(
-        &self,
-        config: &VmConfig,
-        user_mode: Arc<dyn UserMode>,
-    ) -> Result<Box<dyn Vm>, EngineError>;
 }

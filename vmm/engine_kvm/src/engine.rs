@@ -4,7 +4,8 @@
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
-use harrier_engine::user_mode::{LendingEngine, UserMode};
+use harrier_engine::assist::SoftwareEngine;
+use harrier_engine::user_mode::UserMode;
 use harrier_engine::{CpuModel, Engine, EngineError, Probe, Vm, VmConfig};
 
 use crate::probe::{self, Host};
@@ -19,7 +20,9 @@ use crate::{calibrate, cpuid, host};
 #[derive(Clone)]
 pub struct KvmEngine {
     path: PathBuf,
-    software: Option<Arc<dyn LendingEngine>>,
+    software: Option<Arc<dyn SoftwareEngine>>,
+    /// Kernel mode is KVM's, whatever it does with it.
+    kvm_alone: bool,
     /// Whether kernel mode runs on the processor, once it was measured.
     in_hardware: Arc<OnceLock<bool>>,
 }
@@ -34,19 +37,29 @@ impl KvmEngine {
     /// An engine over another device than `/dev/kvm`.
     #[must_use]
     pub fn with_device(path: PathBuf) -> Self {
-        KvmEngine { path, software: None, in_hardware: Arc::default() }
+        KvmEngine { path, software: None, kvm_alone: false, in_hardware: Arc::default() }
     }
 
-    /// Lets `software` run kernel mode where this host's KVM does not run it on the processor.
+    /// Lets `software` run kernel mode where this host's KVM does not run it on the processor, and finish the
+    /// instructions that KVM cannot where it does.
     #[must_use]
-    pub fn with_software(mut self, software: Arc<dyn LendingEngine>) -> Self {
+    pub fn with_software(mut self, software: Arc<dyn SoftwareEngine>) -> Self {
         self.software = Some(software);
         self
     }
 
+    /// Like [`KvmEngine::with_software`], but `software` finishes only the instructions that KVM cannot, on every
+    /// host. For measuring, and for trying that out.
+    #[must_use]
+    pub fn with_assistant(mut self, software: Arc<dyn SoftwareEngine>) -> Self {
+        self.software = Some(software);
+        self.kvm_alone = true;
+        self
+    }
+
     /// The engine that has to run kernel mode here, if one has to.
-    fn kernel_mode(&self) -> Option<&Arc<dyn LendingEngine>> {
-        let software = self.software.as_ref()?;
+    fn kernel_mode(&self) -> Option<&Arc<dyn SoftwareEngine>> {
+        let software = self.software.as_ref().filter(|_| !self.kvm_alone)?;
         let in_hardware = match self.in_hardware.get() {
             Some(&known) => known,
             None => match calibrate::kernel_mode_in_hardware(&self.path) {
@@ -114,6 +127,6 @@ impl Engine for KvmEngine {
         }
         let supported = cpuid::supported(&opened.kvm).map_err(host::refused("ask KVM for its CPUID"))?;
         cpuid::check_model(config.cpu_model, &supported)?;
-        Ok(Box::new(KvmVm::new(&opened, config, supported)?))
+        Ok(Box::new(KvmVm::new(&opened, config, supported, self.software.as_deref())?))
     }
 }

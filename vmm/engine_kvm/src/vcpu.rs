@@ -6,6 +6,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use harrier_engine::assist::{AssistantVcpu, Assisted};
 use harrier_engine::{Counters, CpuState, EngineError, Exit, Flow, Io, Kicker, Vcpu};
 use kvm_ioctls::VcpuFd;
 
@@ -25,19 +26,26 @@ pub(crate) struct KvmVcpu {
     fd: VcpuFd,
     page: Arc<RunPage>,
     kick: Arc<Kick>,
+    assistant: Option<Box<dyn AssistantVcpu>>,
+    assists: u64,
     io_accesses: u64,
     /// When run returned last.
     left_at: Option<Instant>,
 }
 
 impl KvmVcpu {
-    pub(crate) fn new(shared: Arc<Shared>, fd: VcpuFd, index: u32) -> Result<KvmVcpu, EngineError> {
+    pub(crate) fn new(
+        shared: Arc<Shared>,
+        fd: VcpuFd,
+        index: u32,
+        assistant: Option<Box<dyn AssistantVcpu>>,
+    ) -> Result<KvmVcpu, EngineError> {
         let page = RunPage::map(&fd, shared.run_page_bytes)
             .map_err(|source| EngineError::Host { what: "map the shared page of a vCPU", source })?;
         shared.access.reset(&fd, index)?;
         let page = Arc::new(page);
         let kick = Arc::new(Kick::new(Arc::clone(&page)));
-        Ok(KvmVcpu { shared, fd, page, kick, io_accesses: 0, left_at: None })
+        Ok(KvmVcpu { shared, fd, page, kick, assistant, assists: 0, io_accesses: 0, left_at: None })
     }
 
     fn run_loop(&mut self, io: &mut dyn Io) -> Exit {
@@ -104,10 +112,10 @@ impl KvmVcpu {
                     return self
                         .unsupported(Vec::new(), "KVM left the guest at HLT, without its own APIC".into());
                 }
-                RunExit::EmulationFailure { bytes } => {
-                    return self
-                        .unsupported(bytes, "KVM's emulator does not execute this instruction here".into());
-                }
+                RunExit::EmulationFailure { bytes } => match self.assist(io, bytes) {
+                    Ok(flow) => flow,
+                    Err(exit) => return exit,
+                },
                 RunExit::Broken(reason) => return self.unsupported(Vec::new(), reason),
             };
             if flow == Flow::Leave && !leaving {
@@ -134,6 +142,36 @@ impl KvmVcpu {
                 }
             }
             Err(err) => log::warn!("kvm: the ends of level interrupts are unknown: {err}"),
+        }
+    }
+
+    /// Lets another engine execute the instruction that KVM cannot.
+    fn assist(&mut self, io: &mut dyn Io, bytes: Vec<u8>) -> Result<Flow, Exit> {
+        const CANNOT: &str = "KVM's emulator does not execute this instruction here";
+        let Some(mut assistant) = self.assistant.take() else {
+            return Err(self.unsupported(bytes, CANNOT.to_owned()));
+        };
+        let access = &self.shared.access;
+        let executed = access.get(&self.fd).and_then(|before| {
+            let mut after = before.clone();
+            let done = assistant.execute(&mut after, io)?;
+            if matches!(done, Assisted::Done { .. }) {
+                access.set_changes(&self.fd, &before, &after)?;
+            }
+            log::debug!("kvm: assist at {:#x}: {bytes:02x?}", before.regs.rip);
+            Ok(done)
+        });
+        self.assistant = Some(assistant);
+        self.assists += 1;
+        match executed {
+            Ok(Assisted::Done { leave: true }) => Ok(Flow::Leave),
+            Ok(Assisted::Done { leave: false }) => Ok(Flow::Continue),
+            Ok(Assisted::TripleFault) => Err(Exit::TripleFault),
+            Ok(Assisted::Unsupported(reason)) => {
+                Err(self.unsupported(bytes, format!("{CANNOT}, nor does the software processor: {reason}")))
+            }
+            Err(err) => Err(self
+                .unsupported(bytes, format!("{CANNOT}, and the software processor cannot take over: {err}"))),
         }
     }
 
@@ -228,7 +266,7 @@ impl Vcpu for KvmVcpu {
     fn counters(&self) -> Counters {
         Counters {
             instructions: None,
-            assists: 0,
+            assists: self.assists,
             loans: 0,
             io_accesses: self.io_accesses,
             code_invalidations: 0,

@@ -5,6 +5,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use harrier_engine::assist::{Assistant, SoftwareEngine};
 use harrier_engine::{EngineError, GsiRoute, GuestRegion, Msi, Vcpu, Vm, VmConfig};
 use kvm_bindings::{
     CpuId, KVM_CAP_DISABLE_QUIRKS2, KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_CAP_SPLIT_IRQCHIP,
@@ -55,12 +56,13 @@ impl Shared {
 }
 
 /// A machine of the KVM engine.
-#[derive(Debug)]
 pub(crate) struct KvmVm {
     shared: Arc<Shared>,
     config: VmConfig,
     supported: CpuId,
     tsc_khz: u32,
+    /// Who finishes what KVM cannot.
+    assistant: Option<Box<dyn Assistant>>,
     /// vCPU 0, made together with the machine: some things only a vCPU can be asked.
     boot_vcpu: Mutex<Option<VcpuFd>>,
 }
@@ -70,7 +72,12 @@ fn enable(vm: &VmFd, cap: u32, argument: u64) -> Result<(), errno::Error> {
 }
 
 impl KvmVm {
-    pub(crate) fn new(host: &Host, config: &VmConfig, supported: CpuId) -> Result<KvmVm, EngineError> {
+    pub(crate) fn new(
+        host: &Host,
+        config: &VmConfig,
+        supported: CpuId,
+        software: Option<&dyn SoftwareEngine>,
+    ) -> Result<KvmVm, EngineError> {
         kick::install_handler()?;
         let fd = host
             .create_vm()
@@ -93,6 +100,12 @@ impl KvmVm {
         let tsc_khz = choose_tsc(&boot_vcpu, config.tsc_khz)?;
         let run_page_bytes = host.kvm.get_vcpu_mmap_size().map_err(refused("ask for the size of kvm_run"))?;
         let access = StateAccess::new(&supported, &fd, &boot_vcpu, tsc_khz)?;
+        let assistant = match software {
+            Some(software) => {
+                Some(software.create_assistant(&VmConfig { tsc_khz: Some(tsc_khz), ..config.clone() })?)
+            }
+            None => None,
+        };
         let slots = Slots::new(fd_slots(&fd), fd.check_extension(Cap::ReadonlyMem));
         Ok(KvmVm {
             shared: Arc::new(Shared {
@@ -105,6 +118,7 @@ impl KvmVm {
             config: config.clone(),
             supported,
             tsc_khz,
+            assistant,
             boot_vcpu: Mutex::new(Some(boot_vcpu)),
         })
     }
@@ -134,11 +148,15 @@ fn choose_tsc(vcpu: &VcpuFd, wanted: Option<u32>) -> Result<u32, EngineError> {
 
 impl Vm for KvmVm {
     fn map_memory(&self, region: Arc<GuestRegion>, read_only: bool) -> Result<(), EngineError> {
+        if let Some(assistant) = &self.assistant {
+            assistant.map_memory(Arc::clone(&region), read_only)?;
+        }
         self.shared.slots().map(&self.shared.fd, region, read_only)
     }
 
     fn unmap_memory(&self, gpa: u64) -> Result<(), EngineError> {
-        self.shared.slots().unmap(&self.shared.fd, gpa)
+        self.shared.slots().unmap(&self.shared.fd, gpa)?;
+        self.assistant.as_ref().map_or(Ok(()), |assistant| assistant.unmap_memory(gpa))
     }
 
     fn sync_dirty_pages(&self) -> Result<(), EngineError> {
@@ -167,7 +185,11 @@ impl Vm for KvmVm {
         };
         let cpuid = cpuid::for_vcpu(&self.supported, &self.config, index, self.tsc_khz)?;
         fd.set_cpuid2(&cpuid).map_err(refused("set the CPUID of a vCPU"))?;
-        Ok(Box::new(KvmVcpu::new(Arc::clone(&self.shared), fd, index)?))
+        let assistant = match &self.assistant {
+            Some(assistant) => Some(assistant.create_vcpu(index)?),
+            None => None,
+        };
+        Ok(Box::new(KvmVcpu::new(Arc::clone(&self.shared), fd, index, assistant)?))
     }
 
     fn send_msi(&self, msi: Msi) -> Result<(), EngineError> {

@@ -2,9 +2,11 @@
 
 use std::sync::Arc;
 
-use harrier_engine::user_mode::{LendingEngine, UserMode};
+use harrier_engine::assist::{Assistant, SoftwareEngine};
+use harrier_engine::user_mode::UserMode;
 use harrier_engine::{CpuModel, Engine, EngineError, Probe, Vm, VmConfig};
 
+use crate::assist::SoftAssistant;
 use crate::native::thunk;
 use crate::vm::SoftVm;
 
@@ -15,9 +17,21 @@ const NO_THUNKS: &str = "floating-point and vector instructions need executable 
 #[derive(Debug, Default, Clone, Copy)]
 pub struct SoftEngine;
 
-impl LendingEngine for SoftEngine {
+impl SoftwareEngine for SoftEngine {
     fn cpu_models(&self) -> Vec<CpuModel> {
         crate::cpuid::supported_models()
+    }
+
+    fn create_assistant(&self, config: &VmConfig) -> Result<Box<dyn Assistant>, EngineError> {
+        let offered = crate::cpuid::supported_models();
+        // A processor that is the host's own is served as far as the best model goes.
+        let cpu_model = match config.cpu_model {
+            CpuModel::Host => offered.into_iter().max().unwrap_or(CpuModel::V1),
+            model => model,
+        };
+        let config = VmConfig { cpu_model, ..config.clone() };
+        check(&config)?;
+        Ok(Box::new(SoftAssistant::new(&config)))
     }
 
     fn create_lending_vm(

@@ -4,6 +4,7 @@
 //! - [`exec`]: what the operations do, one file a topic.
 //! - [`mmu`]: paging, look-aside buffers, the way to guest memory.
 //! - [`exception`], [`interrupt`], [`lapic`]: what interrupts the straight line.
+//! - [`assist`]: single instructions for another engine.
 //! - [`lend`]: user code on the host's processor, where somebody offers that.
 //! - [`vcpu`]: the dispatcher, and the engine seam's [`harrier_engine::Vcpu`].
 //! - [`native`], [`io_slot`], parts of [`mmu`] and [`fpu`]: the modules with `unsafe`.
@@ -12,6 +13,7 @@
 //! Several vCPUs run on a thread each: guest and host have the same memory model, LOCK is the host's LOCK, and
 //! both cores of a host can work for one guest.
 
+mod assist;
 mod clock;
 mod cpu;
 mod cpuid;

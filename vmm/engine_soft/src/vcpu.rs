@@ -80,6 +80,38 @@ impl SoftVcpu {
         }
     }
 
+    /// Executes one instruction and delivers its fault, if it has one. Some(exit): it could not, or has to leave.
+    pub(crate) fn run_one(&mut self, io: &mut dyn Io) -> Option<Exit> {
+        self.lend_io(io, |vcpu| {
+            vcpu.cpu.alone = true;
+            vcpu.cpu.attention = true;
+            if let Some(exit) = vcpu.attend() {
+                return Some(exit);
+            }
+            vcpu.step(true);
+            let cpu = &vcpu.cpu;
+            (cpu.unsupported.is_some() || cpu.triple_fault || cpu.leave).then(|| vcpu.leave())
+        })
+    }
+
+    /// Gives handlers the devices while `run` runs.
+    fn lend_io<T>(&mut self, io: &mut dyn Io, run: impl FnOnce(&mut SoftVcpu) -> T) -> T {
+        struct Loan<'a>(&'a mut SoftVcpu);
+        impl Drop for Loan<'_> {
+            fn drop(&mut self) {
+                self.0.cpu.io.leave();
+                self.0.cpu.fpu.settle();
+            }
+        }
+        self.cpu.io.enter(io);
+        let loan = Loan(self);
+        let result = run(loan.0);
+        // While nobody runs, every later write has to pass the log again.
+        loan.0.cpu.mmu.forget_writable();
+        loan.0.cpu.lent.forget();
+        result
+    }
+
     /// Runs one block, or one instruction when `single`.
     #[inline(always)]
     fn step(&mut self, single: bool) {
@@ -245,20 +277,7 @@ impl SoftVcpu {
 
 impl Vcpu for SoftVcpu {
     fn run(&mut self, io: &mut dyn Io) -> Exit {
-        struct Loan<'a>(&'a mut SoftVcpu);
-        impl Drop for Loan<'_> {
-            fn drop(&mut self) {
-                self.0.cpu.io.leave();
-                self.0.cpu.fpu.settle();
-            }
-        }
-        self.cpu.io.enter(io);
-        let loan = Loan(self);
-        let exit = loan.0.run_loop();
-        // While nobody runs, every later write has to pass the log again.
-        loan.0.cpu.mmu.forget_writable();
-        loan.0.cpu.lent.forget();
-        exit
+        self.lend_io(io, SoftVcpu::run_loop)
     }
 
     fn kicker(&self) -> Arc<dyn Kicker> {

@@ -205,6 +205,21 @@ impl SoftVm {
         Arc::clone(&self.shared)
     }
 
+    /// Creates the vCPU with this number.
+    pub(crate) fn vcpu(&self, index: u32) -> Result<SoftVcpu, EngineError> {
+        if index as usize >= self.shared.mailboxes.len() {
+            return Err(EngineError::State {
+                field: "vcpu index",
+                reason: format!("{index} is not below the machine's {} vCPUs", self.shared.mailboxes.len()),
+            });
+        }
+        let mut vcpu = SoftVcpu::new(Arc::clone(&self.shared), index);
+        if let Some(user_mode) = &self.shared.user_mode {
+            vcpu.lend_to(user_mode.create_processor(index)?);
+        }
+        Ok(vcpu)
+    }
+
     fn replace_map(&self, map: MemoryMap) {
         *self.shared.map.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(map);
         for mailbox in &self.shared.mailboxes {
@@ -261,17 +276,7 @@ impl Vm for SoftVm {
     }
 
     fn create_vcpu(&self, index: u32) -> Result<Box<dyn Vcpu>, EngineError> {
-        if index as usize >= self.shared.mailboxes.len() {
-            return Err(EngineError::State {
-                field: "vcpu index",
-                reason: format!("{index} is not below the machine's {} vCPUs", self.shared.mailboxes.len()),
-            });
-        }
-        let mut vcpu = SoftVcpu::new(Arc::clone(&self.shared), index);
-        if let Some(user_mode) = &self.shared.user_mode {
-            vcpu.lend_to(user_mode.create_processor(index)?);
-        }
-        Ok(Box::new(vcpu))
+        Ok(Box::new(self.vcpu(index)?))
     }
 
     fn send_msi(&self, msi: Msi) -> Result<(), EngineError> {

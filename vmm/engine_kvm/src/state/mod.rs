@@ -168,6 +168,57 @@ impl StateAccess {
         Ok(())
     }
 
+    /// Writes what differs between two states of a processor that stands still; its time goes on.
+    pub(crate) fn set_changes(
+        &self,
+        vcpu: &VcpuFd,
+        before: &CpuState,
+        after: &CpuState,
+    ) -> Result<(), EngineError> {
+        vcpu.set_regs(&segments::regs_to_kvm(&after.regs)).map_err(invalid("general registers"))?;
+        let changed: Vec<_> = after.msrs.iter().copied().filter(|msr| !before.msrs.contains(msr)).collect();
+        let apic_base = after.msrs.iter().find(|(index, _)| *index == msr::IA32_APIC_BASE);
+        if (&before.segments, &before.control) != (&after.segments, &after.control)
+            || changed.iter().any(|(index, _)| *index == msr::IA32_APIC_BASE)
+        {
+            let apic_base = apic_base.map_or(0, |&(_, value)| value);
+            let sregs = segments::sregs_to_kvm(&after.segments, &after.control, apic_base);
+            vcpu.set_sregs(&sregs).map_err(invalid("segment and control registers"))?;
+        }
+        if before.control.xcr0 != after.control.xcr0 {
+            let mut xcrs = kvm_xcrs { nr_xcrs: 1, ..Default::default() };
+            xcrs.xcrs[0].value = after.control.xcr0;
+            vcpu.set_xcrs(&xcrs).map_err(invalid("xcr0"))?;
+        }
+        if before.xsave != after.xsave {
+            self.xsave.set(vcpu, &after.xsave)?;
+        }
+        // The count of a timer that runs differs always.
+        let still = |state: &CpuState| {
+            let mut registers = state.lapic.registers;
+            registers[0x39] = 0;
+            registers
+        };
+        if still(before) != still(after) {
+            vcpu.set_lapic(&lapic::to_kvm(&after.lapic)).map_err(invalid("lapic"))?;
+        }
+        msrs::write(vcpu, &changed)?;
+        if (before.debug_addresses, before.dr6, before.dr7) != (after.debug_addresses, after.dr6, after.dr7) {
+            self.set_debug(vcpu, after)?;
+        }
+        vcpu.set_vcpu_events(&events::to_kvm(&after.events)).map_err(invalid("events"))?;
+        if before.mp_state != after.mp_state {
+            vcpu.set_mp_state(events::mp_state_to_kvm(after.mp_state)).map_err(invalid("mp_state"))?;
+        }
+        Ok(())
+    }
+
+    fn set_debug(&self, vcpu: &VcpuFd, state: &CpuState) -> Result<(), EngineError> {
+        let debug =
+            kvm_debugregs { db: state.debug_addresses, dr6: state.dr6, dr7: state.dr7, ..Default::default() };
+        vcpu.set_debug_regs(&debug).map_err(invalid("debug registers"))
+    }
+
     /// Sets the TSC where KVM lets us, and the deadline in whatever TSC there is then.
     fn set_time(&self, vcpu: &VcpuFd, state: &CpuState, deadline: u64) -> Result<(), EngineError> {
         let wanted = state.tsc.value;
