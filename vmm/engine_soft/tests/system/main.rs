@@ -6,4 +6,5 @@ mod apic;
 mod clock;
 mod exceptions;
 mod machine;
+mod paging;
 mod state;
