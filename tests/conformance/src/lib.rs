@@ -144,8 +144,10 @@ pub fn run(
     command_line: &str,
     deadline: Duration,
 ) -> Result<Outcome, Box<dyn std::error::Error>> {
-    let config =
-        MachineConfig { vcpu_count: guest.cpus, memory_bytes: MEMORY_BYTES, cpu_model: CpuModel::V2 };
+    // There are KVMs that offer less than v2.
+    let offered = engine.cpu_models();
+    let cpu_model = offered.into_iter().filter(|model| *model <= CpuModel::V2).max().unwrap_or(CpuModel::V2);
+    let config = MachineConfig { vcpu_count: guest.cpus, memory_bytes: MEMORY_BYTES, cpu_model };
     let mut builder = MachineBuilder::new(engine, &config)?;
     let said = Collector::default();
     builder.add_platform_devices()?;
