@@ -241,3 +241,89 @@ impl UserMemory for Lens<'_> {
         Some(UserPage { gpa, writable, executable, cpuid: cpu.lent.cpuid.contains(&gpa) })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use harrier_engine::Kicker;
+
+    use super::*;
+    use crate::testing::{flat_vcpu, memory};
+
+    /// Adds 1 to RAX and meets a system call.
+    struct Borrower;
+
+    struct Nobody;
+
+    impl Kicker for Nobody {
+        fn kick(&self) {}
+    }
+
+    impl UserProcessor for Borrower {
+        fn run(
+            &mut self,
+            registers: &mut UserRegisters,
+            _memory: &mut dyn UserMemory,
+            _limit: Option<Duration>,
+        ) -> UserExit {
+            registers.gpr[0] += 1;
+            registers.xsave[160] = 0x77;
+            registers.xsave[512] = 2;
+            UserExit::Software
+        }
+        fn forget_translations(&mut self) {}
+        fn kicker(&self) -> Arc<dyn Kicker> {
+            Arc::new(Nobody)
+        }
+    }
+
+    fn lending() -> Lending {
+        Lending::new(Box::new(Borrower))
+    }
+
+    #[test]
+    fn a_loan_takes_the_registers_there_and_back() {
+        let mut vcpu = flat_vcpu(memory(0x10_0000, 1 << 20));
+        let cpu = vcpu.cpu();
+        cpu.regs[0] = 41;
+        cpu.rip = 0x10_0000;
+        let mut lending = lending();
+        lending.lend(cpu).unwrap();
+        assert_eq!((cpu.regs[0], cpu.rip, lending.loans()), (42, 0x10_0000, 1));
+        assert_eq!(cpu.fpu.xmm(0)[0], 0x77);
+    }
+
+    #[test]
+    fn kernel_mode_is_never_lent() {
+        let mut vcpu = flat_vcpu(memory(0x10_0000, 1 << 20));
+        assert!(!lending().wants(vcpu.cpu(), true));
+    }
+
+    #[test]
+    fn short_loans_are_tried_ever_more_rarely_and_a_long_one_makes_up_for_it() {
+        let mut lending = lending();
+        for round in 1..=SHORT_IN_A_ROW {
+            lending.learn(Duration::from_micros(10), &UserExit::Software);
+            assert_eq!(lending.rest > 0, round == SHORT_IN_A_ROW);
+        }
+        let first = lending.rest;
+        lending.learn(Duration::from_micros(10), &UserExit::Software);
+        assert_eq!(lending.rest, first * 2);
+        for _ in 0..20 {
+            lending.learn(Duration::from_micros(10), &UserExit::Software);
+        }
+        assert_eq!(lending.rest, LONGEST_REST);
+        assert!(!lending.hot);
+        lending.learn(LONG, &UserExit::Interrupted);
+        assert!(lending.hot && !lending.refused);
+    }
+
+    #[test]
+    fn a_page_that_gets_code_is_taken_from_the_borrower() {
+        let mut lent = LentPages::default();
+        lent.writable.insert(0x5000);
+        assert!(!lent.protect(0x6000) && !lent.stale);
+        assert!(lent.protect(0x5123) && lent.stale);
+        lent.forgotten();
+        assert!(!lent.protect(0x5000) && !lent.stale);
+    }
+}
