@@ -2,8 +2,10 @@
 
 use crate::machine::*;
 
-/// Where the upper half has one page of code.
+/// Where the upper half has one page of code, and where the code is in it: away from what the dispatcher's cache
+/// could confuse with the code at [`CODE`].
 const HIGH: u64 = 0xffff_8000_0000_0000;
+const OFFSET: u64 = 0x345;
 /// `add ebx, 1; ret` and `add ebx, 0x100; ret`.
 const FIRST: u64 = 0x14000;
 const SECOND: u64 = 0x15000;
@@ -23,15 +25,15 @@ fn map_high(machine: &Machine, root: u64, tables: u64, page: u64, bits: u64) -> 
 fn machine_with_pages(bits: u64) -> (Machine, Box<dyn harrier_engine::Vcpu>, u64) {
     let machine = Machine::new(1);
     let mut vcpu = machine.long_mode(0);
-    machine.write(FIRST, &[0x83, 0xc3, 0x01, 0xc3]);
-    machine.write(SECOND, &[0x81, 0xc3, 0x00, 0x01, 0x00, 0x00, 0xc3]);
+    machine.write(FIRST + OFFSET, &[0x83, 0xc3, 0x01, 0xc3]);
+    machine.write(SECOND + OFFSET, &[0x81, 0xc3, 0x00, 0x01, 0x00, 0x00, 0xc3]);
     let root = vcpu.state().unwrap().control.cr3;
     let entry = map_high(&machine, root, 0x20000, FIRST, bits);
     let low: [u64; 1] = machine.read(root);
     machine.write_u64(OTHER_ROOT, low[0]);
     map_high(&machine, OTHER_ROOT, 0x25000, SECOND, 0);
     edit(&mut *vcpu, |state| {
-        state.regs.gpr[0] = HIGH;
+        state.regs.gpr[0] = HIGH + OFFSET;
         state.regs.gpr[1] = OTHER_ROOT;
         state.regs.gpr[3] = 0;
         state.regs.gpr[6] = entry;
@@ -68,7 +70,7 @@ fn invlpg_inside_a_large_page_ends_the_translation_of_all_of_it() {
     // The upper half maps the first 2 MiB by a large page, later by a table.
     machine.write_u64(0x21000, 0x83);
     edit(&mut *vcpu, |state| {
-        state.regs.gpr[0] = HIGH + FIRST;
+        state.regs.gpr[0] = HIGH + FIRST + OFFSET;
         state.regs.gpr[6] = 0x21000;
         state.regs.gpr[7] = 0x22003;
         state.regs.gpr[2] = HIGH + 0x1f_0000;
