@@ -8,3 +8,4 @@ mod exceptions;
 mod machine;
 mod paging;
 mod state;
+mod tasks;
