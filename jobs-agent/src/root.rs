@@ -43,10 +43,12 @@ pub(crate) enum RootError {
     Unknown { device: PathBuf },
     #[error("the guest kernel has no {0}: build it in, or list its module in the initramfs")]
     NoFileSystem(&'static str),
-    #[error("cannot mount the root disk as {kind}: {reason}; check the image with fsck")]
+    #[error("cannot mount the root disk as {kind} ({reason}): check the image, or make it again")]
     Mount { kind: &'static str, reason: &'static str },
     #[error("cannot {step} for the root file system: {reason}")]
     Step { step: &'static str, reason: String },
+    #[error("cannot {step}, the root file system is damaged ({reason}): check the image, or make it again")]
+    Damaged { step: &'static str, reason: String },
     #[error("this machine's root file system is already another one")]
     Taken,
     #[error("this machine's root file system could not be mounted before")]
@@ -124,6 +126,10 @@ fn switch(serial: &[u8]) -> Result<Option<String>, RootError> {
 }
 
 fn step(step: &'static str, error: io::Error) -> RootError {
+    let damage = [Errno::EBADMSG, Errno::EUCLEAN, Errno::EIO];
+    if error.raw_os_error().is_some_and(|code| damage.contains(&Errno::from_raw(code))) {
+        return RootError::Damaged { step, reason: error.to_string() };
+    }
     RootError::Step { step, reason: error.to_string() }
 }
 

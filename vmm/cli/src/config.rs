@@ -213,6 +213,9 @@ fn parse_command(
                 (name, value.get(1..).unwrap_or_default().to_vec())
             }
             None => {
+                if text.is_empty() {
+                    return Err(ConfigError::EnvName(lossy(text)));
+                }
                 let value = host_env(text).ok_or_else(|| ConfigError::EnvNotSet(lossy(text)))?;
                 (bytes, value.into_vec())
             }
@@ -318,7 +321,7 @@ mod tests {
 
     #[test]
     fn every_bad_value_is_named_with_its_remedy() {
-        let cases: [(&[&str], &str); 20] = [
+        let cases: [(&[&str], &str); 21] = [
             (&[], "nothing to run: give a command after '--', or a kernel with --kernel"),
             (&["--engine", "xen", "x"], "unknown engine 'xen': use auto, kvm or soft"),
             (&["--cpus", "0", "x"], "--cpus '0' is not a number of cpus: give 1 to 255"),
@@ -340,6 +343,7 @@ mod tests {
             (&["--timeout", "0", "x"], "--timeout: a time of '0' leaves no time to run: give more"),
             (&["--cpu-model", "486", "x"], "--cpu-model: unknown cpu model '486': use v1, v2, v3 or host"),
             (&["--env", "=v", "x"], "--env '=v' has no name: write NAME=VALUE"),
+            (&["--env", "", "x"], "--env '' has no name: write NAME=VALUE"),
             (&["--env", "UNSET", "x"], "--env 'UNSET' is not set here: write UNSET=VALUE"),
             (&["--workdir", "tmp", "x"], "--workdir 'tmp' is not an absolute path: start it with /"),
             (&["--disk", ":ro", "x"], "--disk ':ro' names no file: write PATH or PATH:ro"),

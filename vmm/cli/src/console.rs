@@ -46,8 +46,12 @@ pub(crate) struct ConsoleSink {
 impl Write for ConsoleSink {
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
         self.tail.push(data);
-        if let Some(file) = &mut self.file {
-            file.write_all(data)?;
+        if let Some(file) = &mut self.file
+            && let Err(err) = file.write_all(data)
+        {
+            // The guest and the terminal go on without it.
+            log::error!("--console: {err}: the rest of the console is not in the file");
+            self.file = None;
         }
         if let Some(stream) = &mut self.stream {
             stream.write_all(data)?;
@@ -73,6 +77,17 @@ mod tests {
         assert_eq!(tail.reason().as_deref(), Some("no init found"));
         sink.write_all(b"[    0.5] Kernel panic - not syncing: No working init\r\nmore\r\n").unwrap();
         assert_eq!(tail.reason().as_deref(), Some("Kernel panic - not syncing: No working init"));
+    }
+
+    #[test]
+    fn a_full_file_costs_neither_the_tail_nor_the_guest() {
+        let tail = ConsoleTail::default();
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        let mut sink = ConsoleSink { file: Some(full), stream: None, tail: tail.clone() };
+        sink.write_all(b"first\n").unwrap();
+        sink.write_all(b"Kernel panic - not syncing: last\n").unwrap();
+        assert!(sink.file.is_none());
+        assert_eq!(tail.reason().as_deref(), Some("Kernel panic - not syncing: last"));
     }
 
     #[test]

@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::time::Instant;
 
@@ -136,7 +137,19 @@ fn open_initrd(path: &Path) -> Result<FileImage, InitrdError> {
 }
 
 fn create_console_file(path: &Path) -> Result<File, Failure> {
-    File::create(path).map_err(|err| {
+    // Opening a pipe that nobody reads would wait for ever; this way it is an error.
+    let opened = File::options()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)
+        .and_then(|file| {
+            let flags = rustix::fs::fcntl_getfl(&file)?;
+            rustix::fs::fcntl_setfl(&file, flags - rustix::fs::OFlags::NONBLOCK)?;
+            Ok(file)
+        });
+    opened.map_err(|err| {
         Failure::new(format!("--console '{}' cannot be written ({err}): give another file", path.display()))
     })
 }
@@ -201,4 +214,26 @@ pub(crate) fn ended(report: &RunReport, console: &ConsoleTail) -> Failure {
         message = format!("{message}: its console says '{reason}'");
     }
     Failure::new(message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_console_pipe_that_nobody_reads_is_an_error_and_not_a_wait() {
+        let folder = tempfile::tempdir().unwrap();
+        let pipe = folder.path().join("pipe");
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            &pipe,
+            rustix::fs::FileType::Fifo,
+            rustix::fs::Mode::from_raw_mode(0o600),
+            0,
+        )
+        .unwrap();
+        let refused = create_console_file(&pipe).unwrap_err();
+        assert!(refused.message.contains("cannot be written"), "{}", refused.message);
+        assert!(create_console_file(&folder.path().join("file")).is_ok());
+    }
 }

@@ -50,7 +50,7 @@ pub enum MemoryError {
         size: ByteSize,
     },
     /// Not a whole number of pages.
-    #[error("guest memory of {size} is not a multiple of 4K: round it to one")]
+    #[error("guest memory of {} bytes is not a multiple of 4K: round it to one", .size.0)]
     Misaligned {
         /// What was asked for.
         size: ByteSize,
