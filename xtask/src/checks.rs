@@ -27,9 +27,9 @@ pub(crate) fn run(cache: &Cache, root: &Path) -> Result<()> {
     }
     step(root, "lints", &["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"])?;
     if has_nextest() {
-        step(root, "tests", &["nextest", "run", "--workspace"])?;
-        // nextest leaves examples in documentation out.
+        // nextest leaves examples in documentation out. Its summary is the last thing that a reader sees.
         step(root, "documentation examples", &["test", "--quiet", "--workspace", "--doc"])?;
+        step(root, "tests", &["nextest", "run", "--workspace"])?;
     } else {
         step(root, "tests", &["test", "--quiet", "--workspace"])?;
     }
