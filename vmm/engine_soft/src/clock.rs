@@ -1,7 +1,8 @@
-//! Guest time: nanoseconds of the paravirtual clock and ticks of the TSC, both from the host's monotonic clock.
+//! Guest time: nanoseconds of the paravirtual clock and ticks of the TSC, both from one source.
 //!
-//! The TSC runs at 1 GHz unless the machine is told otherwise: then a tick is a nanosecond, needs no
-//! calibration, and is the same on every host.
+//! The source is the host's monotonic clock, and the TSC runs at 1 GHz unless the machine is told otherwise: then
+//! a tick is a nanosecond, needs no calibration, and is the same on every host. Where user code runs on the host's
+//! processor, which no offset reaches, the source is the host's TSC.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
