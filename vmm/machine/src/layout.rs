@@ -27,6 +27,8 @@ pub const BOOT_PARAMS: u64 = 0x7000;
 pub const BOOT_STACK: u64 = 0x8ff0;
 /// Page tables for the 64-bit entry: one PML4, one PDPT and four page directories.
 pub const BOOT_PAGE_TABLES: u64 = 0x9000;
+/// The seed for Linux's random numbers, behind the page tables.
+pub const RNG_SEED: u64 = 0xf000;
 /// Kernel command line.
 pub const COMMAND_LINE: u64 = 0x2_0000;
 /// Bytes that the command line may take, terminating zero included.

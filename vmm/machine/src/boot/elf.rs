@@ -66,6 +66,8 @@ pub(super) struct ElfPlan {
     pub(super) entry: u64,
     /// The 32-bit entry that the PVH note names; inside a segment.
     pub(super) pvh_entry: Option<u64>,
+    /// Whether a note says that this is Linux, whose header's entry is that of the 64-bit boot protocol.
+    pub(super) is_linux: bool,
     /// First address behind the last segment.
     pub(super) end: u64,
 }
@@ -109,13 +111,11 @@ pub(super) fn plan(image: &dyn Image, memory: &GuestMemory) -> Result<ElfPlan, K
         return Err(KernelError::NotAKernel { name: name(), what: "an ELF program, library or object file" });
     }
     let mut segments = Vec::new();
-    let mut pvh_entry = None;
+    let mut notes = Notes::default();
     for ph in &program_headers {
         match ph.kind {
             PT_LOAD if ph.memory_bytes != 0 => segments.push(check_segment(image, ph, memory)?),
-            PT_NOTE if header.class == Class::Elf64 && pvh_entry.is_none() => {
-                pvh_entry = find_pvh_note(image, ph)?;
-            }
+            PT_NOTE if header.class == Class::Elf64 => notes.add(read_notes(image, ph)?),
             _ => {}
         }
     }
@@ -128,12 +128,13 @@ pub(super) fn plan(image: &dyn Image, memory: &GuestMemory) -> Result<ElfPlan, K
     let Some(end) = segments.last().map(Segment::end) else {
         return Err(KernelError::NotAKernel { name: name(), what: "an ELF file without loadable segments" });
     };
+    let Notes { pvh_entry, is_linux } = notes;
     for entry in pvh_entry.into_iter().chain([header.entry]) {
         if !segments.iter().any(|segment| segment.contains(entry)) {
             return Err(KernelError::EntryOutside { name: name(), entry });
         }
     }
-    Ok(ElfPlan { class: header.class, segments, entry: header.entry, pvh_entry, end })
+    Ok(ElfPlan { class: header.class, segments, entry: header.entry, pvh_entry, is_linux, end })
 }
 
 /// Copies the segments of a checked file.
@@ -281,20 +282,38 @@ fn check_segment(
     })
 }
 
-fn find_pvh_note(image: &dyn Image, ph: &ProgramHeader) -> Result<Option<u64>, KernelError> {
+/// What the notes of a kernel say.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Notes {
+    pvh_entry: Option<u64>,
+    is_linux: bool,
+}
+
+impl Notes {
+    /// Adds what a further segment says; of two entries the first holds.
+    fn add(&mut self, other: Notes) {
+        self.pvh_entry = self.pvh_entry.or(other.pvh_entry);
+        self.is_linux |= other.is_linux;
+    }
+}
+
+fn read_notes(image: &dyn Image, ph: &ProgramHeader) -> Result<Notes, KernelError> {
     let end = ph.offset.checked_add(ph.file_bytes).ok_or_else(|| truncated(image, u64::MAX))?;
     if end > image.len_bytes() {
         return Err(truncated(image, end));
     }
-    let mut notes = vec![0; usize::try_from(ph.file_bytes.min(MAX_NOTE_BYTES)).unwrap_or(0)];
-    image::read(image, ph.offset, &mut notes)?;
-    Ok(parse_pvh_note(&notes, if ph.align == 8 { 8 } else { 4 }))
+    let mut bytes = vec![0; usize::try_from(ph.file_bytes.min(MAX_NOTE_BYTES)).unwrap_or(0)];
+    image::read(image, ph.offset, &mut bytes)?;
+    let mut notes = Notes::default();
+    parse_notes(&bytes, if ph.align == 8 { 8 } else { 4 }, &mut notes);
+    Ok(notes)
 }
 
-fn parse_pvh_note(notes: &[u8], align: usize) -> Option<u64> {
+/// Reads notes up to the end or to the first that is damaged (None either way).
+fn parse_notes(bytes: &[u8], align: usize, notes: &mut Notes) -> Option<()> {
     let word32 = |at: usize| {
-        let bytes = notes.get(at..at.checked_add(4)?)?;
-        Some(u32::from_le_bytes(bytes.try_into().ok()?))
+        let word = bytes.get(at..at.checked_add(4)?)?;
+        Some(u32::from_le_bytes(word.try_into().ok()?))
     };
     let mut at = 0usize;
     loop {
@@ -304,8 +323,12 @@ fn parse_pvh_note(notes: &[u8], align: usize) -> Option<u64> {
         let name_at = at + 12;
         let name_end = name_at.checked_add(name_len)?;
         let desc_at = name_end.checked_next_multiple_of(align)?;
-        if kind == NOTE_PHYS32_ENTRY && notes.get(name_at..name_end)? == b"Xen\0" && desc_len >= 4 {
-            return word32(desc_at).map(u64::from);
+        match bytes.get(name_at..name_end)? {
+            b"Xen\0" if kind == NOTE_PHYS32_ENTRY && desc_len >= 4 => {
+                notes.add(Notes { pvh_entry: Some(word32(desc_at)?.into()), is_linux: false });
+            }
+            b"Linux\0" => notes.is_linux = true,
+            _ => {}
         }
         at = desc_at.checked_add(desc_len)?.checked_next_multiple_of(align)?;
     }
@@ -372,6 +395,17 @@ pub(crate) mod tests {
         }
         note.extend_from_slice(b"Xen\0");
         note.extend_from_slice(&entry.to_le_bytes());
+        note
+    }
+
+    /// What `BUILD_SALT` of Linux's include/linux/build-salt.h makes.
+    pub(crate) fn linux_note() -> Vec<u8> {
+        let mut note = Vec::new();
+        for word in [6u32, 1, 0x100] {
+            note.extend_from_slice(&word.to_le_bytes());
+        }
+        note.extend_from_slice(b"Linux\0\0\0");
+        note.extend_from_slice(&[0; 4]);
         note
     }
 
@@ -445,9 +479,16 @@ pub(crate) mod tests {
 
     #[test]
     fn hostile_notes_end_the_search() {
-        assert_eq!(parse_pvh_note(&pvh_note(7), 4), Some(7));
-        assert_eq!(parse_pvh_note(&[0xff; 64], 4), None);
-        assert_eq!(parse_pvh_note(&[0; 4096], 8), None);
-        assert_eq!(parse_pvh_note(&[], 4), None);
+        let parse = |bytes: &[u8], align| {
+            let mut notes = Notes::default();
+            parse_notes(bytes, align, &mut notes);
+            notes
+        };
+        assert_eq!(parse(&pvh_note(7), 4), Notes { pvh_entry: Some(7), is_linux: false });
+        let both = [pvh_note(7), linux_note(), pvh_note(8), vec![0xff; 16]].concat();
+        assert_eq!(parse(&both, 4), Notes { pvh_entry: Some(7), is_linux: true });
+        assert_eq!(parse(&[0xff; 64], 4), Notes::default());
+        assert_eq!(parse(&[0; 4096], 8), Notes::default());
+        assert_eq!(parse(&[], 4), Notes::default());
     }
 }

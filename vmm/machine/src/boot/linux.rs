@@ -3,12 +3,13 @@
 
 use harrier_engine::GuestMemory;
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
+use rustix::rand::{GetRandomFlags, getrandom};
 use vm_memory::ByteValued;
 
 use super::initrd::Ramdisk;
 use super::memory_map::memory_map;
 use super::{Entry, KernelError, write};
-use crate::layout::{ACPI_START, BOOT_PAGE_TABLES, BOOT_PARAMS, COMMAND_LINE};
+use crate::layout::{ACPI_START, BOOT_PAGE_TABLES, BOOT_PARAMS, COMMAND_LINE, RNG_SEED};
 
 /// Longest command line of an x86 kernel whose file does not say (COMMAND_LINE_SIZE without the zero).
 pub(super) const COMMAND_LINE_BYTES: u64 = 2047;
@@ -19,6 +20,12 @@ const LOADER_UNDEFINED: u8 = 0xff;
 const PAGE_PRESENT_WRITABLE: u64 = 3;
 const PAGE_LARGE: u64 = 1 << 7;
 const ENTRIES: u64 = 512;
+/// Boot protocol version that has `setup_data`.
+const SETUP_DATA_VERSION: u16 = 0x0209;
+/// `SETUP_RNG_SEED` of Linux's `asm/bootparam.h`, since 6.0. Earlier kernels skip what they do not know.
+const SETUP_RNG_SEED: u32 = 9;
+/// As many bits as the kernel's generator wants before it is ready.
+const SEED_BYTES: usize = 32;
 
 /// Writes the zero page; `header` is the kernel file's own setup header, where it has one.
 pub(super) fn write_boot_params(
@@ -42,6 +49,9 @@ pub(super) fn write_boot_params(
     params.hdr.cmdline_size = u32::try_from(command_line.len()).unwrap_or(u32::MAX);
     // Pointers that only a loader may set; a file's own would send the kernel anywhere.
     params.hdr.setup_data = 0;
+    if params.hdr.version >= SETUP_DATA_VERSION && write_seed(memory)? {
+        params.hdr.setup_data = RNG_SEED;
+    }
     if let Some(ramdisk) = ramdisk {
         params.hdr.ramdisk_image = ramdisk.gpa as u32;
         params.hdr.ramdisk_size = ramdisk.len_bytes as u32;
@@ -59,6 +69,22 @@ pub(super) fn write_boot_params(
     params.e820_table = table;
     params.e820_entries = map.len().min(table.len()) as u8;
     write(memory, BOOT_PARAMS, "the boot parameters", params.as_slice())
+}
+
+/// Writes a seed for the kernel's random numbers: a `struct setup_data`, the last of its list. Without one a kernel on a
+/// processor without RDRAND hashes what little it has anew for each number. False if the host has none to give.
+fn write_seed(memory: &GuestMemory) -> Result<bool, KernelError> {
+    let mut seed = [0; SEED_BYTES];
+    if !matches!(getrandom(&mut seed, GetRandomFlags::NONBLOCK), Ok(SEED_BYTES)) {
+        return Ok(false);
+    }
+    let mut bytes = Vec::new();
+    bytes.extend_from_slice(&0u64.to_le_bytes());
+    bytes.extend_from_slice(&SETUP_RNG_SEED.to_le_bytes());
+    bytes.extend_from_slice(&(SEED_BYTES as u32).to_le_bytes());
+    bytes.extend_from_slice(&seed);
+    write(memory, RNG_SEED, "the seed for random numbers", &bytes)?;
+    Ok(true)
 }
 
 /// Writes page tables that map the first 4 GiB to themselves and returns the state for the 64-bit entry.
@@ -106,11 +132,28 @@ mod tests {
         write_boot_params(Some(&own), Some(ramdisk), "quiet", &memory).unwrap();
         let params: boot_params = memory.read_obj(GuestAddress(BOOT_PARAMS)).unwrap();
         assert_eq!({ params.hdr.version }, 0x020d);
-        assert_eq!({ params.hdr.setup_data }, 0);
+        assert_eq!({ params.hdr.setup_data }, RNG_SEED, "not the file's own");
         assert_eq!(({ params.hdr.ramdisk_image }, { params.hdr.ramdisk_size }), (0x300_0000, 0x1234));
         assert_eq!(({ params.hdr.cmd_line_ptr }, { params.hdr.cmdline_size }), (0x2_0000, 5));
         assert_eq!({ params.acpi_rsdp_addr }, 0xe_0000);
         assert_eq!(params.e820_entries, 4);
+    }
+
+    #[test]
+    fn each_machine_gets_a_seed_of_its_own() {
+        let seed = |version| {
+            let memory = memory();
+            write_boot_params(Some(&setup_header { version, ..Default::default() }), None, "", &memory)
+                .unwrap();
+            let params: boot_params = memory.read_obj(GuestAddress(BOOT_PARAMS)).unwrap();
+            let mut bytes = vec![0; 16 + SEED_BYTES];
+            memory.read_slice(&mut bytes, GuestAddress(RNG_SEED)).unwrap();
+            (params.hdr.setup_data != 0).then_some(bytes)
+        };
+        let (first, second) = (seed(0x020f).unwrap(), seed(0x0209).unwrap());
+        assert_eq!(first[..16], [0, 0, 0, 0, 0, 0, 0, 0, 9, 0, 0, 0, 32, 0, 0, 0]);
+        assert_ne!(first[16..], second[16..]);
+        assert_eq!(seed(0x0208), None, "the protocol has no place for it");
     }
 
     #[test]

@@ -28,7 +28,8 @@ use crate::memory::ByteSize;
 /// Which entry of an ELF kernel is used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum ElfEntry {
-    /// PVH where the kernel has the note, else the 64-bit Linux entry.
+    /// The 64-bit Linux entry, but PVH where the kernel has its note and none that says it is Linux: Linux takes a seed
+    /// for its random numbers by its own protocol only.
     #[default]
     Auto,
     /// The entry that the PVH note names, in 32-bit protected mode.
@@ -183,8 +184,9 @@ fn load_kernel(
         initrd.map(|image| initrd::load(image, plan.end, linux::INITRD_LIMIT, memory)).transpose()?;
     match (elf_entry, plan.pvh_entry) {
         (ElfEntry::Pvh, None) => Err(KernelError::NoPvhNote { name: name() }),
-        (ElfEntry::Pvh | ElfEntry::Auto, Some(entry)) => pvh::prepare(entry, ramdisk, memory),
-        (ElfEntry::Linux64, _) | (ElfEntry::Auto, None) => {
+        (ElfEntry::Auto, Some(entry)) if !plan.is_linux => pvh::prepare(entry, ramdisk, memory),
+        (ElfEntry::Pvh, Some(entry)) => pvh::prepare(entry, ramdisk, memory),
+        (ElfEntry::Linux64 | ElfEntry::Auto, _) => {
             linux::write_boot_params(None, ramdisk, command_line, memory)?;
             linux::entry(plan.entry, memory)
         }
@@ -314,9 +316,12 @@ mod tests {
             try_load(&elf, None, "").unwrap(),
             Entry::Protected32 { eip: 0x100_0010, eax: 0, ebx: layout::START_INFO as u32 }
         );
+        let linux = [note, elf::tests::linux_note()].concat();
+        let linux = elf::tests::elf64(0x100_0000, &[(4, 0, &linux, 0), (1, 0x100_0000, &[0xf4; 32], 32)]);
         let elf = elf::tests::elf64(0x100_0000, &[(1, 0x100_0000, &[0xf4; 32], 32)]);
         let long = |rip| Entry::Long64 { rip, rsi: layout::BOOT_PARAMS };
         assert_eq!(try_load(&elf, None, "").unwrap(), long(0x100_0000));
+        assert_eq!(try_load(&linux, None, "").unwrap(), long(0x100_0000));
         assert_eq!(try_load(&bzimage::tests::bzimage(|_| {}), None, "").unwrap(), long(0x10_0200));
     }
 
