@@ -75,8 +75,9 @@
 #define HARRIER_CHANNELS 256
 #define HARRIER_CONSOLE_MAX 65536 /* bytes */
 #define HARRIER_MEM_RELEASE_MAX_RANGES 512
+#define HARRIER_MEM_RELEASE_MAX_BYTES 268435456 /* in one call */
 #define HARRIER_MARKS_MAX 256
-#define HARRIER_PARK_NO_DEADLINE 0xffffffffffffffffULL
+#define HARRIER_PARK_NO_TIMEOUT 0xffffffffffffffffULL
 #define HARRIER_EXIT_CODE_MAX 255
 
 /* Phases of MARK */
@@ -332,17 +333,6 @@ struct harrier_mark_args {
 _Static_assert(sizeof(struct harrier_mark_args) == 48, "layout of MarkArgs");
 
 /*
- * When the host was told.
- */
-struct harrier_mark_result {
-	/*
-	 * Guest time in nanoseconds.
-	 */
-	__u64 monotonic_ns;
-};
-_Static_assert(sizeof(struct harrier_mark_result) == 8, "layout of MarkResult");
-
-/*
  * The caller's TSC, which ties the clock page to guest time.
  */
 struct harrier_clock_args {
@@ -362,7 +352,7 @@ struct harrier_clock_result {
 	 */
 	__u64 clock_page;
 	/*
-	 * Guest time in nanoseconds.
+	 * Guest time at the TSC that the caller gave, in nanoseconds.
 	 */
 	__u64 monotonic_ns;
 	/*
@@ -377,11 +367,10 @@ _Static_assert(sizeof(struct harrier_clock_result) == 24, "layout of ClockResult
  */
 struct harrier_park_args {
 	/*
-	 * Guest time in nanoseconds, as the clock page counts it, at which the
-	 * caller wants to be woken; all ones: never. A time that has passed wakes
-	 * at once.
+	 * Nanoseconds after which the caller wants to be woken; all ones: only an
+	 * interrupt is to wake it.
 	 */
-	__u64 deadline_ns;
+	__u64 timeout_ns;
 	/*
 	 * APIC id of the calling processor, where the waking interrupt goes.
 	 */
@@ -395,18 +384,7 @@ struct harrier_park_args {
 _Static_assert(sizeof(struct harrier_park_args) == 16, "layout of ParkArgs");
 
 /*
- * When the host was told.
- */
-struct harrier_park_result {
-	/*
-	 * Guest time in nanoseconds at which the wait began.
-	 */
-	__u64 monotonic_ns;
-};
-_Static_assert(sizeof(struct harrier_park_result) == 8, "layout of ParkResult");
-
-/*
- * Pages that the guest does not need.
+ * Pages that the guest does not need, at most 256 MiB in a call.
  */
 struct harrier_mem_release_args {
 	/*

@@ -103,10 +103,12 @@ pub mod features {
 pub const CONSOLE_MAX: u32 = 64 << 10;
 /// Most ranges in the list of a MEM_RELEASE call.
 pub const MEM_RELEASE_MAX_RANGES: u32 = 512;
+/// Most bytes that a MEM_RELEASE call releases.
+pub const MEM_RELEASE_MAX_BYTES: u64 = 256 << 20;
 /// Most marks that the host keeps.
 pub const MARKS_MAX: usize = 256;
-/// [`ParkArgs::deadline_ns`]: nothing is to wake the processor but an interrupt.
-pub const PARK_NO_DEADLINE: u64 = u64::MAX;
+/// [`ParkArgs::timeout_ns`]: nothing is to wake the processor but an interrupt.
+pub const PARK_NO_TIMEOUT: u64 = u64::MAX;
 /// Lowest [`ParkArgs::vector`] that is one: lower ones are the processor's exceptions.
 pub const PARK_FIRST_VECTOR: u32 = 32;
 /// Highest code of EXIT: it becomes the exit code of the host's program.
@@ -177,14 +179,6 @@ layout! {
 }
 
 layout! {
-    /// When the host was told.
-    pub struct MarkResult {
-        /// Guest time in nanoseconds.
-        pub monotonic_ns: u64,
-    }
-}
-
-layout! {
     /// The caller's TSC, which ties the clock page to guest time.
     pub struct ClockArgs {
         /// The TSC as the caller has read it directly before the call.
@@ -197,7 +191,7 @@ layout! {
     pub struct ClockResult {
         /// Guest-physical address of the clock page.
         pub clock_page: u64,
-        /// Guest time in nanoseconds.
+        /// Guest time at the TSC that the caller gave, in nanoseconds.
         pub monotonic_ns: u64,
         /// Nanoseconds since 1970-01-01 UTC.
         pub wall_ns: i64,
@@ -207,9 +201,8 @@ layout! {
 layout! {
     /// How long the caller has nothing to do.
     pub struct ParkArgs {
-        /// Guest time in nanoseconds, as the clock page counts it, at which the caller wants to be woken; all ones:
-        /// never. A time that has passed wakes at once.
-        pub deadline_ns: u64,
+        /// Nanoseconds after which the caller wants to be woken; all ones: only an interrupt is to wake it.
+        pub timeout_ns: u64,
         /// APIC id of the calling processor, where the waking interrupt goes.
         pub apic_id: u32,
         /// Vector of the waking interrupt, 32 to 255; 0: the guest has set a timer of its own, and the time is only
@@ -219,15 +212,7 @@ layout! {
 }
 
 layout! {
-    /// When the host was told.
-    pub struct ParkResult {
-        /// Guest time in nanoseconds at which the wait began.
-        pub monotonic_ns: u64,
-    }
-}
-
-layout! {
-    /// Pages that the guest does not need.
+    /// Pages that the guest does not need, at most 256 MiB in a call.
     pub struct MemReleaseArgs {
         /// Guest-physical address of the list, aligned to 8: `count` ranges in one piece.
         pub list_gpa: u64,
@@ -326,7 +311,7 @@ pub const CALLS: &[Call] = &[
         name: "MARK",
         doc: "Notes that a phase begins now. The host keeps the first 256 marks and shows their times.",
         args: Some(&MarkArgs::LAYOUT),
-        result: Some(&MarkResult::LAYOUT),
+        result: None,
         errors: &[Status::BadArgument, Status::Full],
         feature: features::MARK,
         cost: "a reading of the host's clock",
@@ -348,11 +333,11 @@ pub const CALLS: &[Call] = &[
     Call {
         number: number::PARK,
         name: "PARK",
-        doc: "Waits, as HLT does, until an interrupt is pending for the caller, and has one sent at the deadline. \
+        doc: "Waits, as HLT does, until an interrupt is pending for the caller, and has one sent after a time. \
               Interrupts must be enabled, by an STI directly before the doorbell's OUT if none may be missed. The \
-              result is written before the wait.",
+              status is written before the wait. The next PARK with a vector replaces the time of the last one.",
         args: Some(&ParkArgs::LAYOUT),
-        result: Some(&ParkResult::LAYOUT),
+        result: None,
         errors: &[Status::BadArgument],
         feature: features::PARK,
         cost: "setting a timer of the host, if there is a vector",

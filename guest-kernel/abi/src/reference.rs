@@ -61,8 +61,9 @@ pub fn c_header(out: &mut dyn Write) -> fmt::Result {
     group.define("CHANNELS", block::CHANNELS.into(), "")?;
     group.define("CONSOLE_MAX", calls::CONSOLE_MAX.into(), "bytes")?;
     group.define("MEM_RELEASE_MAX_RANGES", calls::MEM_RELEASE_MAX_RANGES.into(), "")?;
+    group.define("MEM_RELEASE_MAX_BYTES", calls::MEM_RELEASE_MAX_BYTES, "in one call")?;
     group.define("MARKS_MAX", calls::MARKS_MAX as u64, "")?;
-    writeln!(group.out, "#define HARRIER_PARK_NO_DEADLINE {:#x}ULL", calls::PARK_NO_DEADLINE)?;
+    writeln!(group.out, "#define HARRIER_PARK_NO_TIMEOUT {:#x}ULL", calls::PARK_NO_TIMEOUT)?;
     group.define("EXIT_CODE_MAX", calls::EXIT_CODE_MAX.into(), "")?;
     group.next("Phases of MARK")?;
     for (phase, name, doc) in PHASES {
