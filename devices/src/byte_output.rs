@@ -70,6 +70,40 @@ impl ByteOutput {
         true
     }
 
+    /// Adds as many of `bytes` as there is room for, at most after waiting for room for `wait`, and answers their
+    /// number. After fewer than all the writer tells when there is room.
+    pub fn push_slice(&self, bytes: &[u8], wait: Duration) -> usize {
+        let mut state = self.lock();
+        let mut taken = 0;
+        let begin = Instant::now();
+        loop {
+            if state.failure.is_some() || state.ended {
+                return bytes.len();
+            }
+            let rest = bytes.get(taken..).unwrap_or_default();
+            let room = self.shared.capacity.saturating_sub(state.bytes.len()).min(rest.len());
+            let piece = rest.get(..room).unwrap_or_default();
+            if !piece.is_empty() {
+                let was_empty = state.bytes.is_empty();
+                state.bytes.extend(piece);
+                taken += room;
+                if was_empty || piece.contains(&b'\n') {
+                    self.shared.changed.notify_all();
+                }
+            }
+            if taken == bytes.len() {
+                return taken;
+            }
+            state.room_wanted = true;
+            let left = wait.saturating_sub(begin.elapsed());
+            if left.is_zero() {
+                return taken;
+            }
+            self.shared.changed.notify_all();
+            state = self.shared.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
     /// Whether a byte would be accepted now; if not, the writer tells when there is room again.
     pub fn has_room(&self) -> bool {
         let mut state = self.lock();
@@ -124,6 +158,7 @@ impl ByteOutput {
             let room_wanted = std::mem::take(&mut state.room_wanted);
             drop(state);
             if room_wanted {
+                self.shared.changed.notify_all();
                 on_room();
             }
             if let Err(error) = sink.write_all(&chunk).and_then(|()| sink.flush()) {
@@ -134,6 +169,7 @@ impl ByteOutput {
                 let room_wanted = std::mem::take(&mut state.room_wanted);
                 drop(state);
                 if room_wanted {
+                    self.shared.changed.notify_all();
                     on_room();
                 }
                 break;
@@ -217,6 +253,35 @@ mod tests {
         assert!(expected.iter().all(|&byte| output.push(byte)));
         assert!(writer.finish(Duration::from_secs(60)));
         assert_eq!(*seen.lock().unwrap(), expected);
+    }
+
+    #[test]
+    fn a_slice_is_taken_as_far_as_there_is_room() {
+        let output = ByteOutput::new(4);
+        assert_eq!(output.push_slice(b"abcdef", Duration::ZERO), 4);
+        assert_eq!(output.push_slice(b"ef", Duration::from_millis(1)), 0);
+        assert_eq!(output.take(), b"abcd");
+        assert_eq!(output.push_slice(b"ef", Duration::ZERO), 2);
+        assert!(output.push(b'g'));
+        assert_eq!(output.take(), b"efg", "single bytes and slices share one queue");
+    }
+
+    #[test]
+    fn slices_longer_than_the_queue_arrive_whole_when_their_owner_waits() {
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let output = ByteOutput::new(16);
+        let writer = output.start_writer(Box::new(Collector(seen.clone())), Box::new(|| ())).unwrap();
+        let expected: Vec<u8> = (0..10_000u32).map(|i| (i % 251) as u8).collect();
+        for piece in expected.chunks(100) {
+            assert_eq!(output.push_slice(piece, Duration::from_secs(60)), piece.len());
+        }
+        assert!(writer.finish(Duration::from_secs(60)));
+        assert_eq!(*seen.lock().unwrap(), expected);
+        assert_eq!(
+            output.push_slice(b"late", Duration::from_secs(60)),
+            4,
+            "nobody waits for a writer that ended"
+        );
     }
 
     #[test]

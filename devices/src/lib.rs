@@ -5,6 +5,7 @@
 //! - [`ioapic`]: the interrupt controller that turns lines into messages.
 //! - [`serial`]: the 16550A; [`byte_output`] and [`serial_input`] are its two ends on the host.
 //! - [`i8042`], [`rtc`], [`acpi_pm`], [`pvpanic`], [`debug_exit`]: what else a PC has at its ports.
+//! - [`doorbell`]: hypercalls of the guest, and events for it.
 //! - [`virtio`]: block, entropy and socket devices behind the memory-mapped transport.
 //!
 //! Nothing here knows an engine or the machine: devices see guest memory, interrupt lines, files and sockets.
@@ -13,6 +14,7 @@ pub mod acpi_pm;
 pub mod bus;
 pub mod byte_output;
 pub mod debug_exit;
+pub mod doorbell;
 mod guest_error;
 pub mod i8042;
 pub mod interrupt;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use base64::Engine as _;
 use harrier_engine::CpuModel;
 use harrier_jobs::{Outcome, Status};
-use harrier_machine::RunReport;
+use harrier_machine::{Mark, RunReport};
 use serde_json::{Map, Value, json};
 
 use crate::config::RunConfig;
@@ -168,7 +168,19 @@ impl RunRecord {
         counts.push(("device accesses", sum(|counters| counters.io_accesses)));
         counts.push(("code invalidations", sum(|counters| counters.code_invalidations)));
         counts.push(("assists", sum(|counters| counters.assists)));
+        counts.push(("console calls", report.hypercalls.console_calls));
+        counts.push(("parks", report.hypercalls.parks));
+        counts.push(("released bytes", report.hypercalls.released_bytes));
         counts
+    }
+
+    /// What the guest has marked, with the time since its first instruction.
+    fn marks(&self) -> Vec<(&Mark, Duration)> {
+        let Some((report, start)) = self.report.as_ref().zip(self.first_instruction()) else {
+            return Vec::new();
+        };
+        let since = |mark: &Mark| mark.at.saturating_duration_since(start);
+        report.hypercalls.marks.iter().map(|mark| (mark, since(mark))).collect()
     }
 }
 
@@ -176,6 +188,10 @@ impl RunRecord {
 pub(crate) fn print_timings(record: &RunRecord) {
     let mut table = String::new();
     for (name, time) in record.phases() {
+        table.push_str(&format!("{name:<24}{:>14.3} ms\n", time.as_secs_f64() * 1e3));
+    }
+    for (mark, time) in record.marks() {
+        let name = format!("mark {}", mark.label());
         table.push_str(&format!("{name:<24}{:>14.3} ms\n", time.as_secs_f64() * 1e3));
     }
     for (name, count) in record.counts() {
@@ -212,6 +228,19 @@ pub(crate) fn print_json(record: &RunRecord, result: &Result<u8, Failure>) {
         .map(|(name, time)| (key(name), json!(time.as_secs_f64() * 1e3)))
         .collect();
     object.insert("timings_ms".to_owned(), phases.into());
+    let marks: Vec<Value> = record
+        .marks()
+        .into_iter()
+        .map(|(mark, time)| {
+            json!({
+                "phase": mark.phase,
+                "label": mark.label(),
+                "value": mark.value,
+                "since_first_instruction_ms": time.as_secs_f64() * 1e3,
+            })
+        })
+        .collect();
+    object.insert("marks".to_owned(), marks.into());
     for (name, count) in record.counts() {
         object.insert(key(name), count.into());
     }

@@ -12,6 +12,7 @@ use harrier_devices::virtio::rng::Rng;
 use harrier_devices::virtio::vsock::{InProcess, Vsock, VsockListener};
 use harrier_engine::{CpuModel, Engine};
 use harrier_jobs::{AGENT_PORT, ROOT_DISK_SERIAL};
+use harrier_machine::EXIT_DONE;
 use harrier_machine::boot::{Boot, FileImage, Image, ImageError, InitrdError, KernelError};
 use harrier_machine::{Machine, MachineBuilder, MachineConfig, MachineEnd, RunReport};
 
@@ -122,6 +123,7 @@ pub(crate) fn prepare(
     let file = config.console.as_deref().map(create_console_file).transpose()?;
     let sink = ConsoleSink { file, stream: console_stream, tail: console.clone() };
     builder.add_serial(Box::new(sink), console_input)?;
+    builder.add_doorbell()?;
     let boot = Boot::Kernel {
         kernel: &kernel,
         initrd: initrd.as_ref().map(|image| image as &dyn Image),
@@ -204,6 +206,15 @@ pub(crate) fn interrupted(why: Interruption, config: &RunConfig) -> Result<u8, F
             "stdout is closed, so the console has nowhere to go: keep the reader, or use --console FILE",
         )),
     }
+}
+
+/// The exit of a run that the guest ended by a hypercall, if it did.
+pub(crate) fn guest_exit(report: &RunReport) -> Option<Result<u8, Failure>> {
+    let MachineEnd::GuestExit { code, reason, .. } = report.end else { return None };
+    Some(match reason {
+        EXIT_DONE => Ok(code),
+        _ => Err(Failure { code, message: report.end.to_string() }),
+    })
 }
 
 /// The failure of a run that the guest or the monitor ended.

@@ -11,7 +11,7 @@ use signal_hook::consts::SIGINT;
 use crate::config::RunConfig;
 use crate::exit::Failure;
 use crate::report::{CapturedOutput, RunRecord};
-use crate::run::{ended, interrupted, prepare, start};
+use crate::run::{ended, guest_exit, interrupted, prepare, start};
 use crate::signals::{Interrupter, Interruption};
 use crate::terminal;
 
@@ -65,6 +65,9 @@ pub(crate) fn run(
     let report = prepared.machine.wait();
     terminal::restore();
     record.ended(&report);
+    if let Some(exit) = guest_exit(&report) {
+        return exit;
+    }
     match interrupter.interruption() {
         Some(why) if report.end == MachineEnd::Stopped => interrupted(why, config),
         _ if matches!(

@@ -8,6 +8,7 @@
 //! below the seam, `machine` and `devices` above it.
 
 pub mod assist;
+mod clock;
 pub mod cpu_model;
 pub mod cpu_state;
 pub mod cpuid;
@@ -15,6 +16,7 @@ pub mod memory;
 mod seam;
 pub mod user_mode;
 
+pub use clock::clock_scale;
 pub use cpu_model::CpuModel;
 pub use cpu_state::CpuState;
 pub use memory::{GuestMemory, GuestRegion, PageLog};

@@ -140,6 +140,8 @@ pub enum Flow {
     Continue,
     /// Complete this instruction, then return [`Exit::Left`] from run.
     Leave,
+    /// Complete this instruction, then wait as after HLT: until an interrupt is pending that the vCPU takes.
+    Halt,
 }
 
 /// The outside of a processor: what it reaches by port, by address and by end-of-interrupt message.

@@ -7,12 +7,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use harrier_engine::assist::{AssistantVcpu, Assisted};
+use harrier_engine::cpu_state::MpState;
 use harrier_engine::{Counters, CpuState, EngineError, Exit, Flow, Io, Kicker, Vcpu};
 use kvm_ioctls::VcpuFd;
 
 use crate::exit::{self, PortAccess, RunExit};
 use crate::kick::Kick;
 use crate::run_page::RunPage;
+use crate::state::mp_state_to_kvm;
 use crate::vm::Shared;
 
 /// A vCPU that did not run for so long tells its guest, whose watchdogs would bark otherwise.
@@ -118,9 +120,18 @@ impl KvmVcpu {
                 },
                 RunExit::Broken(reason) => return self.unsupported(Vec::new(), reason),
             };
-            if flow == Flow::Leave && !leaving {
-                leaving = true;
-                self.page.set_immediate_exit(true);
+            match flow {
+                Flow::Leave if !leaving => {
+                    leaving = true;
+                    self.page.set_immediate_exit(true);
+                }
+                // Entered again, KVM completes the instruction and then waits.
+                Flow::Halt => {
+                    if let Err(err) = self.fd.set_mp_state(mp_state_to_kvm(MpState::Halted)) {
+                        return self.unsupported(Vec::new(), format!("KVM does not let a vCPU wait: {err}"));
+                    }
+                }
+                _ => {}
             }
         }
     }
@@ -199,8 +210,8 @@ impl KvmVcpu {
                 }
                 answer
             };
-            if answer == Flow::Leave {
-                flow = Flow::Leave;
+            if flow != Flow::Leave && answer != Flow::Continue {
+                flow = answer;
             }
         }
         Ok(flow)

@@ -115,21 +115,6 @@ impl Clock {
         }
     }
 
-    /// Multiplier and shift with which a clock page turns ticks into nanoseconds:
-    /// `((ticks << shift) * multiplier) >> 32`, a negative shift to the right.
-    pub(crate) fn page_scale(&self) -> (u32, i8) {
-        let mut shift = 0i32;
-        // The multiplier shall use all of its 32 bits: ns per tick, as a fraction, between 1/2 and 1.
-        let exact = |shift: i32| (1_000_000u128 << (32 - shift)) / u128::from(self.khz);
-        while exact(shift) >> 32 != 0 {
-            shift += 1;
-        }
-        while exact(shift) >> 31 == 0 {
-            shift -= 1;
-        }
-        (exact(shift) as u32, shift as i8)
-    }
-
     pub(crate) fn tsc_khz(&self) -> u32 {
         self.khz
     }
@@ -176,18 +161,6 @@ mod tests {
         // Going through nanoseconds loses less than one of them.
         assert!((before.saturating_sub(4)..=after).contains(&shown), "{before} {shown} {after}");
         assert_eq!(clock.common_offset(12345), 0);
-    }
-
-    #[test]
-    fn the_clock_page_turns_ticks_into_nanoseconds() {
-        for khz in [1, 999, 1_000_000, 2_500_000, 3_999_999, u32::MAX] {
-            let clock = Clock::new(Some(khz));
-            let (multiplier, shift) = clock.page_scale();
-            let ticks = 10 * u128::from(khz) * 1000;
-            let shifted = if shift >= 0 { ticks << shift } else { ticks >> -shift };
-            let ns = shifted * u128::from(multiplier) >> 32;
-            assert!(ns.abs_diff(10_000_000_000) < 20_000, "{khz}: {ns}");
-        }
     }
 
     #[test]

@@ -158,7 +158,7 @@ impl Cpu {
         let now_ns = clock.host_ns();
         let tsc = clock.ticks_at(now_ns).wrapping_add(self.tsc_offset);
         let system = clock.guest_ns_at(now_ns);
-        let (multiplier, shift) = clock.page_scale();
+        let (multiplier, shift) = harrier_engine::clock_scale(clock.tsc_khz());
         /// The pages of all processors agree, because all TSCs do.
         const STABLE: u32 = 1;
         let words = [

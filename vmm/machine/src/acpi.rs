@@ -16,9 +16,10 @@ use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, aml};
 use harrier_devices::{acpi_pm, pvpanic, rtc, serial};
 use harrier_engine::GuestMemory;
+use harrier_hypercall_abi::{port, shared_page};
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::layout::{ACPI_END, ACPI_START, COM1_GSI, IOAPIC_START, LAPIC_START};
+use crate::layout::{ACPI_END, ACPI_START, COM1_GSI, DOORBELL_GSI, IOAPIC_START, LAPIC_START, SHARED_PAGE};
 
 const OEM: [u8; 6] = *b"HARRIE";
 const OEM_TABLE: [u8; 8] = *b"HARRIER ";
@@ -83,7 +84,7 @@ impl Tables {
 }
 
 fn fadt(dsdt: u64) -> acpi_tables::fadt::FADT {
-    let port = |offset: u64| {
+    let register = |offset: u64| {
         let address = u64::from(acpi_pm::PORT) + offset;
         GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, address)
     };
@@ -97,10 +98,10 @@ fn fadt(dsdt: u64) -> acpi_tables::fadt::FADT {
         .flag(Flags::ResetRegSup)
         .flag(Flags::Headless)
         .flag(Flags::HwReducedAcpi);
-    builder.reset_reg = port(acpi_pm::OFFSET_RESET);
+    builder.reset_reg = register(acpi_pm::OFFSET_RESET);
     builder.reset_value = acpi_pm::RESET_VALUE;
-    builder.sleep_control_reg = port(acpi_pm::OFFSET_SLEEP_CONTROL);
-    builder.sleep_status_reg = port(acpi_pm::OFFSET_SLEEP_STATUS);
+    builder.sleep_control_reg = register(acpi_pm::OFFSET_SLEEP_CONTROL);
+    builder.sleep_status_reg = register(acpi_pm::OFFSET_SLEEP_STATUS);
     builder.iapc_boot_arch = BOOT_ARCH_NO_VGA.into();
     builder.century = rtc::CENTURY_INDEX;
     builder.finalize()
@@ -163,6 +164,14 @@ pub fn virtio_mmio_object(index: u32, gpa: u32, len_bytes: u32, gsi: u32) -> Vec
     object(&format!("V{:03X}", index & 0xfff), &"LNRO0005", index, &[&registers, &interrupt])
 }
 
+/// The doorbell: its ports, its level-triggered interrupt and the shared page.
+pub fn doorbell_object() -> Vec<u8> {
+    let ports = IO::new(port::BASE, port::BASE, 1, port::LEN as u8);
+    let interrupt = Interrupt::new(true, false, false, false, DOORBELL_GSI);
+    let page = Memory32Fixed::new(true, SHARED_PAGE as u32, shared_page::SIZE as u32);
+    object("HRVR", &port::ACPI_ID, 0, &[&ports, &interrupt, &page])
+}
+
 fn object(name: &str, hid: &dyn Aml, uid: u32, resources: &[&dyn Aml]) -> Vec<u8> {
     let hid = Name::new(Path::new("_HID"), hid);
     let uid = Name::new(Path::new("_UID"), &uid);
@@ -204,7 +213,13 @@ mod tests {
     }
 
     fn devices() -> Vec<Vec<u8>> {
-        vec![serial_object(), rtc_object(), pvpanic_object(), virtio_mmio_object(0, 0xd000_0000, 0x1000, 16)]
+        vec![
+            serial_object(),
+            rtc_object(),
+            pvpanic_object(),
+            doorbell_object(),
+            virtio_mmio_object(0, 0xd000_0000, 0x1000, 16),
+        ]
     }
 
     #[test]
@@ -223,7 +238,7 @@ mod tests {
         assert_eq!((word64(&fadt, 248), word64(&fadt, 260)), (0x600, 0x601), "sleep registers");
         let dsdt = table(&memory, word64(&fadt, 140));
         assert_eq!(&dsdt[..4], b"DSDT");
-        for id in [&b"LNRO0005"[..], b"QEMU0001", b"ACPI0007", b"_S5_"] {
+        for id in [&b"LNRO0005"[..], b"QEMU0001", b"HARV0001", b"ACPI0007", b"_S5_"] {
             assert!(dsdt.windows(id.len()).any(|window| window == id), "{id:?}");
         }
         let madt = table(&memory, word64(&xsdt, 44));

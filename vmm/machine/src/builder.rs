@@ -12,6 +12,7 @@ use harrier_devices::acpi_pm::{self, AcpiPm};
 use harrier_devices::bus::ClaimError;
 use harrier_devices::byte_output::{ByteOutput, DEFAULT_CAPACITY};
 use harrier_devices::debug_exit::{self, DebugExit};
+use harrier_devices::doorbell::{self, Doorbell, DoorbellConfig};
 use harrier_devices::i8042::{self, I8042};
 use harrier_devices::ioapic::{self, IoApic};
 use harrier_devices::pvpanic::{self, PvPanic};
@@ -22,12 +23,14 @@ use harrier_devices::virtio::mmio::TransportError;
 use harrier_devices::virtio::{VirtioDevice, VirtioMmio};
 use harrier_devices::{BusBuilder, BusDevice, InterruptLine, MsiSink, PowerSink};
 use harrier_engine::{CpuModel, Engine, EngineError, GsiRoute, GuestMemory, Msi, Probe, Vcpu, Vm, VmConfig};
+use harrier_hypercall_abi::port;
 use vm_memory::GuestMemoryError;
 
 use crate::acpi::{self, TablesTooLarge};
 use crate::boot::{self, Boot, KernelError};
 use crate::event_loop::Subscriber;
-use crate::layout::{COM1_GSI, VIRTIO_GSIS, VIRTIO_MMIO_LEN, VIRTIO_MMIO_START};
+use crate::hypercalls::{ConsoleCalls, GuestClock, HypercallLog, MachineCalls, ParkTimer};
+use crate::layout::{COM1_GSI, DOORBELL_GSI, SHARED_PAGE, VIRTIO_GSIS, VIRTIO_MMIO_LEN, VIRTIO_MMIO_START};
 use crate::machine::Machine;
 use crate::memory::{GuestRam, MemoryError};
 use crate::mp_table;
@@ -137,6 +140,10 @@ pub struct MachineBuilder {
     attachments: Vec<Box<dyn Send>>,
     control: Arc<RunControl>,
     virtio_count: usize,
+    /// The queue of the serial port, which CONSOLE calls share.
+    console: Option<ConsoleCalls>,
+    doorbell_events: doorbell::Events,
+    hypercalls: HypercallLog,
 }
 
 impl MachineBuilder {
@@ -171,6 +178,7 @@ impl MachineBuilder {
         let ioapic = IoApic::new(Arc::new(EngineMsiSink { vm: Arc::clone(&vm) }));
         let mut mmio = BusBuilder::new();
         mmio.insert(ioapic::BASE, ioapic::SIZE, Arc::new(Mutex::new(ioapic.clone())))?;
+        let doorbell_events = doorbell::Events::new(ioapic.line(DOORBELL_GSI));
         Ok(MachineBuilder {
             vm,
             ram,
@@ -183,6 +191,9 @@ impl MachineBuilder {
             attachments: Vec::new(),
             control,
             virtio_count: 0,
+            console: None,
+            doorbell_events,
+            hypercalls: HypercallLog::default(),
         })
     }
 
@@ -260,21 +271,47 @@ impl MachineBuilder {
     ) -> Result<(), BuildError> {
         let refused = |source| BuildError::Device { device: "serial port", source };
         let bytes = ByteOutput::new(DEFAULT_CAPACITY);
-        let port = Serial::new(self.interrupt_line(COM1_GSI), bytes.clone()).map_err(refused)?;
-        let port = Arc::new(Mutex::new(port));
-        let told = Arc::clone(&port);
-        let writer = bytes
-            .start_writer(
-                output,
-                Box::new(move || told.lock().unwrap_or_else(PoisonError::into_inner).output_has_room()),
-            )
-            .map_err(refused)?;
+        let serial = Serial::new(self.interrupt_line(COM1_GSI), bytes.clone()).map_err(refused)?;
+        let serial = Arc::new(Mutex::new(serial));
+        let told = Arc::clone(&serial);
+        let console = ConsoleCalls::new(bytes.clone(), self.doorbell_events.clone());
+        self.console = Some(console.clone());
+        let on_room = move || {
+            told.lock().unwrap_or_else(PoisonError::into_inner).output_has_room();
+            console.has_room();
+        };
+        let writer = bytes.start_writer(output, Box::new(on_room)).map_err(refused)?;
         self.attachments.push(Box::new(writer));
         if let Some(source) = input {
-            self.add_subscriber(Box::new(SerialInput::new(Arc::clone(&port), source)));
+            self.add_subscriber(Box::new(SerialInput::new(Arc::clone(&serial), source)));
         }
-        self.pio.insert(serial::COM1_PORT.into(), serial::SIZE, port)?;
+        self.pio.insert(serial::COM1_PORT.into(), serial::SIZE, serial)?;
         self.add_acpi_object(acpi::serial_object());
+        Ok(())
+    }
+
+    /// Adds the doorbell, through which the guest's kernel makes hypercalls. A serial port that was added before
+    /// gives CONSOLE its place to write to.
+    ///
+    /// # Errors
+    /// [`BuildError`] if another device is there or the host refuses a timer.
+    pub fn add_doorbell(&mut self) -> Result<(), BuildError> {
+        let park = ParkTimer::new(Arc::clone(&self.vm))
+            .map_err(|source| BuildError::Device { device: "doorbell", source })?;
+        self.add_subscriber(park.subscriber());
+        let memory = self.ram.memory.clone();
+        let calls = MachineCalls {
+            console: self.console.clone(),
+            clock: Arc::new(GuestClock::new(Arc::clone(&self.vm), memory.clone(), SHARED_PAGE)),
+            park,
+            ram: self.ram.clone(),
+            control: Arc::clone(&self.control),
+            log: self.hypercalls.clone(),
+        };
+        let config = DoorbellConfig { shared_page_gpa: SHARED_PAGE, gsi: DOORBELL_GSI };
+        let device = Doorbell::new(config, memory, self.doorbell_events.clone(), Box::new(calls));
+        self.add_at_ports(port::BASE, port::LEN.into(), device)?;
+        self.add_acpi_object(acpi::doorbell_object());
         Ok(())
     }
 
@@ -326,6 +363,8 @@ impl MachineBuilder {
             threads: Vec::new(),
             event_loop: None,
             attachments: self.attachments,
+            hypercalls: self.hypercalls,
+            doorbell_events: self.doorbell_events,
             on_thread_start: Arc::new(|_| Ok(())),
         })
     }

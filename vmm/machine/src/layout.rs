@@ -41,6 +41,8 @@ pub const ACPI_START: u64 = 0xe_0000;
 pub const ACPI_END: u64 = 0xf_0000;
 /// The MP table.
 pub const MP_TABLE_START: u64 = 0xf_0000;
+/// The page that host and guest share for hypercalls, reserved like the rest of the BIOS area.
+pub const SHARED_PAGE: u64 = 0xf_f000;
 /// End of the space that firmware would take.
 pub const BIOS_END: u64 = 0x10_0000;
 /// First address at which a kernel may be loaded.
@@ -50,6 +52,8 @@ pub const KERNEL_START: u64 = 0x10_0000;
 pub const COM1_PORT: u16 = 0x3f8;
 /// Global system interrupt of the first serial port.
 pub const COM1_GSI: u32 = 4;
+/// Global system interrupt of the doorbell: where a PC has its second serial port.
+pub const DOORBELL_GSI: u32 = 3;
 /// Global system interrupt of the real-time clock.
 pub const RTC_GSI: u32 = 8;
 /// Global system interrupts that virtio devices take, in this order: those beyond the ISA ones first.

@@ -11,6 +11,7 @@ pub mod acpi;
 pub mod boot;
 mod builder;
 mod event_loop;
+mod hypercalls;
 pub mod layout;
 mod machine;
 pub mod memory;
@@ -20,5 +21,6 @@ mod vcpu;
 
 pub use builder::{BuildError, MAX_VCPUS, MAX_VIRTIO_DEVICES, MachineBuilder, MachineConfig};
 pub use event_loop::Subscriber;
+pub use hypercalls::{HypercallReport, Mark};
 pub use machine::{Machine, MachineHandle, OnThreadStart, RunReport, StartError, ThreadRole};
-pub use run_control::MachineEnd;
+pub use run_control::{EXIT_DONE, MachineEnd};

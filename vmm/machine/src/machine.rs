@@ -4,9 +4,11 @@ use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
+use harrier_devices::doorbell::Events;
 use harrier_engine::{Counters, CpuState, EngineError, GuestMemory, Vm};
 
 use crate::event_loop::{EventLoop, Subscriber};
+use crate::hypercalls::{HypercallLog, HypercallReport};
 use crate::memory::GuestRam;
 use crate::run_control::{MachineEnd, RunControl};
 use crate::vcpu::{self, MachineIo, SharedVcpu};
@@ -23,6 +25,8 @@ pub struct Machine {
     pub(crate) event_loop: Option<EventLoop>,
     /// Ends after the processors: what the guest printed last is still written.
     pub(crate) attachments: Vec<Box<dyn Send>>,
+    pub(crate) hypercalls: HypercallLog,
+    pub(crate) doorbell_events: Events,
     pub(crate) on_thread_start: OnThreadStart,
 }
 
@@ -47,6 +51,8 @@ pub struct RunReport {
     pub counters: Vec<Counters>,
     /// When the first vCPU began to run.
     pub first_instruction: Option<Instant>,
+    /// What the guest told by hypercalls.
+    pub hypercalls: HypercallReport,
 }
 
 impl RunReport {
@@ -65,6 +71,8 @@ impl RunReport {
 #[derive(Clone)]
 pub struct MachineHandle {
     control: Arc<RunControl>,
+    hypercalls: HypercallLog,
+    doorbell_events: Events,
 }
 
 impl MachineHandle {
@@ -92,6 +100,17 @@ impl MachineHandle {
     /// When the first vCPU began to run.
     pub fn first_instruction(&self) -> Option<Instant> {
         self.control.first_instruction()
+    }
+
+    /// Signals events to the guest: bits of [`harrier_hypercall_abi::port::event`]. They stay pending, with the
+    /// doorbell's interrupt, until the guest clears them.
+    pub fn signal_guest(&self, events: u32) {
+        self.doorbell_events.raise(events);
+    }
+
+    /// What the guest has told by hypercalls so far.
+    pub fn hypercalls(&self) -> HypercallReport {
+        self.hypercalls.report()
     }
 }
 
@@ -149,7 +168,11 @@ impl Machine {
 
     /// A handle for other threads.
     pub fn handle(&self) -> MachineHandle {
-        MachineHandle { control: Arc::clone(&self.control) }
+        MachineHandle {
+            control: Arc::clone(&self.control),
+            hypercalls: self.hypercalls.clone(),
+            doorbell_events: self.doorbell_events.clone(),
+        }
     }
 
     /// Guest memory.
@@ -183,6 +206,7 @@ impl Machine {
                 .map(|vcpu| vcpu.lock().unwrap_or_else(PoisonError::into_inner).counters())
                 .collect(),
             first_instruction: self.control.first_instruction(),
+            hypercalls: self.hypercalls.report(),
         }
     }
 

@@ -9,10 +9,10 @@ use std::sync::Arc;
 
 use harrier_engine::memory::PAGE_SIZE;
 use harrier_engine::{GuestMemory, GuestRegion, PageLog};
-use rustix::fs::{MemfdFlags, memfd_create};
-use vm_memory::bitmap::NewBitmap;
+use rustix::fs::{FallocateFlags, MemfdFlags, memfd_create};
+use vm_memory::bitmap::{Bitmap, NewBitmap};
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{FileOffset, GuestAddress};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryRegion};
 
 use crate::layout::{HIGH_MEMORY_START, MMIO_HOLE_START};
 
@@ -73,7 +73,19 @@ pub enum MemoryError {
     },
 }
 
-/// All guest memory and the file that holds it.
+/// Why a range was not given back.
+#[derive(Debug, thiserror::Error)]
+pub enum ReleaseError {
+    /// It is not page aligned, or not in one region.
+    #[error("the range is not in one piece of guest memory")]
+    NotMemory,
+    /// The host refused.
+    #[error("the host does not release memory: {0}")]
+    Host(std::io::Error),
+}
+
+/// All guest memory and the file that holds it; clones share them.
+#[derive(Clone)]
 pub struct GuestRam {
     /// The regions, mapped.
     pub memory: GuestMemory,
@@ -117,6 +129,37 @@ impl GuestRam {
     }
 }
 
+impl GuestRam {
+    /// Gives the pages of a range back to the host: they read as zero from now on, and count as written, so that a
+    /// snapshot records the zeros and translations of code in them are dropped.
+    ///
+    /// # Errors
+    /// [`ReleaseError`] if the range is not page aligned, not in one region, or the host refuses.
+    pub fn release(&self, gpa: u64, len_bytes: u64) -> Result<(), ReleaseError> {
+        let page = PAGE_SIZE as u64;
+        if !gpa.is_multiple_of(page) || !len_bytes.is_multiple_of(page) || len_bytes == 0 {
+            return Err(ReleaseError::NotMemory);
+        }
+        let within = |region: &&Arc<GuestRegion>| {
+            let offset = gpa.checked_sub(region.start_addr().0)?;
+            (offset.checked_add(len_bytes)? <= region.len()).then_some(())
+        };
+        let region =
+            self.regions.iter().find(|region| within(region).is_some()).ok_or(ReleaseError::NotMemory)?;
+        let offset = gpa - region.start_addr().0;
+        let start = region.file_offset().map_or(0, FileOffset::start);
+        rustix::fs::fallocate(
+            &self.file,
+            FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
+            start + offset,
+            len_bytes,
+        )
+        .map_err(|err| ReleaseError::Host(err.into()))?;
+        region.bitmap().mark_dirty(offset as usize, len_bytes as usize);
+        Ok(())
+    }
+}
+
 /// The host's memory in bytes, swap not counted.
 pub fn host_memory_bytes() -> u64 {
     let info = rustix::system::sysinfo();
@@ -149,8 +192,7 @@ fn pieces(size_bytes: u64) -> Vec<(u64, u64, u64)> {
 
 #[cfg(test)]
 mod tests {
-    use vm_memory::bitmap::Bitmap;
-    use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion};
+    use vm_memory::{Bytes, GuestMemoryBackend};
 
     use super::*;
 
@@ -193,6 +235,41 @@ mod tests {
         let dirty = [0x1000, 0x2fff, 0x3000, 0x4000].map(|at| region.bitmap().dirty_at(at));
         assert_eq!(dirty, [false, true, true, false]);
         assert_eq!(ram.file.metadata().unwrap().len(), 4 << 20);
+    }
+
+    #[test]
+    fn released_pages_cost_nothing_read_as_zero_and_count_as_written() {
+        let ram = GuestRam::new(4 << 20).unwrap();
+        let blocks = || std::os::unix::fs::MetadataExt::blocks(&ram.file.metadata().unwrap());
+        ram.memory.write_slice(&[7; 0x3000], GuestAddress(0x1000)).unwrap();
+        let log = vm_memory::MmapRegion::bitmap(&ram.regions[0]).clone();
+        log.take_dirty();
+        let before = blocks();
+        ram.release(0x2000, 0x2000).unwrap();
+        assert_eq!(before - blocks(), 2 * 8, "two pages of eight 512-byte blocks");
+        assert_eq!(ram.memory.read_obj::<u64>(GuestAddress(0x1ff8)).unwrap(), 0x0707_0707_0707_0707);
+        assert_eq!(ram.memory.read_obj::<u64>(GuestAddress(0x2000)).unwrap(), 0);
+        assert_eq!(ram.memory.read_obj::<u64>(GuestAddress(0x3ff8)).unwrap(), 0);
+        assert_eq!(log.take_dirty()[0], 0b1100);
+        ram.memory.write_obj(1u8, GuestAddress(0x2000)).unwrap();
+        assert_eq!(ram.memory.read_obj::<u8>(GuestAddress(0x2000)).unwrap(), 1);
+    }
+
+    #[test]
+    fn only_whole_pages_of_one_region_are_released() {
+        let ram = GuestRam::new(4 << 20).unwrap();
+        for (gpa, len) in [
+            (1, 0x1000),
+            (0, 0),
+            (0, 0x1001),
+            (4 << 20, 0x1000),
+            ((4 << 20) - 0x1000, 0x2000),
+            (u64::MAX - 0xfff, 0x1000),
+            (0x1000, u64::MAX - 0xfff),
+        ] {
+            assert!(matches!(ram.release(gpa, len), Err(ReleaseError::NotMemory)), "{gpa:#x} {len:#x}");
+        }
+        ram.release(0, 4 << 20).unwrap();
     }
 
     #[test]

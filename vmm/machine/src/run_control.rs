@@ -8,6 +8,10 @@ use std::time::{Duration, Instant};
 
 use harrier_devices::{PowerEvent, PowerSink};
 use harrier_engine::Kicker;
+use harrier_hypercall_abi::calls::EXIT_REASONS;
+
+/// [`MachineEnd::GuestExit`]'s reason for a guest that has done its work.
+pub const EXIT_DONE: u32 = 0;
 
 /// How a run ended.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -32,6 +36,16 @@ pub enum MachineEnd {
     /// A bare-metal guest ended with a code.
     #[error("the guest ended with code {0}")]
     DebugExit(u32),
+    /// The guest ended the machine by a hypercall.
+    #[error("the guest ended with code {code} ({}){}", exit_reason(*.reason), quoted(.message))]
+    GuestExit {
+        /// The code for whoever started it.
+        code: u8,
+        /// A number of [`harrier_hypercall_abi::calls::EXIT_REASONS`].
+        reason: u32,
+        /// The guest's words, printable ASCII; may be empty.
+        message: String,
+    },
     /// The engine met an instruction that it cannot execute.
     #[error("cpu {vcpu} cannot go on at {rip:#x}: {reason} (instruction bytes {})", hex(.bytes))]
     Unsupported {
@@ -56,6 +70,15 @@ pub enum MachineEnd {
     /// The monitor itself failed; the text says where.
     #[error("internal error: {0}: this is a bug in harrier, please report it")]
     Failed(String),
+}
+
+fn exit_reason(number: u32) -> String {
+    let known = EXIT_REASONS.iter().find(|(reason, ..)| *reason == number);
+    known.map_or_else(|| format!("reason {number}"), |(_, name, _)| name.to_ascii_lowercase())
+}
+
+fn quoted(message: &str) -> String {
+    if message.is_empty() { String::new() } else { format!(": '{message}'") }
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -218,6 +241,14 @@ mod tests {
     fn waiting_ends_at_the_deadline() {
         let control = RunControl::default();
         assert_eq!(control.wait_for_end(Some(Instant::now())), None);
+    }
+
+    #[test]
+    fn a_guest_that_ends_itself_says_why() {
+        let end = |reason, message: &str| MachineEnd::GuestExit { code: 3, reason, message: message.into() };
+        assert_eq!(end(0, "").to_string(), "the guest ended with code 3 (done)");
+        assert_eq!(end(1, "no disk").to_string(), "the guest ended with code 3 (failed): 'no disk'");
+        assert_eq!(end(99, "").to_string(), "the guest ended with code 3 (reason 99)");
     }
 
     #[test]

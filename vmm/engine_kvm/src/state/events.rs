@@ -60,7 +60,7 @@ pub(super) fn mp_state_from_kvm(state: kvm_mp_state) -> Option<MpState> {
     }
 }
 
-pub(super) fn mp_state_to_kvm(state: MpState) -> kvm_mp_state {
+pub(crate) fn mp_state_to_kvm(state: MpState) -> kvm_mp_state {
     let mp_state = match state {
         MpState::Runnable => KVM_MP_STATE_RUNNABLE,
         MpState::Halted => KVM_MP_STATE_HALTED,

@@ -15,6 +15,7 @@ use kvm_ioctls::{Cap, VcpuFd, VmFd};
 
 use crate::cpuid;
 use crate::host::refused;
+pub(crate) use events::mp_state_to_kvm;
 pub(crate) use segments::{regs_from_kvm, regs_to_kvm, segment_to_kvm};
 pub(crate) use xsave::{Component, XsaveLayout};
 

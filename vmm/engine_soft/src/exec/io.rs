@@ -1,6 +1,7 @@
 //! Port input and output: IN, OUT, INS, OUTS (Intel SDM volume 1, chapter 19).
 
 use harrier_engine::Flow;
+use harrier_engine::cpu_state::MpState;
 use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 
 use super::by_size;
@@ -106,10 +107,12 @@ impl Cpu {
 
     /// Does what a device asked for after an access.
     pub(crate) fn follow(&mut self, flow: Flow) {
-        if flow == Flow::Leave {
-            self.leave = true;
-            self.attention = true;
+        match flow {
+            Flow::Continue => return,
+            Flow::Leave => self.leave = true,
+            Flow::Halt => self.mp_state = MpState::Halted,
         }
+        self.attention = true;
     }
 }
 

@@ -483,10 +483,8 @@ impl Cpu {
         out.fill(0xff);
         for part in device_pieces(gpa, out.len()) {
             let target = &mut out[part.0..part.0 + part.1];
-            if self.io.with(|io| io.mmio_read(gpa + part.0 as u64, target)) == harrier_engine::Flow::Leave {
-                self.leave = true;
-                self.attention = true;
-            }
+            let flow = self.io.with(|io| io.mmio_read(gpa + part.0 as u64, target));
+            self.follow(flow);
         }
     }
 
@@ -503,10 +501,8 @@ impl Cpu {
         self.io_accesses += 1;
         for part in device_pieces(gpa, data.len()) {
             let source = &data[part.0..part.0 + part.1];
-            if self.io.with(|io| io.mmio_write(gpa + part.0 as u64, source)) == harrier_engine::Flow::Leave {
-                self.leave = true;
-                self.attention = true;
-            }
+            let flow = self.io.with(|io| io.mmio_write(gpa + part.0 as u64, source));
+            self.follow(flow);
         }
     }
 

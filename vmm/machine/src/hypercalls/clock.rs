@@ -1,0 +1,132 @@
+//! The clock page: what it says, and how it is written.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use harrier_engine::cpuid::APIC_BUS_KHZ;
+use harrier_engine::{GuestMemory, Vm, clock_scale};
+use harrier_hypercall_abi::Status;
+use harrier_hypercall_abi::calls::ClockResult;
+use harrier_hypercall_abi::shared_page::{CLOCK_OFFSET, CLOCK_TSC_RELIABLE, CLOCK_VALID, ClockPage};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
+
+/// The guest's clock page and what it said last.
+pub(crate) struct GuestClock {
+    vm: Arc<dyn Vm>,
+    memory: GuestMemory,
+    gpa: GuestAddress,
+    /// Nothing before the guest asks: a guest that does not may use the memory for something else.
+    page: Mutex<Option<ClockPage>>,
+}
+
+impl GuestClock {
+    /// A clock whose page is in the shared page at `shared_page_gpa`.
+    pub(crate) fn new(vm: Arc<dyn Vm>, memory: GuestMemory, shared_page_gpa: u64) -> Self {
+        GuestClock {
+            vm,
+            memory,
+            gpa: GuestAddress(shared_page_gpa.saturating_add(CLOCK_OFFSET)),
+            page: Mutex::new(None),
+        }
+    }
+
+    /// Writes the page for a guest whose TSC is `tsc` now. The first time it ties guest time to the TSC; from then on
+    /// guest time goes on as the page says, and only the wall clock is corrected.
+    pub(crate) fn publish(&self, tsc: u64) -> Result<ClockResult, Status> {
+        let mut last = self.page.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut page = match *last {
+            Some(page) => page,
+            None => self.first(tsc)?,
+        };
+        let monotonic_ns = guest_time_ns(&page, tsc);
+        let wall_ns = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .ok()
+            .and_then(|since| i64::try_from(since.as_nanos()).ok())
+            .unwrap_or(0);
+        page.wall_offset_ns = wall_ns.wrapping_sub(monotonic_ns.cast_signed());
+        page.sequence = page.sequence.wrapping_add(2);
+        self.write(&page).map_err(|_| Status::BadPointer)?;
+        *last = Some(page);
+        Ok(ClockResult { clock_page: self.gpa.0, monotonic_ns, wall_ns })
+    }
+
+    fn first(&self, tsc: u64) -> Result<ClockPage, Status> {
+        let monotonic_base_ns = self.vm.clock_ns().map_err(|err| {
+            log::warn!("the guest's clock page: {err}");
+            Status::HostFailed
+        })?;
+        let tsc_khz = self.vm.tsc_khz();
+        let (tsc_to_ns_multiplier, tsc_shift) = clock_scale(tsc_khz);
+        Ok(ClockPage {
+            sequence: 0,
+            flags: CLOCK_VALID | CLOCK_TSC_RELIABLE,
+            tsc_khz,
+            lapic_timer_khz: APIC_BUS_KHZ,
+            tsc_base: tsc,
+            monotonic_base_ns,
+            tsc_to_ns_multiplier,
+            tsc_shift: tsc_shift.into(),
+            wall_offset_ns: 0,
+            generation: 0,
+        })
+    }
+
+    /// Writes `page`, whose sequence is even; readers meanwhile see an odd one.
+    fn write(&self, page: &ClockPage) -> Result<(), GuestMemoryError> {
+        let busy = page.sequence.wrapping_sub(1);
+        self.memory.store(busy, self.gpa, Ordering::SeqCst)?;
+        let bytes = page.to_bytes();
+        let fields = bytes.get(4..).unwrap_or_default();
+        self.memory.write_slice(fields, GuestAddress(self.gpa.0.saturating_add(4)))?;
+        self.memory.store(page.sequence, self.gpa, Ordering::SeqCst)
+    }
+}
+
+/// Guest time at `tsc` as a reader of the page takes it.
+fn guest_time_ns(page: &ClockPage, tsc: u64) -> u64 {
+    let ticks = u128::from(tsc.wrapping_sub(page.tsc_base));
+    let shifted = match page.tsc_shift {
+        left @ 0..=31 => ticks << left,
+        right => ticks >> right.unsigned_abs().min(127),
+    };
+    let ns = (shifted * u128::from(page.tsc_to_ns_multiplier)) >> 32;
+    page.monotonic_base_ns.wrapping_add(ns as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn guest_time_follows_the_tsc_at_every_frequency() {
+        for khz in [1, 999, 1_000_000, 2_445_406, 5_000_000, u32::MAX] {
+            let (tsc_to_ns_multiplier, shift) = clock_scale(khz);
+            let page = ClockPage {
+                tsc_base: 1000,
+                monotonic_base_ns: 5,
+                tsc_to_ns_multiplier,
+                tsc_shift: shift.into(),
+                ..ClockPage::default()
+            };
+            let after_a_minute = guest_time_ns(&page, 1000 + u64::from(khz) * 60_000);
+            let off = after_a_minute.abs_diff(60_000_000_005);
+            assert!(off < 100_000, "{khz} kHz is {off} ns off");
+            assert_eq!(guest_time_ns(&page, 1000), 5);
+        }
+    }
+
+    #[test]
+    fn a_tsc_of_any_value_is_no_accident() {
+        let page = ClockPage {
+            tsc_base: 1,
+            tsc_to_ns_multiplier: u32::MAX,
+            tsc_shift: 31,
+            monotonic_base_ns: u64::MAX,
+            ..ClockPage::default()
+        };
+        guest_time_ns(&page, 0);
+        guest_time_ns(&ClockPage { tsc_shift: i32::MIN, ..page }, u64::MAX);
+    }
+}

@@ -1,0 +1,136 @@
+//! Wakes processors that wait in a PARK with a time: sends them the interrupt that they asked for.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use event_manager::{EventOps, Events, MutEventSubscriber};
+use harrier_engine::{Msi, Vm};
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::timerfd::TimerFd;
+
+use crate::event_loop::Subscriber;
+
+/// Address of a message to the APIC with this id (Intel SDM volume 3, 12.11.1): physical destination.
+const MSI_ADDRESS: u64 = 0xfee0_0000;
+/// Later than this nobody waits for anything.
+const LONGEST: Duration = Duration::from_secs(1 << 32);
+
+/// Who is to be woken, when and with which vector.
+struct Wakes {
+    /// By APIC id; one each.
+    due: BTreeMap<u32, (Instant, u8)>,
+    timer: TimerFd,
+    /// When the timer fires.
+    armed: Option<Instant>,
+}
+
+impl Wakes {
+    fn earliest(&self) -> Option<Instant> {
+        self.due.values().map(|(at, _)| *at).min()
+    }
+
+    /// Sets the timer to the earliest time, if it is not.
+    fn arm(&mut self) {
+        let earliest = self.earliest();
+        if earliest != self.armed {
+            self.set(earliest);
+        }
+    }
+
+    /// Sets the timer, or switches it off; either takes an expiry off its descriptor.
+    fn set(&mut self, earliest: Option<Instant>) {
+        self.armed = earliest;
+        let set = match earliest {
+            // No time at all would switch the timer off.
+            Some(at) => {
+                let left = at.saturating_duration_since(Instant::now()).max(Duration::from_nanos(1));
+                self.timer.reset(left, None)
+            }
+            None => self.timer.clear(),
+        };
+        if let Err(err) = set {
+            log::warn!("the timer for parked processors cannot be set: {err}");
+        }
+    }
+}
+
+/// The timer; clones share it.
+#[derive(Clone)]
+pub(crate) struct ParkTimer {
+    vm: Arc<dyn Vm>,
+    fd: RawFd,
+    wakes: Arc<Mutex<Wakes>>,
+}
+
+impl ParkTimer {
+    pub(crate) fn new(vm: Arc<dyn Vm>) -> io::Result<Self> {
+        let timer = TimerFd::new().map_err(io::Error::from)?;
+        let fd = timer.as_raw_fd();
+        Ok(ParkTimer {
+            vm,
+            fd,
+            wakes: Arc::new(Mutex::new(Wakes { due: BTreeMap::new(), timer, armed: None })),
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Wakes> {
+        self.wakes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sends `vector` to the processor with this APIC id after the time. Replaces what it asked for before; all ones
+    /// takes that back.
+    pub(crate) fn wake_after(&self, apic_id: u32, vector: u8, timeout_ns: u64) {
+        let mut wakes = self.lock();
+        let timeout = Duration::from_nanos(timeout_ns);
+        match Instant::now().checked_add(timeout.min(LONGEST)) {
+            Some(at) if timeout_ns != u64::MAX => wakes.due.insert(apic_id, (at, vector)),
+            _ => wakes.due.remove(&apic_id),
+        };
+        wakes.arm();
+    }
+
+    /// What the event loop watches.
+    pub(crate) fn subscriber(&self) -> Subscriber {
+        Box::new(self.clone())
+    }
+
+    /// Sends what is due.
+    fn send_due(&self) {
+        let mut wakes = self.lock();
+        let now = Instant::now();
+        wakes.due.retain(|apic_id, (at, vector)| {
+            if *at > now {
+                return true;
+            }
+            let msi =
+                Msi { address: MSI_ADDRESS | u64::from(*apic_id & 0xff) << 12, data: u32::from(*vector) };
+            if let Err(err) = self.vm.send_msi(msi) {
+                log::warn!("a parked processor's wake-up {msi:x?} is lost: {err}");
+            }
+            false
+        });
+        let earliest = wakes.earliest();
+        wakes.set(earliest);
+    }
+}
+
+impl AsRawFd for ParkTimer {
+    fn as_raw_fd(&self) -> RawFd {
+        self.fd
+    }
+}
+
+impl MutEventSubscriber for ParkTimer {
+    fn process(&mut self, _events: Events, _ops: &mut EventOps<'_>) {
+        self.send_due();
+    }
+
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        if let Err(err) = ops.add(Events::new(self, EventSet::IN)) {
+            log::error!("the timer for parked processors cannot be watched: {err}");
+        }
+    }
+}
