@@ -14,6 +14,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("harrier-engine-kvm", &["harrier-engine"]),
     ("harrier-engine-soft", &["harrier-engine"]),
     ("harrier-snapshot", &["harrier-engine"]),
+    ("harrier-control", &[]),
     ("harrier-devices", &["harrier-engine", "harrier-hypercall-abi"]),
     (
         "harrier-machine",
@@ -26,11 +27,21 @@ const ARROWS: &[(&str, &[&str])] = &[
             "harrier-hypercall-abi",
         ],
     ),
-    ("harrier-jobs", &["harrier-machine", "harrier-snapshot", "harrier-engine", "harrier-agent-protocol"]),
+    (
+        "harrier-jobs",
+        &[
+            "harrier-control",
+            "harrier-machine",
+            "harrier-snapshot",
+            "harrier-engine",
+            "harrier-agent-protocol",
+        ],
+    ),
     ("harrier-jobs-agent", &["harrier-agent-protocol", "harrier-hypercall-abi"]),
     (
         "harrier",
         &[
+            "harrier-control",
             "harrier-jobs",
             "harrier-machine",
             "harrier-snapshot",
