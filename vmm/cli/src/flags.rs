@@ -9,6 +9,10 @@ use clap::{Args, Parser, Subcommand};
 #[derive(Debug, Parser)]
 #[command(name = "harrier", version, about, max_term_width = 110, disable_help_subcommand = true)]
 pub(crate) struct Flags {
+    /// Where machines are kept: a private directory; the default is $HARRIER_RUNTIME_DIR, else
+    /// $XDG_RUNTIME_DIR/harrier, else a directory of the user's in /run or /tmp.
+    #[arg(long, value_name = "DIR", global = true)]
+    pub(crate) runtime_dir: Option<PathBuf>,
     #[command(subcommand)]
     pub(crate) command: Command,
 }
@@ -22,12 +26,42 @@ pub(crate) enum Command {
     /// Exit codes: the command's own; 128+n if signal n ended it; 124 after --timeout; 125 if Harrier or the guest
     /// failed; 126 if the command is not executable; 127 if it is not found.
     Run(Box<RunFlags>),
+    /// List machines.
+    Ps(PsFlags),
+    /// Show everything about machines, as JSON.
+    Inspect(InspectFlags),
+    /// Show what a detached machine's command has printed.
+    Logs(LogsFlags),
+    /// Make machines stand still; their memory stays.
+    Pause(NamesFlags),
+    /// Let paused machines go on.
+    Resume(NamesFlags),
+    /// Ask machines to end, and end them if they do not.
+    Stop(StopFlags),
+    /// End machines at once, or send their commands a signal.
+    Kill(KillFlags),
+    /// Wait for the end of machines and print their exit codes; the exit code is that of the last one.
+    Wait(NamesFlags),
+    /// Remove what is left of machines that have ended.
+    Rm(RmFlags),
     /// Show what this host offers, and what follows from it.
     Doctor(DoctorFlags),
+    /// The process of a detached machine; started by `run --detach` and of no use by hand.
+    #[command(hide = true)]
+    Monitor(MonitorFlags),
 }
 
 #[derive(Debug, Args, Default)]
 pub(crate) struct RunFlags {
+    /// Name of the machine, by which the other commands find it.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) name: Option<String>,
+    /// Run in the background, print the machine's id and keep its output for 'harrier logs'.
+    #[arg(long, short)]
+    pub(crate) detach: bool,
+    /// Remove a detached machine when it ends, with its output.
+    #[arg(long, requires = "detach")]
+    pub(crate) rm: bool,
     /// Processor: auto, kvm or soft.
     #[arg(long, default_value = "auto", value_name = "ENGINE")]
     pub(crate) engine: String,
@@ -95,4 +129,98 @@ pub(crate) struct DoctorFlags {
     /// Print one JSON object.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PsFlags {
+    /// Machines that have ended as well.
+    #[arg(long, short)]
+    pub(crate) all: bool,
+    /// Only ids.
+    #[arg(long, short)]
+    pub(crate) quiet: bool,
+    /// Only machines for which this holds: name=TEXT, id=PREFIX, state=STATE or exit=CODE. Repeatable.
+    #[arg(long, short, value_name = "KEY=VALUE")]
+    pub(crate) filter: Vec<String>,
+    /// Print whole commands.
+    #[arg(long)]
+    pub(crate) no_trunc: bool,
+    /// Print one JSON array.
+    #[arg(long, conflicts_with = "quiet")]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct NamesFlags {
+    /// Names, ids or beginnings of ids.
+    #[arg(required = true, value_name = "MACHINE")]
+    pub(crate) machines: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct InspectFlags {
+    /// Names, ids or beginnings of ids.
+    #[arg(required = true, value_name = "MACHINE")]
+    pub(crate) machines: Vec<String>,
+    /// Accepted for symmetry: the answer is JSON in any case.
+    #[arg(long, hide = true)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LogsFlags {
+    /// Go on until the machine ends.
+    #[arg(long, short)]
+    pub(crate) follow: bool,
+    /// Begin each line with its time, in UTC.
+    #[arg(long, short)]
+    pub(crate) timestamps: bool,
+    /// Only the last lines of what there is now.
+    #[arg(long, short = 'n', value_name = "LINES")]
+    pub(crate) tail: Option<usize>,
+    /// Show what the monitor itself has said, not the command.
+    #[arg(long, conflicts_with_all = ["follow", "timestamps", "tail"])]
+    pub(crate) monitor: bool,
+    /// Name, id or beginning of an id.
+    #[arg(value_name = "MACHINE")]
+    pub(crate) machine: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct StopFlags {
+    /// How long a machine may take to end by itself; suffixes ms, s, m, h.
+    #[arg(long, short = 't', default_value = "10s", value_name = "TIME", allow_hyphen_values = true)]
+    pub(crate) timeout: String,
+    /// Names, ids or beginnings of ids.
+    #[arg(required = true, value_name = "MACHINE")]
+    pub(crate) machines: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct KillFlags {
+    /// Send this signal to the command instead of ending the machine: a name like INT, or a number.
+    #[arg(long, short, value_name = "SIGNAL")]
+    pub(crate) signal: Option<String>,
+    /// Names, ids or beginnings of ids.
+    #[arg(required = true, value_name = "MACHINE")]
+    pub(crate) machines: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RmFlags {
+    /// End machines that run.
+    #[arg(long, short)]
+    pub(crate) force: bool,
+    /// Names, ids or beginnings of ids.
+    #[arg(required = true, value_name = "MACHINE")]
+    pub(crate) machines: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct MonitorFlags {
+    /// The machine's folder.
+    pub(crate) folder: PathBuf,
+    /// The command line of the machine.
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    pub(crate) args: Vec<OsString>,
 }

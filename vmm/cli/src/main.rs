@@ -1,7 +1,7 @@
 //! The `harrier` command: flags become one validated configuration, a machine runs, an exit code comes back.
 //!
-//! [`flags`] is what the user typed, [`config`] what it means; [`run`] runs a command or a plain kernel and
-//! [`doctor`] looks at the host. Whatever goes wrong is one line on stderr that names the value and the remedy,
+//! [`flags`] is what the user typed, [`config`] what it means; [`run`] runs a command or a plain kernel, [`monitor`]
+//! makes its machine one that others find, [`machines`] has the commands for those, and [`doctor`] looks at the host. Whatever goes wrong is one line on stderr that names the value and the remedy,
 //! and exit code 125.
 
 mod config;
@@ -13,10 +13,13 @@ mod exit;
 mod flags;
 mod guest_files;
 mod logging;
+mod machines;
+mod monitor;
 mod report;
 mod run;
 mod run_command;
 mod run_console;
+mod runtime_dir;
 mod sandbox;
 mod signals;
 mod stdout_check;
@@ -52,14 +55,20 @@ fn dispatch(started: Instant) -> u8 {
         print_failure(&Failure::new("stdout is closed: send it somewhere, to /dev/null if nobody wants it"));
         return HARRIER_FAILED;
     }
+    let runtime_dir = flags.runtime_dir.as_deref();
     let result = match flags.command {
         Command::Run(run_flags) => {
             logging::init(run_flags.verbose);
-            run::run(*run_flags, started)
+            run::run(*run_flags, runtime_dir, started)
         }
+        Command::Monitor(monitor_flags) => monitor::detached(monitor_flags, started),
         Command::Doctor(doctor_flags) => {
             logging::init(0);
             doctor::run(&doctor_flags)
+        }
+        other => {
+            logging::init(0);
+            machines::run(other, runtime_dir)
         }
     };
     result.unwrap_or_else(|failure| {

@@ -133,6 +133,11 @@ impl RunRecord {
         set("max_rss_kib", outcome.usage.max_rss_kib.into());
     }
 
+    /// Whether the command has run: it has ended, and not because it could not begin.
+    pub(crate) fn has_run(&self) -> bool {
+        self.command.get("status").is_some_and(|status| status == "exited" || status == "signaled")
+    }
+
     fn first_instruction(&self) -> Option<Instant> {
         self.report.as_ref().and_then(|report| report.first_instruction)
     }

@@ -8,6 +8,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::time::Instant;
 
+use harrier_control::Seat;
 use harrier_devices::virtio::rng::Rng;
 use harrier_devices::virtio::vsock::{InProcess, Vsock, VsockListener};
 use harrier_engine::{CpuModel, Engine};
@@ -20,9 +21,10 @@ use crate::config::{RunConfig, Workload};
 use crate::console::{ConsoleSink, ConsoleTail};
 use crate::exit::{Failure, TIMED_OUT, signal_code};
 use crate::flags::RunFlags;
+use crate::monitor::{self, Monitor};
 use crate::report::{self, RunRecord};
 use crate::signals::{Interrupter, Interruption, SignalThread};
-use crate::{disks, engines, guest_files, run_command, run_console};
+use crate::{disks, engines, guest_files, run_command, run_console, runtime_dir};
 
 /// The context id of the guest; 0 to 2 have meanings of their own (virtio 1.2, section 5.10.4).
 const GUEST_CID: u32 = 3;
@@ -35,21 +37,52 @@ pub(crate) struct Prepared {
     pub(crate) agent: Option<VsockListener>,
 }
 
+/// What goes around with a run besides its configuration: who may end it, who is told, what is noted.
+pub(crate) struct Run<'a> {
+    pub(crate) interrupter: Interrupter,
+    /// For a machine that others can find.
+    pub(crate) monitor: Option<&'a Monitor>,
+    pub(crate) record: RunRecord,
+}
+
 /// Runs what the flags say and answers the exit code.
-pub(crate) fn run(flags: RunFlags, started: Instant) -> Result<u8, Failure> {
+pub(crate) fn run(flags: RunFlags, runtime_dir: Option<&Path>, started: Instant) -> Result<u8, Failure> {
+    if flags.detach {
+        return monitor::start_detached(flags, &runtime_dir::open(runtime_dir)?);
+    }
+    let seat = if flags.name.is_some() {
+        Some(monitor::sit_down(&flags, &runtime_dir::open(runtime_dir)?)?)
+    } else {
+        None
+    };
+    run_in(flags, started, seat)
+}
+
+/// Runs what the flags say as the monitor of a detached machine.
+pub(crate) fn run_seated(flags: RunFlags, started: Instant, seat: Seat) -> Result<u8, Failure> {
+    run_in(RunFlags { json: false, ..flags }, started, Some(seat))
+}
+
+fn run_in(flags: RunFlags, started: Instant, seat: Option<Seat>) -> Result<u8, Failure> {
     let json = flags.json;
-    let mut record = RunRecord::new(started);
-    let result = run_recorded(flags, &mut record);
+    let interrupter = Interrupter::default();
+    let monitor = seat.map(|seat| Monitor::new(seat, interrupter.clone())).transpose()?;
+    let mut run = Run { interrupter, monitor: monitor.as_ref(), record: RunRecord::new(started) };
+    let result = run_recorded(flags, &mut run);
+    let record = run.record;
     if json {
         report::print_json(&record, &result);
+    }
+    if let Some(monitor) = monitor {
+        monitor.finish(&result, record.has_run());
     }
     result
 }
 
-fn run_recorded(flags: RunFlags, record: &mut RunRecord) -> Result<u8, Failure> {
+fn run_recorded(flags: RunFlags, run: &mut Run<'_>) -> Result<u8, Failure> {
     let remarks = crate::remarks_wanted(flags.quiet, flags.verbose);
     let config = RunConfig::from_flags(flags, |name| std::env::var_os(name), remarks)?;
-    let interrupter = Interrupter::default();
+    let interrupter = run.interrupter.clone();
     let signals = SignalThread::start(interrupter.clone()).map_err(|err| {
         Failure::new(format!("signals cannot be handled ({err}): raise the limit of open files"))
     })?;
@@ -60,15 +93,18 @@ fn run_recorded(flags: RunFlags, record: &mut RunRecord) -> Result<u8, Failure> 
     }
     let engine = selected.engine.as_ref();
     let model = config.cpu_model.unwrap_or_else(|| engines::default_model(engine));
-    record.describe(&config, engine.name(), model);
+    run.record.describe(&config, engine.name(), model);
+    if let Some(monitor) = run.monitor {
+        monitor.describe(&config, engine.name(), &model.to_string());
+    }
     let result = match &config.workload {
-        Workload::Command(command) => run_command::run(&config, command, engine, model, &interrupter, record),
-        Workload::Console => run_console::run(&config, engine, model, &interrupter, record),
+        Workload::Command(command) => run_command::run(&config, command, engine, model, run),
+        Workload::Console => run_console::run(&config, engine, model, run),
     };
     crate::terminal::restore();
     drop(signals);
     if config.output.timings {
-        report::print_timings(record);
+        report::print_timings(&run.record);
     }
     result
 }
@@ -156,23 +192,22 @@ fn create_console_file(path: &Path) -> Result<File, Failure> {
     })
 }
 
-/// Starts the machine; the interrupter can end it from here on, and --timeout does.
-pub(crate) fn start(
-    config: &RunConfig,
-    machine: &mut Machine,
-    interrupter: &Interrupter,
-    record: &mut RunRecord,
-) -> Result<(), Failure> {
+/// Starts the machine; the interrupter can end it from here on, --timeout does, and others can find it.
+pub(crate) fn start(config: &RunConfig, machine: &mut Machine, run: &mut Run<'_>) -> Result<(), Failure> {
     if config.seccomp {
         crate::sandbox::enter(machine)?;
     }
-    record.machine_started = Some(Instant::now());
+    run.record.machine_started = Some(Instant::now());
     machine.start()?;
     let handle = machine.handle();
+    let interrupter = &run.interrupter;
     interrupter.set_machine(handle.clone());
+    if let Some(monitor) = run.monitor {
+        monitor.serve(handle.clone(), config.seccomp)?;
+    }
     if let Some(timeout) = config.timeout {
         // A time beyond the clock's end never comes.
-        if let Some(deadline) = record.started.checked_add(timeout) {
+        if let Some(deadline) = run.record.started.checked_add(timeout) {
             let interrupter = interrupter.clone();
             std::thread::Builder::new()
                 .name("timeout".to_owned())

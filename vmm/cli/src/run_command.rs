@@ -5,6 +5,7 @@ use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use harrier_control::output::Stream;
 use harrier_devices::virtio::vsock::VsockListener;
 use harrier_engine::{CpuModel, Engine};
 use harrier_jobs::{
@@ -16,8 +17,9 @@ use signal_hook::consts::SIGINT;
 
 use crate::config::{CommandConfig, RunConfig};
 use crate::exit::Failure;
-use crate::report::{CapturedOutput, RunRecord};
-use crate::run::{ended, interrupted, prepare, start};
+use crate::monitor::Monitor;
+use crate::report::CapturedOutput;
+use crate::run::{Run, ended, interrupted, prepare, start};
 use crate::signals::{Interrupter, Interruption};
 use crate::terminal;
 
@@ -35,14 +37,15 @@ pub(crate) fn run(
     command: &CommandConfig,
     engine: &dyn Engine,
     model: CpuModel,
-    interrupter: &Interrupter,
-    record: &mut RunRecord,
+    run: &mut Run<'_>,
 ) -> Result<u8, Failure> {
     let mut prepared = prepare(config, engine, model, None, None)?;
     let (controller, receiver) = control()?;
-    let tty = terminal::is_interactive() && !config.output.json;
-    let stdio = open_streams(config, tty, interrupter, record)?;
-    start(config, &mut prepared.machine, interrupter, record)?;
+    let detached = run.monitor.is_some_and(Monitor::is_detached);
+    let tty = terminal::is_interactive() && !config.output.json && !detached;
+    let stdio = open_streams(config, tty, run)?;
+    start(config, &mut prepared.machine, run)?;
+    let interrupter = run.interrupter.clone();
     if tty {
         terminal::set_raw().map_err(|err| {
             Failure::new(format!("the terminal cannot be set to raw mode ({err}): redirect stdin"))
@@ -55,7 +58,7 @@ pub(crate) fn run(
             |err| Failure::new(format!("no thread for the machine ({err}): raise the limit of processes")),
         )?;
     let result = prepared.agent.as_ref().and_then(|agent| wait_for_agent(agent, &handle)).map(|connection| {
-        record.agent_connected = Some(Instant::now());
+        run.record.agent_connected = Some(Instant::now());
         interrupter.set_command(controller);
         execute(connection, &spec(command, tty), stdio, &Options::default(), receiver)
     });
@@ -66,21 +69,20 @@ pub(crate) fn run(
     handle.stop();
     let report = waiter.join().map_err(|_| Failure::new("internal error: the machine's thread panicked"))?;
     terminal::restore();
-    record.ended(&report);
-    conclude(config, interrupter, record, &report, result, &prepared.console)
+    run.record.ended(&report);
+    conclude(config, run, &report, result, &prepared.console)
 }
 
 fn conclude(
     config: &RunConfig,
-    interrupter: &Interrupter,
-    record: &mut RunRecord,
+    run: &mut Run<'_>,
     report: &RunReport,
     result: Option<Result<Outcome, ExecuteError>>,
     console: &crate::console::ConsoleTail,
 ) -> Result<u8, Failure> {
     let error = match result {
         Some(Ok(outcome)) => {
-            record.outcome(&outcome);
+            run.record.outcome(&outcome);
             for (name, error) in [("stdout", &outcome.stdout_error), ("stderr", &outcome.stderr_error)] {
                 if let Some(error) = error {
                     return Err(Failure::new(format!(
@@ -97,7 +99,7 @@ fn conclude(
         Some(Err(error)) => Some(error),
         None => None,
     };
-    if let Some(why) = interrupter.interruption() {
+    if let Some(why) = run.interrupter.interruption() {
         return interrupted(why, config);
     }
     match (error, &report.end) {
@@ -152,19 +154,20 @@ fn spec(command: &CommandConfig, tty: bool) -> CommandSpec {
     spec
 }
 
-fn open_streams(
-    config: &RunConfig,
-    tty: bool,
-    interrupter: &Interrupter,
-    record: &mut RunRecord,
-) -> Result<Stdio, Failure> {
+fn open_streams(config: &RunConfig, tty: bool, run: &mut Run<'_>) -> Result<Stdio, Failure> {
+    if let Some(monitor) = run.monitor
+        && let (Some(stdout), Some(stderr)) = (monitor.output(Stream::Stdout), monitor.output(Stream::Stderr))
+    {
+        let stdin = Stdin::Reader(Box::new(StartedInput { started: Box::new(monitor.on_running()) }));
+        return Ok(Stdio { stdin, stdout: Box::new(stdout), stderr: Box::new(stderr) });
+    }
     let mut stdio = Stdio::inherit()
         .map_err(|err| Failure::new(format!("the standard streams cannot be used ({err}): redirect them")))?;
     if config.output.json {
         let (stdout, stderr) = (CapturedOutput::default(), CapturedOutput::default());
         stdio.stdout = Box::new(stdout.clone());
         stdio.stderr = Box::new(stderr.clone());
-        record.captured = Some((stdout, stderr));
+        run.record.captured = Some((stdout, stderr));
     } else if tty {
         let watch = InterruptWatch::default();
         let stdin = io::stdin().as_fd().try_clone_to_owned()?;
@@ -172,11 +175,23 @@ fn open_streams(
         stdio.stdin = Stdin::Reader(Box::new(WatchedInput {
             source: stdin.into(),
             watch: watch.clone(),
-            interrupter: interrupter.clone(),
+            interrupter: run.interrupter.clone(),
         }));
         stdio.stdout = Box::new(WatchedOutput { sink: FdOutput::new(stdout), watch });
     }
     Ok(stdio)
+}
+
+/// An empty input that notices when the command runs: nobody reads before that.
+struct StartedInput {
+    started: Box<dyn Fn() + Send>,
+}
+
+impl Read for StartedInput {
+    fn read(&mut self, _buf: &mut [u8]) -> io::Result<usize> {
+        (self.started)();
+        Ok(0)
+    }
 }
 
 /// Notices in a raw terminal's bytes that the first Ctrl-C did nothing and the second came.

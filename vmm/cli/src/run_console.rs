@@ -3,6 +3,7 @@
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 
+use harrier_control::output::Stream;
 use harrier_engine::{CpuModel, Engine};
 use harrier_jobs::FdOutput;
 use harrier_machine::MachineEnd;
@@ -10,8 +11,8 @@ use signal_hook::consts::SIGINT;
 
 use crate::config::RunConfig;
 use crate::exit::Failure;
-use crate::report::{CapturedOutput, RunRecord};
-use crate::run::{ended, guest_exit, interrupted, prepare, start};
+use crate::report::CapturedOutput;
+use crate::run::{Run, ended, guest_exit, interrupted, prepare, start};
 use crate::signals::{Interrupter, Interruption};
 use crate::terminal;
 
@@ -23,10 +24,11 @@ pub(crate) fn run(
     config: &RunConfig,
     engine: &dyn Engine,
     model: CpuModel,
-    interrupter: &Interrupter,
-    record: &mut RunRecord,
+    run: &mut Run<'_>,
 ) -> Result<u8, Failure> {
-    let interactive = terminal::is_interactive() && !config.output.json;
+    let interrupter = run.interrupter.clone();
+    let log = run.monitor.and_then(|monitor| monitor.output(Stream::Stdout));
+    let interactive = terminal::is_interactive() && !config.output.json && log.is_none();
     let stdin = io::stdin().as_fd().try_clone_to_owned()?;
     let (input, keys) = if interactive {
         let (reader, writer) =
@@ -37,8 +39,10 @@ pub(crate) fn run(
     };
     let output: Box<dyn Write + Send> = if config.output.json {
         let captured = CapturedOutput::default();
-        record.captured = Some((captured.clone(), CapturedOutput::default()));
+        run.record.captured = Some((captured.clone(), CapturedOutput::default()));
         Box::new(captured)
+    } else if let Some(log) = log {
+        Box::new(log)
     } else {
         let stdout = FdOutput::new(io::stdout().as_fd().try_clone_to_owned()?);
         Box::new(ConsoleOutput { stdout, interrupter: interrupter.clone() })
@@ -48,7 +52,10 @@ pub(crate) fn run(
         // A remark that nobody can read is no failure.
         let _ = writeln!(io::stderr(), "harrier: Ctrl-A x ends the machine");
     }
-    start(config, &mut prepared.machine, interrupter, record)?;
+    start(config, &mut prepared.machine, run)?;
+    if let Some(monitor) = run.monitor {
+        monitor.on_running()();
+    }
     if let Some(keys) = keys {
         terminal::set_raw().map_err(|err| {
             Failure::new(format!("the terminal cannot be set to raw mode ({err}): redirect stdin"))
@@ -64,7 +71,7 @@ pub(crate) fn run(
     }
     let report = prepared.machine.wait();
     terminal::restore();
-    record.ended(&report);
+    run.record.ended(&report);
     if let Some(exit) = guest_exit(&report) {
         return exit;
     }

@@ -31,6 +31,11 @@ pub(crate) fn enter(machine: &mut Machine) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Filters the calling thread, which serves the control socket, and the threads that it starts.
+pub(crate) fn enter_control() -> io::Result<()> {
+    apply("control")
+}
+
 fn apply(role: &str) -> io::Result<()> {
     let (_, instructions) = FILTERS
         .iter()
@@ -51,6 +56,18 @@ mod tests {
             apply("vcpu").unwrap();
             let opened = std::fs::File::open("/proc/self/status");
             assert_eq!(opened.unwrap_err().raw_os_error(), Some(libc::EPERM));
+        })
+        .join()
+        .unwrap();
+    }
+
+    #[test]
+    fn a_control_thread_and_those_it_starts_cannot_open_files() {
+        std::thread::spawn(|| {
+            enter_control().unwrap();
+            let opened = || std::fs::File::open("/proc/self/status").unwrap_err().raw_os_error();
+            assert_eq!(opened(), Some(libc::EPERM));
+            assert_eq!(std::thread::spawn(opened).join().unwrap(), Some(libc::EPERM));
         })
         .join()
         .unwrap();

@@ -69,6 +69,18 @@ impl Interrupter {
         }
     }
 
+    /// Sends a signal to the command; false if there is none yet.
+    pub(crate) fn signal_command(&self, signal: i32) -> bool {
+        let state = self.lock();
+        match (&state.command, u8::try_from(signal)) {
+            (Some(command), Ok(number)) => {
+                command.signal(number);
+                true
+            }
+            _ => false,
+        }
+    }
+
     /// Why the owner ended the run, if so.
     pub(crate) fn interruption(&self) -> Option<Interruption> {
         self.lock().interruption

@@ -1,0 +1,178 @@
+//! pause, resume, stop, kill, wait, rm.
+
+use std::time::Duration;
+
+use harrier_control::api::{KillRequest, StopRequest};
+use harrier_control::{ClientError, Entry, Life, Registry, RegistryError};
+
+use super::{about, client, for_each, print_line};
+use crate::exit::{Failure, HARRIER_FAILED};
+use crate::flags::{KillFlags, NamesFlags, RmFlags, StopFlags};
+use crate::units::parse_time;
+
+/// How long a monitor may take to end after its machine has been ended.
+const END_TIMEOUT: Duration = Duration::from_secs(30);
+
+pub(super) fn pause(flags: &NamesFlags, registry: &Registry) -> Result<u8, Failure> {
+    for_each(registry, &flags.machines, |entry| {
+        client(entry).pause().map(drop).map_err(|err| about(entry, not_alive(entry, err)))
+    })
+}
+
+pub(super) fn resume(flags: &NamesFlags, registry: &Registry) -> Result<u8, Failure> {
+    for_each(registry, &flags.machines, |entry| {
+        client(entry).resume().map(drop).map_err(|err| about(entry, not_alive(entry, err)))
+    })
+}
+
+pub(super) fn stop(flags: &StopFlags, registry: &Registry) -> Result<u8, Failure> {
+    let timeout = match flags.timeout.trim() {
+        "0" | "0s" => Duration::ZERO,
+        text => parse_time(text).map_err(|err| Failure::new(format!("--timeout: {err}")))?,
+    };
+    let request = StopRequest { timeout_ms: u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX) };
+    for_each(registry, &flags.machines, |entry| {
+        if !ended_already(entry, client(entry).stop(request))? {
+            wait_for_end(entry, timeout.saturating_add(END_TIMEOUT))?;
+        }
+        Ok(())
+    })
+}
+
+pub(super) fn kill(flags: &KillFlags, registry: &Registry) -> Result<u8, Failure> {
+    let signal = flags.signal.as_deref().map(parse_signal).transpose()?;
+    for_each(registry, &flags.machines, |entry| {
+        client(entry).kill(KillRequest { signal }).map_err(|err| about(entry, not_alive(entry, err)))?;
+        if signal.is_none_or(|signal| signal == 9) { wait_for_end(entry, END_TIMEOUT) } else { Ok(()) }
+    })
+}
+
+pub(super) fn wait(flags: &NamesFlags, registry: &Registry) -> Result<u8, Failure> {
+    let mut last = 0;
+    let entries: Vec<Entry> =
+        flags.machines.iter().map(|name| registry.find(name)).collect::<Result<_, _>>()?;
+    for entry in entries {
+        let life = match &entry.life {
+            Life::Alive => entry.wait()?,
+            over => over.clone(),
+        };
+        match life {
+            Life::Ended(exit) => {
+                print_line(exit.exit_code)?;
+                last = exit.exit_code;
+            }
+            Life::Lost | Life::Alive => {
+                crate::print_failure(&about(&entry, LOST));
+                last = HARRIER_FAILED;
+            }
+        }
+    }
+    Ok(last)
+}
+
+pub(super) fn rm(flags: &RmFlags, registry: &Registry) -> Result<u8, Failure> {
+    for_each(registry, &flags.machines, |entry| {
+        if flags.force && entry.life == Life::Alive {
+            if !ended_already(entry, client(entry).kill(KillRequest::default()))? {
+                wait_for_end(entry, END_TIMEOUT)?;
+            }
+            // A machine that removes itself at its end has done so.
+            return match registry.remove(entry) {
+                Err(RegistryError::NotFound(_)) => Ok(()),
+                result => Ok(result?),
+            };
+        }
+        Ok(registry.remove(entry)?)
+    })
+}
+
+/// What is said of a machine that is [`Life::Lost`].
+pub(super) const LOST: &str = "its monitor was killed, so nothing is known of its end";
+
+/// Whether the machine has ended before it could be asked to; that is not a failure of who wants it to end.
+fn ended_already<T>(entry: &Entry, asked: Result<T, ClientError>) -> Result<bool, Failure> {
+    match asked {
+        Ok(_) => Ok(false),
+        Err(ClientError::NotRunning) => match entry.wait_within(Some(Duration::from_secs(5))) {
+            Ok(Some(_)) | Err(RegistryError::NotFound(_)) => Ok(true),
+            // It begins, or its socket is gone.
+            _ => Err(about(entry, "its monitor cannot be reached: end it by its process id")),
+        },
+        Err(err) => Err(about(entry, err)),
+    }
+}
+
+fn wait_for_end(entry: &Entry, limit: Duration) -> Result<(), Failure> {
+    match entry.wait_within(Some(limit)) {
+        Ok(Some(_)) | Err(RegistryError::NotFound(_)) => Ok(()),
+        Ok(None) => {
+            Err(about(entry, format!("its monitor has not ended within {limit:?}: try 'harrier kill'")))
+        }
+        Err(err) => Err(err.into()),
+    }
+}
+
+/// The error of a machine that has ended says so.
+fn not_alive(entry: &Entry, err: ClientError) -> String {
+    match (&entry.life, &err) {
+        (Life::Ended(exit), ClientError::NotRunning) => format!("it has ended with code {}", exit.exit_code),
+        (Life::Lost, ClientError::NotRunning) => LOST.to_owned(),
+        _ => err.to_string(),
+    }
+}
+
+/// A signal's number, by number or by name with or without SIG.
+fn parse_signal(text: &str) -> Result<u8, Failure> {
+    const NAMES: &[(&str, i32)] = &[
+        ("HUP", libc::SIGHUP),
+        ("INT", libc::SIGINT),
+        ("QUIT", libc::SIGQUIT),
+        ("ILL", libc::SIGILL),
+        ("TRAP", libc::SIGTRAP),
+        ("ABRT", libc::SIGABRT),
+        ("BUS", libc::SIGBUS),
+        ("FPE", libc::SIGFPE),
+        ("KILL", libc::SIGKILL),
+        ("USR1", libc::SIGUSR1),
+        ("SEGV", libc::SIGSEGV),
+        ("USR2", libc::SIGUSR2),
+        ("PIPE", libc::SIGPIPE),
+        ("ALRM", libc::SIGALRM),
+        ("TERM", libc::SIGTERM),
+        ("CHLD", libc::SIGCHLD),
+        ("CONT", libc::SIGCONT),
+        ("STOP", libc::SIGSTOP),
+        ("TSTP", libc::SIGTSTP),
+        ("TTIN", libc::SIGTTIN),
+        ("TTOU", libc::SIGTTOU),
+        ("URG", libc::SIGURG),
+        ("WINCH", libc::SIGWINCH),
+        ("IO", libc::SIGIO),
+        ("SYS", libc::SIGSYS),
+    ];
+    let upper = text.to_ascii_uppercase();
+    let name = upper.strip_prefix("SIG").unwrap_or(&upper);
+    let named = NAMES.iter().find(|(known, _)| *known == name).map(|(_, number)| *number);
+    named
+        .or_else(|| text.parse().ok())
+        .and_then(|number| u8::try_from(number).ok())
+        .filter(|number| (1..=64).contains(number))
+        .ok_or_else(|| {
+            Failure::new(format!("--signal '{text}' is no signal: give a name like TERM, or 1 to 64"))
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn signals_have_names_and_numbers() {
+        for (text, number) in [("TERM", 15), ("sigint", 2), ("SIGKILL", 9), ("1", 1), ("64", 64)] {
+            assert_eq!(parse_signal(text).unwrap(), number, "{text}");
+        }
+        for bad in ["", "SIG", "NOPE", "0", "65", "-1", "1.5"] {
+            assert!(parse_signal(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,374 @@
+//! The monitor of a machine that others can find: its place in the registry, its control socket, and the record of its
+//! end. [`start_detached`] and [`detached`] are the two sides of `run --detach`.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use clap::Parser;
+use harrier_control::api::{ApiError, KillRequest, MachineInfo, MachineState, StopRequest, Usage};
+use harrier_control::output::{OutputLog, OutputWriter, Stream};
+use harrier_control::{
+    ExitRecord, Machine, MachineName, MachineRecord, NewMachine, Registry, Seat, Server, StartError, unix_ms,
+};
+use harrier_machine::MachineHandle;
+use serde_json::json;
+use signal_hook::consts::{SIGHUP, SIGKILL, SIGTERM};
+
+use crate::config::{RunConfig, Workload};
+use crate::exit::{Failure, HARRIER_FAILED};
+use crate::flags::{Command, Flags, MonitorFlags, RunFlags};
+use crate::signals::{Interrupter, Interruption};
+
+/// The registry's view of a run that is to be.
+fn new_machine(flags: &RunFlags) -> Result<NewMachine, Failure> {
+    let name: Option<MachineName> = flags.name.as_deref().map(str::parse).transpose()?;
+    let command = flags.command.iter().map(|arg| arg.to_string_lossy().into_owned()).collect();
+    Ok(NewMachine { name, command, detached: flags.detach, auto_remove: flags.rm || !flags.detach })
+}
+
+/// Starts this program again as the monitor of a machine and prints the machine's id once it runs.
+pub(crate) fn start_detached(flags: RunFlags, registry: &Registry) -> Result<u8, Failure> {
+    let new = new_machine(&flags)?;
+    let json = flags.json;
+    // What can be seen to be wrong from here is said at once.
+    RunConfig::from_flags(flags, |name| std::env::var_os(name), false)?;
+    let program = std::env::current_exe().map_err(|err| {
+        Failure::new(format!("the program's own file cannot be found ({err}): mount /proc"))
+    })?;
+    let claim = registry.create(new)?;
+    let args: Vec<OsString> = std::env::args_os().skip(1).collect();
+    let started = claim.start(&program, &args).map_err(|err| match err {
+        StartError::Failed { exit_code, message } => Failure { code: exit_code, message },
+        other => Failure::new(other),
+    })?;
+    let id = &started.record.id;
+    let line =
+        if json { json!({ "id": id, "name": started.record.name }).to_string() } else { id.to_string() };
+    writeln!(std::io::stdout(), "{line}")
+        .map_err(|err| Failure::new(format!("machine {id} runs, and stdout cannot be written ({err})")))?;
+    Ok(0)
+}
+
+/// This process is the monitor of a detached machine: sorts its streams and runs what `start_detached` was asked for.
+pub(crate) fn detached(flags: MonitorFlags, started: Instant) -> Result<u8, Failure> {
+    let hand_over = |err: std::io::Error| {
+        Failure::new(format!("a monitor is started by 'harrier run --detach' only ({err})"))
+    };
+    let stream = |fd: std::os::fd::BorrowedFd<'_>| fd.try_clone_to_owned();
+    let lock = stream(std::io::stdin().as_fd()).map_err(hand_over)?;
+    let starter = stream(std::io::stdout().as_fd()).map_err(hand_over)?;
+    let seat = Seat::take(&flags.folder, lock, starter).map_err(hand_over)?;
+    leave_streams().map_err(hand_over)?;
+    // Of no use to a process that leads its group already.
+    let _ = rustix::process::setsid();
+    let inner = Flags::try_parse_from(std::iter::once(OsString::from("harrier")).chain(flags.args))
+        .map_err(|err| Failure::new(err.kind()))?;
+    match inner.command {
+        Command::Run(run_flags) => {
+            crate::logging::init(run_flags.verbose);
+            crate::run::run_seated(*run_flags, started, seat)
+        }
+        _ => Err(Failure::new("a monitor runs machines only: use 'harrier run --detach'")),
+    }
+}
+
+/// Stdin and stdout have been handed over; from now on they are nowhere. Stderr stays the monitor's log.
+fn leave_streams() -> std::io::Result<()> {
+    let nowhere: OwnedFd = File::options().read(true).write(true).open("/dev/null")?.into();
+    rustix::stdio::dup2_stdin(&nowhere)?;
+    rustix::stdio::dup2_stdout(&nowhere)?;
+    Ok(())
+}
+
+/// Takes a place in the registry for a machine that runs in this process and has a name.
+pub(crate) fn sit_down(flags: &RunFlags, registry: &Registry) -> Result<Seat, Failure> {
+    let claim = registry.create(new_machine(flags)?)?;
+    claim.sit_down().map_err(|err| Failure::new(format!("the machine's folder cannot be used ({err})")))
+}
+
+/// What a machine is, for those who ask.
+#[derive(Default)]
+struct Description {
+    engine: String,
+    cpu_model: String,
+    cpus: u32,
+    memory_bytes: u64,
+    has_command: bool,
+}
+
+/// The running machine as its control socket sees it.
+struct Running {
+    record: MachineRecord,
+    interrupter: Interrupter,
+    description: OnceLock<Description>,
+    machine: OnceLock<MachineHandle>,
+    /// Whether the machine is paused; held while that changes.
+    paused: Mutex<bool>,
+    is_paused: AtomicBool,
+    is_stopping: AtomicBool,
+    /// Milliseconds since 1970, or zero.
+    started_ms: AtomicU64,
+    /// Until when a machine that was asked to end may take.
+    stop_deadline: Mutex<Option<Instant>>,
+    output: Option<Arc<OutputLog>>,
+    statm: Option<File>,
+}
+
+/// A run's place in the registry. Dropping it before [`Monitor::finish`] records a failure of the monitor itself.
+pub(crate) struct Monitor {
+    seat: Arc<Seat>,
+    running: Arc<Running>,
+    server: OnceLock<Server>,
+    finished: bool,
+}
+
+impl Monitor {
+    pub(crate) fn new(seat: Seat, interrupter: Interrupter) -> Result<Self, Failure> {
+        let record = seat.record().clone();
+        let output = if record.detached { Some(OutputLog::create(seat.folder())) } else { None };
+        let output = output
+            .transpose()
+            .map_err(|err| Failure::new(format!("the machine's output cannot be kept ({err}): make room")))?;
+        let seat = Arc::new(seat);
+        let watched = Arc::clone(&seat);
+        let told = interrupter.clone();
+        std::thread::Builder::new().name("starter".to_owned()).spawn(move || {
+            if watched.watch_starter().is_err() {
+                told.end(Interruption::Signal(SIGHUP));
+            }
+        })?;
+        let running = Running {
+            record,
+            interrupter,
+            description: OnceLock::new(),
+            machine: OnceLock::new(),
+            paused: Mutex::new(false),
+            is_paused: AtomicBool::new(false),
+            is_stopping: AtomicBool::new(false),
+            started_ms: AtomicU64::new(0),
+            stop_deadline: Mutex::new(None),
+            output,
+            statm: File::open("/proc/self/statm").ok(),
+        };
+        Ok(Monitor { seat, running: Arc::new(running), server: OnceLock::new(), finished: false })
+    }
+
+    /// Whether the machine has no terminal and no streams but the log.
+    pub(crate) fn is_detached(&self) -> bool {
+        self.running.record.detached
+    }
+
+    pub(crate) fn describe(&self, config: &RunConfig, engine: &str, cpu_model: &str) {
+        // Called once.
+        let _ = self.running.description.set(Description {
+            engine: engine.to_owned(),
+            cpu_model: cpu_model.to_owned(),
+            cpus: config.vcpu_count,
+            memory_bytes: config.memory_bytes,
+            has_command: matches!(config.workload, Workload::Command(_)),
+        });
+    }
+
+    /// Where a detached machine's output goes.
+    pub(crate) fn output(&self, stream: Stream) -> Option<OutputWriter> {
+        self.running.output.as_ref().map(|log| log.writer(stream))
+    }
+
+    /// Serves the control socket for a machine that has started.
+    pub(crate) fn serve(&self, machine: MachineHandle, seccomp: bool) -> Result<(), Failure> {
+        let refused = |err| Failure::new(format!("the control socket cannot be served ({err})"));
+        // Called once.
+        let _ = self.running.machine.set(machine);
+        let listener = self.seat.listen().map_err(refused)?;
+        let on_start: harrier_control::server::OnThreadStart =
+            Arc::new(move || if seccomp { crate::sandbox::enter_control() } else { Ok(()) });
+        let server = Server::start(listener, Arc::clone(&self.running) as Arc<dyn Machine>, on_start)
+            .map_err(refused)?;
+        let _ = self.server.set(server);
+        Ok(())
+    }
+
+    /// Something that, once called, tells everybody that the command or kernel runs. The first call counts.
+    pub(crate) fn on_running(&self) -> impl Fn() + Send + use<> {
+        let (seat, running) = (Arc::clone(&self.seat), Arc::clone(&self.running));
+        move || {
+            if running.started_ms.compare_exchange(0, unix_ms(), Ordering::AcqRel, Ordering::Acquire).is_ok()
+                && seat.ready().is_err()
+            {
+                running.interrupter.end(Interruption::Signal(SIGHUP));
+            }
+        }
+    }
+
+    /// Records how the run has ended. `ran` says that the command did run, however short.
+    pub(crate) fn finish(mut self, result: &Result<u8, Failure>, ran: bool) {
+        if ran {
+            self.on_running()();
+        }
+        let (exit_code, error) = match result {
+            Ok(code) => (*code, None),
+            Err(failure) => (failure.code, Some(failure.message.clone())),
+        };
+        self.record_end(exit_code, error);
+    }
+
+    fn record_end(&mut self, exit_code: u8, error: Option<String>) {
+        self.finished = true;
+        // Nobody is answered any more when the end is on disk.
+        drop(self.server.take());
+        let started_ms = Some(self.running.started_ms.load(Ordering::Acquire)).filter(|ms| *ms > 0);
+        self.seat.finish(&ExitRecord { exit_code, error, started_ms, ended_ms: unix_ms() });
+    }
+}
+
+impl Drop for Monitor {
+    fn drop(&mut self) {
+        if !self.finished {
+            let error = "internal error: the monitor panicked: this is a bug in harrier, please report it";
+            self.record_end(HARRIER_FAILED, Some(error.to_owned()));
+        }
+    }
+}
+
+impl Running {
+    fn state(&self) -> MachineState {
+        if self.is_stopping.load(Ordering::Acquire) || self.interrupter.interruption().is_some() {
+            MachineState::Stopping
+        } else if self.is_paused.load(Ordering::Acquire) {
+            MachineState::Paused
+        } else if self.started_ms.load(Ordering::Acquire) == 0 {
+            MachineState::Starting
+        } else {
+            MachineState::Running
+        }
+    }
+
+    fn machine(&self) -> Result<&MachineHandle, ApiError> {
+        self.machine.get().ok_or_else(|| ApiError::conflict("the machine has not started yet: try again"))
+    }
+
+    fn end(&self, signal: i32) {
+        self.is_stopping.store(true, Ordering::Release);
+        self.interrupter.end(Interruption::Signal(signal));
+    }
+
+    /// Ends the machine at the earliest of the times that were asked for.
+    fn end_later(&self, machine: &MachineHandle, timeout: Duration) -> Result<(), ApiError> {
+        let Some(deadline) = Instant::now().checked_add(timeout) else { return Ok(()) };
+        let mut earliest = self.stop_deadline.lock().unwrap_or_else(PoisonError::into_inner);
+        if earliest.is_some_and(|earliest| earliest <= deadline) {
+            return Ok(());
+        }
+        let (machine, interrupter) = (machine.clone(), self.interrupter.clone());
+        std::thread::Builder::new()
+            .name("stop".to_owned())
+            .spawn(move || {
+                if machine.wait_for_end(Some(deadline)).is_none() {
+                    interrupter.end(Interruption::Signal(SIGKILL));
+                }
+            })
+            .map_err(|err| {
+                ApiError::internal(format!("no thread for the timeout ({err}): kill the machine"))
+            })?;
+        *earliest = Some(deadline);
+        Ok(())
+    }
+}
+
+impl Machine for Running {
+    fn info(&self) -> MachineInfo {
+        let unknown = Description::default();
+        let description = self.description.get().unwrap_or(&unknown);
+        MachineInfo {
+            id: self.record.id.clone(),
+            name: self.record.name.clone(),
+            state: self.state(),
+            pid: std::process::id(),
+            created_ms: self.record.created_ms,
+            started_ms: Some(self.started_ms.load(Ordering::Acquire)).filter(|ms| *ms > 0),
+            command: self.record.command.clone(),
+            engine: description.engine.clone(),
+            cpu_model: description.cpu_model.clone(),
+            cpus: description.cpus,
+            memory_bytes: description.memory_bytes,
+            usage: usage(self.statm.as_ref()),
+            output: self.output.as_ref().map(|output| output.info()),
+        }
+    }
+
+    fn pause(&self) -> Result<MachineState, ApiError> {
+        let ends = || ApiError::conflict("the machine is ending: it cannot be paused");
+        let mut paused = self.paused.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.state() == MachineState::Stopping {
+            return Err(ends());
+        }
+        if !*paused {
+            if !self.machine()?.pause() {
+                return Err(ends());
+            }
+            *paused = true;
+            self.is_paused.store(true, Ordering::Release);
+        }
+        Ok(self.state())
+    }
+
+    fn resume(&self) -> Result<MachineState, ApiError> {
+        let mut paused = self.paused.lock().unwrap_or_else(PoisonError::into_inner);
+        if std::mem::take(&mut *paused) {
+            self.machine()?.resume();
+            self.is_paused.store(false, Ordering::Release);
+        }
+        Ok(self.state())
+    }
+
+    fn stop(&self, request: StopRequest) -> Result<MachineState, ApiError> {
+        let machine = self.machine()?;
+        self.end_later(machine, Duration::from_millis(request.timeout_ms))?;
+        self.is_stopping.store(true, Ordering::Release);
+        // A machine that stands still hears nothing.
+        self.resume()?;
+        if !self.interrupter.signal_command(SIGTERM) {
+            self.end(SIGTERM);
+        }
+        Ok(self.state())
+    }
+
+    fn kill(&self, request: KillRequest) -> Result<MachineState, ApiError> {
+        match request.signal.map(i32::from) {
+            None | Some(SIGKILL) => self.end(SIGKILL),
+            Some(signal) if !(1..=64).contains(&signal) => {
+                return Err(ApiError::bad_request(format!("there is no signal {signal}: give 1 to 64")));
+            }
+            Some(signal) => {
+                if !self.interrupter.signal_command(signal) {
+                    let has_command =
+                        self.description.get().is_none_or(|description| description.has_command);
+                    let why = if has_command { "its command does not run yet" } else { "it has no command" };
+                    return Err(ApiError::conflict(format!("the signal reaches nobody: {why}")));
+                }
+            }
+        }
+        Ok(self.state())
+    }
+}
+
+/// Of this process: `statm` (proc_pid_statm(5)) has the resident pages, a clock the processor time.
+fn usage(statm: Option<&File>) -> Usage {
+    let mut text = [0; 128];
+    let read = statm.and_then(|file| file.read_at(&mut text, 0).ok()).unwrap_or(0);
+    let text = String::from_utf8_lossy(text.get(..read).unwrap_or_default()).into_owned();
+    let pages: u64 = text.split_whitespace().nth(1).and_then(|word| word.parse().ok()).unwrap_or(0);
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
+    let nanoseconds = u64::try_from(time.tv_nsec).unwrap_or(0);
+    Usage {
+        resident_bytes: pages * rustix::param::page_size() as u64,
+        cpu_ms: seconds * 1000 + nanoseconds / 1_000_000,
+    }
+}

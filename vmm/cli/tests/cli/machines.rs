@@ -1,0 +1,191 @@
+//! Machines with a name: started, found, paused, ended and killed as a user does it.
+
+use std::process::{Child, Command, Output};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use crate::support::{Code, KernelFile, harrier, texts, wait};
+
+/// A registry of its own; what still runs in it ends with it.
+struct Machines {
+    folder: tempfile::TempDir,
+}
+
+impl Machines {
+    fn new() -> Self {
+        Machines { folder: tempfile::tempdir().unwrap() }
+    }
+
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = harrier(args);
+        command.env("HARRIER_RUNTIME_DIR", self.folder.path().join("machines"));
+        command
+    }
+
+    fn spawn(&self, args: &[&str]) -> Child {
+        self.command(args).spawn().unwrap()
+    }
+
+    fn output(&self, args: &[&str]) -> Output {
+        wait(self.spawn(args))
+    }
+
+    /// Exit code, stdout and stderr.
+    fn run(&self, args: &[&str]) -> (i32, String, String) {
+        texts(self.output(args))
+    }
+
+    /// Stdout of a command that has to succeed.
+    fn good(&self, args: &[&str]) -> String {
+        let (code, stdout, stderr) = self.run(args);
+        assert_eq!((code, stderr.as_str()), (0, ""), "{args:?}: {stdout}");
+        stdout
+    }
+
+    /// One line on stderr, and 125.
+    fn bad(&self, args: &[&str]) -> String {
+        let (code, stdout, stderr) = self.run(args);
+        assert_eq!((code, stdout.as_str(), stderr.lines().count()), (125, "", 1), "{args:?}: {stderr}");
+        assert!(stderr.starts_with("harrier: "), "{stderr}");
+        stderr
+    }
+
+    fn inspect(&self, name: &str) -> Value {
+        serde_json::from_str::<Value>(&self.good(&["inspect", name])).unwrap()[0].take()
+    }
+
+    fn states(&self) -> Vec<(String, String)> {
+        let list: Value = serde_json::from_str(&self.good(&["ps", "-a", "--json"])).unwrap();
+        let text = |value: &Value| value.as_str().unwrap().to_owned();
+        list.as_array().unwrap().iter().map(|entry| (text(&entry["name"]), text(&entry["state"]))).collect()
+    }
+}
+
+impl Drop for Machines {
+    fn drop(&mut self) {
+        let ids = self.command(&["ps", "-aq"]).output().unwrap().stdout;
+        let ids = String::from_utf8_lossy(&ids).into_owned();
+        for id in ids.lines() {
+            let _ = self.command(&["rm", "-f", id]).output();
+        }
+    }
+}
+
+fn kill_process(pid: &Value) {
+    let pid = pid.as_u64().unwrap().to_string();
+    assert!(Command::new("kill").args(["-KILL", &pid]).status().unwrap().success());
+}
+
+/// Waits for what comes by itself.
+fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !holds() {
+        assert!(Instant::now() < deadline, "{what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn a_detached_machine_is_found_paused_resumed_and_stopped() {
+    let machines = Machines::new();
+    let script = "trap 'echo bye; exit 9' TERM; echo out; echo err >&2; while :; do sleep 0.1; done";
+    let id = machines.good(&["run", "-d", "--name", "web", "--", "sh", "-c", script]);
+    let id = id.trim();
+    assert_eq!(id.len(), 12, "{id}");
+    let info = machines.inspect("web");
+    assert_eq!(
+        (&info["id"], &info["state"], &info["engine"]),
+        (&id.into(), &"running".into(), &"soft".into())
+    );
+    assert_eq!(info["command"][0], "sh");
+    assert!(info["usage"]["resident_bytes"].as_u64().unwrap() > 1 << 20);
+    assert!(machines.good(&["ps"]).contains("web"));
+    assert_eq!(machines.good(&["ps", "-q", "--filter", "name=we"]), format!("{id}\n"));
+    eventually("both lines are kept", || {
+        let (code, stdout, stderr) = machines.run(&["logs", &id[..6]]);
+        (code, stdout.as_str(), stderr.as_str()) == (0, "out\n", "err\n")
+    });
+
+    for _ in 0..2 {
+        assert_eq!(machines.good(&["pause", "web"]), "web\n");
+        assert_eq!(machines.inspect("web")["state"], "paused");
+    }
+    for _ in 0..2 {
+        assert_eq!(machines.good(&["resume", "web"]), "web\n");
+        assert_eq!(machines.inspect("web")["state"], "running");
+    }
+    assert!(machines.bad(&["rm", "web"]).contains("runs"));
+    machines.good(&["pause", "web"]);
+    // A paused machine is stopped as well, and its command has its say.
+    let follower = machines.spawn(&["logs", "-f", "web"]);
+    let waiter = machines.spawn(&["wait", "web"]);
+    assert_eq!(machines.good(&["stop", "web"]), "web\n");
+    let (code, stdout, stderr) = texts(wait(follower));
+    assert_eq!((code, stdout.as_str()), (0, "out\nbye\n"));
+    assert!(stderr.starts_with("err\n"), "{stderr}");
+    assert_eq!(texts(wait(waiter)), (9, "9\n".to_owned(), String::new()));
+    assert_eq!(machines.inspect("web")["exit_code"], 9);
+    assert_eq!(machines.good(&["ps", "-q"]), "");
+    assert!(machines.bad(&["pause", "web"]).contains("has ended with code 9"));
+    assert_eq!(machines.good(&["stop", "web"]), "web\n");
+    assert_eq!(machines.good(&["rm", "web"]), "web\n");
+    let (code, stdout, stderr) = machines.run(&["inspect", "web"]);
+    assert_eq!((code, stdout.as_str()), (125, "[]\n"));
+    assert!(stderr.contains("no machine 'web'"), "{stderr}");
+    assert_eq!(machines.states(), []);
+}
+
+#[test]
+fn a_start_that_fails_says_why_and_leaves_nothing() {
+    let machines = Machines::new();
+    let (code, stdout, stderr) = machines.run(&["run", "-d", "--name", "a", "--", "no-such-command"]);
+    assert_eq!((code, stdout.as_str(), stderr.lines().count()), (127, "", 1), "{stderr}");
+    assert!(stderr.contains("no-such-command"), "{stderr}");
+    assert!(machines.bad(&["run", "-d", "--kernel", "/dev/null"]).contains("/dev/null"));
+    assert!(machines.bad(&["run", "-d", "--cmdline", "rdinit=/none", "--", "true"]).contains("Kernel panic"));
+    assert!(machines.bad(&["run", "-d", "--name", "-x", "--", "true"]).contains("'-x'"));
+    assert!(machines.bad(&["run", "-d", "--name", "a b", "--", "true"]).contains("is not a name"));
+    assert!(machines.bad(&["run", "-d"]).contains("nothing to run"));
+    assert_eq!(machines.states(), []);
+}
+
+#[test]
+fn a_killed_monitor_leaves_a_lost_machine_and_no_live_one() {
+    let machines = Machines::new();
+    machines.good(&["run", "-d", "--name", "a", "--", "sh", "-c", "echo kept; sleep 1000"]);
+    machines.good(&["run", "-d", "--rm", "--name", "b", "--", "sleep", "1000"]);
+    eventually("the line is kept", || machines.good(&["logs", "a"]) == "kept\n");
+    let waiter = machines.spawn(&["wait", "a"]);
+    kill_process(&machines.inspect("a")["pid"]);
+    kill_process(&machines.inspect("b")["pid"]);
+    eventually("one is lost, the other gone", || machines.states() == [("a".to_owned(), "lost".to_owned())]);
+    let (code, stdout, stderr) = texts(wait(waiter));
+    assert_eq!((code, stdout.as_str()), (125, ""), "{stderr}");
+    assert!(stderr.contains("its monitor was killed"), "{stderr}");
+    assert!(machines.bad(&["pause", "a"]).contains("its monitor was killed"));
+    assert!(machines.bad(&["run", "-d", "--name", "a", "--", "true"]).contains("already"));
+    assert_eq!(machines.good(&["logs", "-f", "a"]), "kept\n");
+    machines.good(&["rm", "a"]);
+    assert_eq!(machines.states(), []);
+}
+
+#[test]
+fn plain_boots_have_names_and_logs_too_and_kill_is_at_once() {
+    let machines = Machines::new();
+    let kernel = KernelFile::new(Code::default().print("up\n").spin());
+    machines.good(&["run", "-d", "--name", "k", "--kernel", &kernel.path]);
+    eventually("the console is kept", || machines.good(&["logs", "k"]) == "up\n");
+    assert!(machines.bad(&["kill", "-s", "INT", "k"]).contains("no command"));
+    machines.good(&["kill", "k"]);
+    assert_eq!(machines.run(&["wait", "k"]), (137, "137\n".to_owned(), String::new()));
+    // A foreground machine has a name as long as it runs.
+    let mut child = machines.spawn(&["run", "--name", "f", "--kernel", &kernel.path]);
+    let mut up = [0; 3];
+    std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut up).unwrap();
+    assert!(machines.states().contains(&("f".to_owned(), "running".to_owned())));
+    assert!(machines.bad(&["logs", "f"]).contains("not kept"));
+    machines.good(&["stop", "f"]);
+    assert_eq!(wait(child).status.code(), Some(143));
+    assert_eq!(machines.states(), [("k".to_owned(), "exited".to_owned())]);
+}
