@@ -71,6 +71,10 @@ pub(crate) struct RunConfig {
     pub(crate) elf_entry: ElfEntry,
     pub(crate) disks: Vec<DiskConfig>,
     pub(crate) console: Option<PathBuf>,
+    /// The folder through which a worker hears of this run.
+    pub(crate) attempt: Option<PathBuf>,
+    /// Where the command's stderr goes, if not to this program's.
+    pub(crate) stderr: Option<PathBuf>,
     pub(crate) workload: Workload,
     pub(crate) output: OutputConfig,
     /// Filter the system calls of the process and its threads.
@@ -166,6 +170,8 @@ impl RunConfig {
             elf_entry,
             disks: flags.disk.iter().map(|text| parse_disk(text)).collect::<Result<_, _>>()?,
             console: flags.console,
+            attempt: flags.attempt,
+            stderr: flags.stderr,
             workload,
             output: OutputConfig { json: flags.json, timings: flags.timings, remarks },
             seccomp: !flags.no_seccomp,

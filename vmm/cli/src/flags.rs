@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::jobs::flags::QueuePlace;
+
 /// Runs commands and kernels in microVMs.
 #[derive(Debug, Parser)]
 #[command(name = "harrier", version, about, max_term_width = 110, disable_help_subcommand = true)]
@@ -30,7 +32,7 @@ pub(crate) enum Command {
     Ps(PsFlags),
     /// Show everything about machines, as JSON.
     Inspect(InspectFlags),
-    /// Show what a detached machine's command has printed.
+    /// Show what a job, or a detached machine's command, has printed.
     Logs(LogsFlags),
     /// Make machines stand still; their memory stays.
     Pause(NamesFlags),
@@ -40,8 +42,11 @@ pub(crate) enum Command {
     Stop(StopFlags),
     /// End machines at once, or send their commands a signal.
     Kill(KillFlags),
-    /// Wait for the end of machines and print their exit codes; the exit code is that of the last one.
-    Wait(NamesFlags),
+    /// Wait for the end of jobs or machines.
+    ///
+    /// For jobs, the exit code is that of the first that did not succeed. For machines, the exit codes are printed, and
+    /// the exit code is that of the last one.
+    Wait(WaitFlags),
     /// Remove what is left of machines that have ended.
     Rm(RmFlags),
     /// Show what this host offers, and what follows from it.
@@ -49,6 +54,8 @@ pub(crate) enum Command {
     /// The process of a detached machine; started by `run --detach` and of no use by hand.
     #[command(hide = true)]
     Monitor(MonitorFlags),
+    #[command(flatten)]
+    Job(crate::jobs::flags::JobCommand),
 }
 
 #[derive(Debug, Args, Default)]
@@ -116,6 +123,12 @@ pub(crate) struct RunFlags {
     /// Log more: -v what Harrier does, -vv all details.
     #[arg(long, short, action = clap::ArgAction::Count)]
     pub(crate) verbose: u8,
+    /// The folder of a job's attempt, for workers.
+    #[arg(long, value_name = "DIR", hide = true)]
+    pub(crate) attempt: Option<PathBuf>,
+    /// Where the command's stderr goes, for workers.
+    #[arg(long, value_name = "FILE", hide = true)]
+    pub(crate) stderr: Option<PathBuf>,
     /// Entry of an ELF kernel: auto, pvh or linux64.
     #[arg(long, default_value = "auto", value_name = "ENTRY", hide = true)]
     pub(crate) elf_entry: String,
@@ -181,9 +194,38 @@ pub(crate) struct LogsFlags {
     /// Show what the monitor itself has said, not the command.
     #[arg(long, conflicts_with_all = ["follow", "timestamps", "tail"])]
     pub(crate) monitor: bool,
-    /// Name, id or beginning of an id.
-    #[arg(value_name = "MACHINE")]
-    pub(crate) machine: String,
+    /// Of a job: only its stdout.
+    #[arg(long, conflicts_with = "stderr")]
+    pub(crate) stdout: bool,
+    /// Of a job: only its stderr.
+    #[arg(long)]
+    pub(crate) stderr: bool,
+    /// Of a job: this attempt; else the last.
+    #[arg(long, value_name = "N", conflicts_with = "follow")]
+    pub(crate) attempt: Option<u64>,
+    #[command(flatten)]
+    pub(crate) place: QueuePlace,
+    /// A job's number, or a machine's name, id or beginning of an id.
+    #[arg(value_name = "ID")]
+    pub(crate) target: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct WaitFlags {
+    /// For jobs: until one of them has ended.
+    #[arg(long)]
+    pub(crate) any: bool,
+    /// For jobs: give up after this time, with exit code 124; suffixes ms, s, m, h.
+    #[arg(long, value_name = "TIME")]
+    pub(crate) timeout: Option<String>,
+    /// For jobs: print one JSON array of those that have ended.
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) place: QueuePlace,
+    /// Jobs: ID, ID,ID or ID-ID. Or machines: names, ids or beginnings of ids.
+    #[arg(required = true, value_name = "ID")]
+    pub(crate) targets: Vec<String>,
 }
 
 #[derive(Debug, Args)]

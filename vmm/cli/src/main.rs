@@ -1,9 +1,11 @@
 //! The `harrier` command: flags become one validated configuration, a machine runs, an exit code comes back.
 //!
 //! [`flags`] is what the user typed, [`config`] what it means; [`run`] runs a command or a plain kernel, [`monitor`]
-//! makes its machine one that others find, [`machines`] has the commands for those, and [`doctor`] looks at the host. Whatever goes wrong is one line on stderr that names the value and the remedy,
-//! and exit code 125.
+//! makes its machine one that others find, [`machines`] has the commands for those, [`jobs`]
+//! those for the queue and its workers, and [`doctor`] looks at the host. Whatever goes wrong is one line on stderr that
+//! names the value and the remedy, and exit code 125.
 
+mod attempt;
 mod config;
 mod console;
 mod disks;
@@ -12,6 +14,7 @@ mod engines;
 mod exit;
 mod flags;
 mod guest_files;
+mod jobs;
 mod logging;
 mod machines;
 mod monitor;
@@ -24,15 +27,16 @@ mod sandbox;
 mod signals;
 mod stdout_check;
 mod terminal;
-mod units;
 
 use std::io::{IsTerminal, Write};
 use std::panic::catch_unwind;
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::Parser;
 use clap::error::ErrorKind;
+use harrier_jobs::units;
 
 use crate::exit::{Failure, HARRIER_FAILED};
 use crate::flags::{Command, Flags};
@@ -66,9 +70,13 @@ fn dispatch(started: Instant) -> u8 {
             logging::init(0);
             doctor::run(&doctor_flags)
         }
+        Command::Job(command) => {
+            logging::init(0);
+            jobs::run(command)
+        }
         other => {
             logging::init(0);
-            machines::run(other, runtime_dir)
+            machines_or_jobs(other, runtime_dir)
         }
     };
     result.unwrap_or_else(|failure| {
@@ -77,7 +85,16 @@ fn dispatch(started: Instant) -> u8 {
     })
 }
 
-fn print_failure(failure: &Failure) {
+/// Commands that machines and jobs share: a number is a job's, everything else names a machine.
+fn machines_or_jobs(command: Command, runtime_dir: Option<&Path>) -> Result<u8, Failure> {
+    match command {
+        Command::Logs(flags) if jobs::is_job(&flags.target) => jobs::logs(&flags),
+        Command::Wait(flags) if flags.targets.iter().all(|target| jobs::is_job(target)) => jobs::wait(&flags),
+        other => machines::run(other, runtime_dir),
+    }
+}
+
+pub(crate) fn print_failure(failure: &Failure) {
     terminal::restore();
     // Without stderr there is nobody to tell.
     let _ = writeln!(std::io::stderr(), "harrier: {}", one_line(&failure.message));

@@ -138,6 +138,11 @@ impl RunRecord {
         self.command.get("status").is_some_and(|status| status == "exited" || status == "signaled")
     }
 
+    /// How the command ended, in a word; `None` if it did not come to an end.
+    pub(crate) fn status(&self) -> Option<&str> {
+        self.command.get("status").and_then(Value::as_str)
+    }
+
     fn first_instruction(&self) -> Option<Instant> {
         self.report.as_ref().and_then(|report| report.first_instruction)
     }

@@ -17,6 +17,7 @@ use harrier_machine::EXIT_DONE;
 use harrier_machine::boot::{Boot, FileImage, Image, ImageError, InitrdError, KernelError};
 use harrier_machine::{Machine, MachineBuilder, MachineConfig, MachineEnd, RunReport};
 
+use crate::attempt::Attempt;
 use crate::config::{RunConfig, Workload};
 use crate::console::{ConsoleSink, ConsoleTail};
 use crate::exit::{Failure, TIMED_OUT, signal_code};
@@ -65,11 +66,15 @@ pub(crate) fn run_seated(flags: RunFlags, started: Instant, seat: Seat) -> Resul
 
 fn run_in(flags: RunFlags, started: Instant, seat: Option<Seat>) -> Result<u8, Failure> {
     let json = flags.json;
+    let attempt = flags.attempt.as_deref().map(Attempt::enter).transpose()?;
     let interrupter = Interrupter::default();
     let monitor = seat.map(|seat| Monitor::new(seat, interrupter.clone())).transpose()?;
     let mut run = Run { interrupter, monitor: monitor.as_ref(), record: RunRecord::new(started) };
     let result = run_recorded(flags, &mut run);
     let record = run.record;
+    if let Some(attempt) = attempt {
+        attempt.finish(&record, &result);
+    }
     if json {
         report::print_json(&record, &result);
     }

@@ -1,5 +1,6 @@
 //! A command under the guest's agent: streams, terminal, signals, outcome.
 
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,6 +16,7 @@ use harrier_jobs::{
 use harrier_machine::{MachineEnd, MachineHandle, RunReport};
 use signal_hook::consts::SIGINT;
 
+use crate::attempt;
 use crate::config::{CommandConfig, RunConfig};
 use crate::exit::Failure;
 use crate::monitor::Monitor;
@@ -60,6 +62,9 @@ pub(crate) fn run(
     let result = prepared.agent.as_ref().and_then(|agent| wait_for_agent(agent, &handle)).map(|connection| {
         run.record.agent_connected = Some(Instant::now());
         interrupter.set_command(controller);
+        if let Some(folder) = &config.attempt {
+            attempt::mark_started(folder, engine.name());
+        }
         execute(connection, &spec(command, tty), stdio, &Options::default(), receiver)
     });
     if lost_guest(&result) {
@@ -168,6 +173,14 @@ fn open_streams(config: &RunConfig, tty: bool, run: &mut Run<'_>) -> Result<Stdi
         stdio.stdout = Box::new(stdout.clone());
         stdio.stderr = Box::new(stderr.clone());
         run.record.captured = Some((stdout, stderr));
+    } else if let Some(path) = &config.stderr {
+        let file = File::options().append(true).create(true).open(path).map_err(|err| {
+            Failure::new(format!(
+                "--stderr '{}' cannot be written ({err}): give another file",
+                path.display()
+            ))
+        })?;
+        stdio.stderr = Box::new(FdOutput::new(file.into()));
     } else if tty {
         let watch = InterruptWatch::default();
         let stdin = io::stdin().as_fd().try_clone_to_owned()?;

@@ -1,4 +1,9 @@
-//! The host's side of jobs. So far the executor: it runs one command in one machine through the machine's agent.
+//! The host's side of jobs, in four parts that know only those before them:
+//!
+//! - the executor runs commands in one machine through the machine's agent;
+//! - [`queue`] is what a job is: its specification, states, reasons, and the language of requirements;
+//! - [`store`] keeps jobs: one trait, and a SQLite file behind it;
+//! - [`worker`] takes jobs from a store and runs each in a monitor process of its own.
 //!
 //! [`execute`] takes the connection that the agent has opened, a [`CommandSpec`], the endpoints of the command's
 //! streams ([`Stdio`]) and a [`ControlReceiver`], and gives the command's [`Outcome`]. What the agent may say and when is
@@ -11,8 +16,12 @@
 mod control;
 mod executor;
 mod outcome;
+pub mod queue;
 pub mod session;
 mod stdio;
+pub mod store;
+pub mod units;
+pub mod worker;
 
 pub use control::{ControlReceiver, Controller, control};
 pub use executor::{Options, execute};

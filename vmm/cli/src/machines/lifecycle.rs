@@ -5,9 +5,9 @@ use std::time::Duration;
 use harrier_control::api::{KillRequest, StopRequest};
 use harrier_control::{ClientError, Entry, Life, Registry, RegistryError};
 
-use super::{about, client, for_each, print_line};
+use super::{about, client, for_each, print_line, refuse};
 use crate::exit::{Failure, HARRIER_FAILED};
-use crate::flags::{KillFlags, NamesFlags, RmFlags, StopFlags};
+use crate::flags::{KillFlags, NamesFlags, RmFlags, StopFlags, WaitFlags};
 use crate::units::parse_time;
 
 /// How long a monitor may take to end after its machine has been ended.
@@ -47,10 +47,18 @@ pub(super) fn kill(flags: &KillFlags, registry: &Registry) -> Result<u8, Failure
     })
 }
 
-pub(super) fn wait(flags: &NamesFlags, registry: &Registry) -> Result<u8, Failure> {
+pub(super) fn wait(flags: &WaitFlags, registry: &Registry) -> Result<u8, Failure> {
+    let for_jobs = [
+        ("--any", flags.any),
+        ("--timeout", flags.timeout.is_some()),
+        ("--json", flags.json),
+        ("--queue", flags.place.place.is_some()),
+    ];
+    let machine = flags.targets.iter().find(|target| !crate::jobs::is_job(target));
+    refuse(&for_jobs, machine.map_or("", String::as_str))?;
     let mut last = 0;
     let entries: Vec<Entry> =
-        flags.machines.iter().map(|name| registry.find(name)).collect::<Result<_, _>>()?;
+        flags.targets.iter().map(|name| registry.find(name)).collect::<Result<_, _>>()?;
     for entry in entries {
         let life = match &entry.life {
             Life::Alive => entry.wait()?,

@@ -7,7 +7,7 @@ use std::time::Duration;
 use harrier_control::output::{OutputReader, Piece, Stream, monitor_log};
 use harrier_control::{Entry, Registry};
 
-use super::about;
+use super::{about, refuse};
 use crate::exit::Failure;
 use crate::flags::LogsFlags;
 
@@ -15,7 +15,14 @@ use crate::flags::LogsFlags;
 const LOOK: Duration = Duration::from_millis(500);
 
 pub(super) fn run(flags: &LogsFlags, registry: &Registry) -> Result<u8, Failure> {
-    let entry = registry.find(&flags.machine)?;
+    let for_jobs = [
+        ("--stdout", flags.stdout),
+        ("--stderr", flags.stderr),
+        ("--attempt", flags.attempt.is_some()),
+        ("--queue", flags.place.place.is_some()),
+    ];
+    refuse(&for_jobs, &flags.target)?;
+    let entry = registry.find(&flags.target)?;
     let read = |err: io::Error| about(&entry, format!("its output cannot be read ({err})"));
     if flags.monitor {
         let bytes = monitor_log(&entry.folder).map_err(read)?;

@@ -29,9 +29,19 @@ pub(crate) fn run(command: Command, runtime_dir: Option<&Path>) -> Result<u8, Fa
         Command::Kill(flags) => lifecycle::kill(&flags, &registry),
         Command::Wait(flags) => lifecycle::wait(&flags, &registry),
         Command::Rm(flags) => lifecycle::rm(&flags, &registry),
-        Command::Run(_) | Command::Doctor(_) | Command::Monitor(_) => {
+        Command::Run(_) | Command::Doctor(_) | Command::Monitor(_) | Command::Job(_) => {
             Err(Failure::new("not a command for machines"))
         }
+    }
+}
+
+/// Flags that mean something for jobs only are not passed over in silence.
+fn refuse(for_jobs: &[(&str, bool)], target: &str) -> Result<(), Failure> {
+    match for_jobs.iter().find(|(_, given)| *given) {
+        Some((flag, _)) => {
+            Err(Failure::new(format!("{flag} is for jobs, and '{target}' is no job's number: leave it out")))
+        }
+        None => Ok(()),
     }
 }
 

@@ -6,12 +6,15 @@ use thiserror::Error;
 
 /// A value that cannot be understood; the text names the remedy.
 #[derive(Debug, Error, PartialEq, Eq)]
-pub(crate) enum UnitError {
+pub enum UnitError {
     #[error("'{0}' is not a size: write a number with K, M or G, like 512M")]
+    /// No size.
     Size(String),
     #[error("'{0}' is not a time: write a number with ms, s, m or h, like 30s")]
+    /// No time.
     Time(String),
     #[error("a time of '{0}' leaves no time to run: give more")]
+    /// A time of zero.
     ZeroTime(String),
 }
 
@@ -21,7 +24,7 @@ fn split(text: &str) -> (&str, &str) {
 }
 
 /// Bytes: `512M`, `1G`, `1.5g`, `65536`, `64MiB`.
-pub(crate) fn parse_size(text: &str) -> Result<u64, UnitError> {
+pub fn parse_size(text: &str) -> Result<u64, UnitError> {
     let error = || UnitError::Size(text.to_owned());
     let (number, unit) = split(text.trim());
     let shift = match unit.to_ascii_lowercase().as_str() {
@@ -46,7 +49,7 @@ pub(crate) fn parse_size(text: &str) -> Result<u64, UnitError> {
 }
 
 /// A time span: `30s`, `1.5m`, `500ms`, `2h`; a number alone is seconds.
-pub(crate) fn parse_time(text: &str) -> Result<Duration, UnitError> {
+pub fn parse_time(text: &str) -> Result<Duration, UnitError> {
     let error = || UnitError::Time(text.to_owned());
     let (number, unit) = split(text.trim());
     let value: f64 = number.parse().map_err(|_| error())?;

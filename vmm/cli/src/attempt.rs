@@ -1,0 +1,91 @@
+//! The monitor of a job: what it tells its worker, and the end of its lease.
+//!
+//! A worker starts `harrier run --attempt FOLDER`; `harrier_jobs::worker` describes the folder.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use harrier_jobs::worker::lease_file::{LeaseFile, now_ns};
+use harrier_jobs::worker::{RunResult, names, write_durably};
+
+use crate::exit::{Failure, HARRIER_FAILED};
+use crate::report::RunRecord;
+
+/// How often the lease is read.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// An attempt whose lease this process holds.
+pub(crate) struct Attempt {
+    folder: PathBuf,
+}
+
+impl Attempt {
+    /// Takes the lease and ends the process when it ends. The lock on it is kept until then.
+    pub(crate) fn enter(folder: &Path) -> Result<Self, Failure> {
+        let unusable = |err: io::Error| {
+            Failure::new(format!("--attempt '{}' cannot be used ({err}): workers make it", folder.display()))
+        };
+        let lease = LeaseFile::open(&folder.join(names::LEASE)).map_err(unusable)?;
+        if !lease.lock().map_err(unusable)? {
+            return Err(Failure::new(format!("another process runs the attempt '{}'", folder.display())));
+        }
+        let left = left(&lease).map_err(unusable)?;
+        if left.is_zero() {
+            return Err(Failure::new("the lease is over"));
+        }
+        std::thread::Builder::new()
+            .name("lease".to_owned())
+            .spawn(move || watch(&lease))
+            .map_err(unusable)?;
+        Ok(Attempt { folder: folder.to_owned() })
+    }
+
+    /// Writes down how the run ended.
+    pub(crate) fn finish(&self, record: &RunRecord, result: &Result<u8, Failure>) {
+        let (exit_code, error) = match result {
+            Ok(code) => (*code, None),
+            Err(failure) => (failure.code, Some(failure.message.clone())),
+        };
+        let result = RunResult { status: record.status().map(str::to_owned), exit_code, error };
+        let written = serde_json::to_vec(&result)
+            .map_err(io::Error::from)
+            .and_then(|text| write_durably(&self.folder.join(names::RESULT), &text));
+        if let Err(err) = written {
+            // The worker then finds no result and says that the monitor failed; this is its last word.
+            crate::print_failure(&Failure::new(format!(
+                "the result cannot be written ({err}): free some space"
+            )));
+        }
+    }
+}
+
+/// Tells the worker that the guest is up.
+pub(crate) fn mark_started(folder: &Path, engine: &str) {
+    let path = folder.join(names::STARTED);
+    let temporary = path.with_extension("tmp");
+    if let Err(err) = std::fs::write(&temporary, engine).and_then(|()| std::fs::rename(&temporary, &path)) {
+        log::warn!("the start cannot be written down: {err}");
+    }
+}
+
+fn left(lease: &LeaseFile) -> io::Result<Duration> {
+    lease.until_ns().map(|until| Duration::from_nanos(until.saturating_sub(now_ns())))
+}
+
+/// Waits for the lease's end, which the worker moves on again and again.
+fn watch(lease: &LeaseFile) {
+    let mut last_known = now_ns();
+    loop {
+        // A file that cannot be read is as good as one that is not renewed.
+        if let Ok(until) = lease.until_ns() {
+            last_known = until;
+        }
+        let left = Duration::from_nanos(last_known.saturating_sub(now_ns()));
+        if left.is_zero() {
+            crate::print_failure(&Failure::new("the lease is over: the machine ends"));
+            std::process::exit(HARRIER_FAILED.into());
+        }
+        std::thread::sleep(left.min(LOOK));
+    }
+}

@@ -1,0 +1,189 @@
+//! The job commands as typed.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum JobCommand {
+    /// Put a command or a job file into the queue, and print the job's number.
+    Submit(Box<SubmitFlags>),
+    /// List the jobs that have not ended.
+    Queue(QueueFlags),
+    /// Show everything about jobs.
+    Status(StatusFlags),
+    /// Run jobs on this host.
+    ///
+    /// One signal lets the worker give its jobs back and end; a second ends it at once, and what it ran ends with its
+    /// leases.
+    Worker(WorkerFlags),
+}
+
+/// Which queue.
+#[derive(Debug, Args)]
+pub(crate) struct QueuePlace {
+    /// The queue: a folder; the default is $HARRIER_QUEUE, else $XDG_STATE_HOME/harrier/queue, else
+    /// ~/.local/state/harrier/queue.
+    #[arg(long = "queue", value_name = "PLACE")]
+    pub(crate) place: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SubmitFlags {
+    #[command(flatten)]
+    pub(crate) place: QueuePlace,
+    /// A word for people.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) name: Option<String>,
+    /// Environment variable: NAME=VALUE, or NAME to pass this host's value. Repeatable.
+    #[arg(long, short = 'e', value_name = "NAME=VALUE")]
+    pub(crate) env: Vec<String>,
+    /// Working directory in the guest.
+    #[arg(long, short = 'w', value_name = "DIR")]
+    pub(crate) workdir: Option<String>,
+    /// Root file system image; else the default guest.
+    #[arg(long, value_name = "IMAGE")]
+    pub(crate) rootfs: Option<PathBuf>,
+    /// A file that becomes the command's stdin; else it is empty.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) stdin: Option<PathBuf>,
+    /// Number of virtual CPUs, 1 to 255.
+    #[arg(long, value_name = "N")]
+    pub(crate) cpus: Option<u32>,
+    /// Guest memory; suffixes K, M, G.
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) memory: Option<String>,
+    /// Processor: auto, kvm or soft.
+    #[arg(long, value_name = "ENGINE")]
+    pub(crate) engine: Option<String>,
+    /// CPU model: v1, v2, v3 or host.
+    #[arg(long, value_name = "MODEL")]
+    pub(crate) cpu_model: Option<String>,
+    /// Higher goes first.
+    #[arg(long, short, value_name = "N", allow_hyphen_values = true)]
+    pub(crate) priority: Option<i64>,
+    /// Hosts that may run it, like 'memory >= 8G && labels.room == "lab"'.
+    #[arg(long, value_name = "EXPRESSION")]
+    pub(crate) requirements: Option<String>,
+    /// Which of these hosts it prefers: a number, higher is better.
+    #[arg(long, value_name = "EXPRESSION")]
+    pub(crate) rank: Option<String>,
+    /// How often the command is run again if it fails.
+    #[arg(long, value_name = "N")]
+    pub(crate) retries: Option<u32>,
+    /// The wait before the first retry, doubled each time; suffixes ms, s, m, h.
+    #[arg(long, value_name = "TIME")]
+    pub(crate) retry_delay: Option<String>,
+    /// End it after so much running time; suffixes ms, s, m, h.
+    #[arg(long, value_name = "TIME")]
+    pub(crate) timeout: Option<String>,
+    /// Start it when these jobs have succeeded. Repeatable, and ID,ID or ID-ID.
+    #[arg(long, value_name = "ID")]
+    pub(crate) after: Vec<String>,
+    /// Start it when these jobs have ended, however that was.
+    #[arg(long, value_name = "ID")]
+    pub(crate) after_any: Vec<String>,
+    /// One job for each number; HARRIER_ARRAY_INDEX tells them apart.
+    #[arg(long, value_name = "FIRST-LAST")]
+    pub(crate) array: Option<String>,
+    /// A word for filters. Repeatable.
+    #[arg(long, value_name = "NAME=VALUE")]
+    pub(crate) label: Vec<String>,
+    /// Do not start it before it is released.
+    #[arg(long)]
+    pub(crate) hold: bool,
+    /// The same key again adds nothing, and answers with the first time's numbers.
+    #[arg(long, value_name = "KEY")]
+    pub(crate) key: Option<String>,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// A job file; flags go before what it says. '-' is stdin.
+    #[arg(value_name = "FILE")]
+    pub(crate) file: Option<PathBuf>,
+    /// The command and its arguments.
+    #[arg(last = true, value_name = "CMD")]
+    pub(crate) command: Vec<String>,
+}
+
+/// Which jobs are listed.
+#[derive(Debug, Args)]
+pub(crate) struct FilterFlags {
+    /// Of this user.
+    #[arg(long, value_name = "USER")]
+    pub(crate) user: Option<String>,
+    /// In this state. Repeatable.
+    #[arg(long, value_name = "STATE")]
+    pub(crate) state: Vec<String>,
+    /// With this label. Repeatable.
+    #[arg(long, value_name = "NAME=VALUE")]
+    pub(crate) label: Vec<String>,
+    /// On this host.
+    #[arg(long, value_name = "HOST")]
+    pub(crate) host: Option<String>,
+    /// At most as many.
+    #[arg(long, short = 'n', value_name = "N")]
+    pub(crate) limit: Option<u64>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct QueueFlags {
+    #[command(flatten)]
+    pub(crate) place: QueuePlace,
+    #[command(flatten)]
+    pub(crate) filter: FilterFlags,
+    /// Jobs that have ended too.
+    #[arg(long, short)]
+    pub(crate) all: bool,
+    /// Print one JSON array.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct StatusFlags {
+    #[command(flatten)]
+    pub(crate) place: QueuePlace,
+    /// Print one JSON array.
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Jobs: ID, ID,ID or ID-ID.
+    #[arg(required = true, value_name = "ID")]
+    pub(crate) jobs: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct WorkerFlags {
+    #[command(flatten)]
+    pub(crate) place: QueuePlace,
+    /// The worker's name, unique in the queue; else the host's name.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) name: Option<String>,
+    /// A folder of its own; the default is $XDG_STATE_HOME/harrier/worker, else ~/.local/state/harrier/worker.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) state: Option<PathBuf>,
+    /// Jobs at a time; else as many as there are processors.
+    #[arg(long, value_name = "N")]
+    pub(crate) slots: Option<u32>,
+    /// Processors for jobs; else all.
+    #[arg(long, value_name = "N")]
+    pub(crate) cpus: Option<u32>,
+    /// Memory for jobs; else what is available now.
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) memory: Option<String>,
+    /// A word that requirements can ask for, as labels.NAME. Repeatable.
+    #[arg(long, value_name = "NAME=VALUE")]
+    pub(crate) label: Vec<String>,
+    /// End when nothing is left that can run here.
+    #[arg(long)]
+    pub(crate) drain: bool,
+    /// End after so many jobs.
+    #[arg(long, value_name = "N")]
+    pub(crate) jobs: Option<u64>,
+    /// Run machines without system-call filters.
+    #[arg(long)]
+    pub(crate) no_seccomp: bool,
+    /// No lines about what it does.
+    #[arg(long, short)]
+    pub(crate) quiet: bool,
+}

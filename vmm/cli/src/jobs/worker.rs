@@ -1,0 +1,100 @@
+//! `harrier worker`.
+
+use std::ffi::OsString;
+use std::io::Write;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use harrier_engine::{CpuModel, Engine};
+use harrier_jobs::worker::{self, Config};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use super::flags::WorkerFlags;
+use super::place;
+use super::submit::pairs;
+use crate::engines::{self, EngineChoice};
+use crate::exit::Failure;
+use crate::units::parse_size;
+
+/// Memory that stays for the host when the worker decides by itself: a sixteenth.
+const KEPT_SHARE: u64 = 16;
+
+pub(super) fn run(flags: WorkerFlags) -> Result<u8, Failure> {
+    let store = place::open(&flags.place)?;
+    let processors = std::thread::available_parallelism().map_or(1, |count| count.get());
+    let processors = u32::try_from(processors).unwrap_or(u32::MAX);
+    let memory_bytes = match &flags.memory {
+        Some(text) => parse_size(text).map_err(|err| Failure::new(format!("--memory: {err}")))?,
+        None => available_memory() / KEPT_SHARE * (KEPT_SHARE - 1),
+    };
+    for (name, value) in [("slots", flags.slots), ("cpus", flags.cpus)] {
+        if value == Some(0) {
+            return Err(Failure::new(format!("--{name} 0 leaves nothing for jobs: give 1 or more")));
+        }
+    }
+    let found = engines();
+    let config = Config {
+        name: flags.name.unwrap_or_else(place::host_name),
+        state: match flags.state {
+            Some(folder) => std::path::absolute(folder)?,
+            None => place::state_dir()?.join("worker"),
+        },
+        program: std::env::current_exe()?,
+        run_flags: if flags.no_seccomp { vec![OsString::from("--no-seccomp")] } else { Vec::new() },
+        slots: flags.slots.unwrap_or(processors),
+        cpus: flags.cpus.unwrap_or(processors.max(flags.slots.unwrap_or(1))),
+        memory_bytes,
+        engines: found.iter().map(|engine| engine.name().to_owned()).collect(),
+        cpu_models: models(&found),
+        labels: pairs("label", &flags.label)?.into_iter().collect(),
+        drain: flags.drain,
+        jobs: flags.jobs,
+    };
+    let stop = Arc::new(AtomicU32::new(0));
+    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP])?;
+    let handle = signals.handle();
+    let counter = stop.clone();
+    let listener = std::thread::spawn(move || {
+        for _ in signals.forever() {
+            counter.fetch_add(1, Ordering::Relaxed);
+        }
+    });
+    let quiet = flags.quiet;
+    let say = Arc::new(move |line: &str| {
+        if !quiet {
+            // Without stderr there is nobody to tell.
+            let _ = writeln!(std::io::stderr(), "harrier: {line}");
+        }
+    });
+    let result = worker::run(store, &config, say, &stop);
+    handle.close();
+    // Nothing in it panics.
+    let _ = listener.join();
+    result?;
+    Ok(0)
+}
+
+/// The engines that can run here, the one that `auto` takes first.
+fn engines() -> Vec<Box<dyn Engine>> {
+    [EngineChoice::Soft, EngineChoice::Kvm]
+        .into_iter()
+        .filter_map(|choice| engines::select(choice).ok())
+        .map(|selected| selected.engine)
+        .collect()
+}
+
+/// The models that every engine here offers.
+fn models(engines: &[Box<dyn Engine>]) -> Vec<String> {
+    let offered = |model: &CpuModel| engines.iter().all(|engine| engine.cpu_models().contains(model));
+    let all = engines.first().map(|engine| engine.cpu_models()).unwrap_or_default();
+    all.iter().filter(|model| offered(model)).map(ToString::to_string).collect()
+}
+
+/// `MemAvailable` of /proc/meminfo, see proc_meminfo(5).
+fn available_memory() -> u64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib: u64 = line.and_then(|rest| rest.trim().trim_end_matches("kB").trim().parse().ok()).unwrap_or(0);
+    kib << 10
+}

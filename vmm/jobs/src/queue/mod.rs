@@ -1,0 +1,17 @@
+//! Jobs as the queue knows them: what was asked for ([`JobSpec`]), where a job stands ([`State`], [`Reason`]) and what
+//! has happened to it ([`Attempt`], [`Event`]). Plain data that a store keeps and HTTP carries; no I/O here.
+//!
+//! Times are milliseconds since the Unix epoch by the store's clock, spans are milliseconds.
+
+pub mod expr;
+mod job;
+mod job_file;
+mod spec;
+mod state;
+
+pub use job::{
+    ArrayPlace, Attempt, Checkpoint, Event, Free, Host, HostAd, Job, JobId, LeaseKey, Times, Wanted,
+};
+pub use job_file::{JobFile, JobFileError, parse_range};
+pub use spec::{Dependency, DependencyKind, JobSpec, MAX_ARRAY, NewJob, SpecProblem};
+pub use state::{Activity, Reason, ReasonKind, State};

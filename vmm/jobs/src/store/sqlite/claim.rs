@@ -1,0 +1,367 @@
+//! Which jobs a worker gets: by priority, then fair share between users, then age.
+//!
+//! Within a priority the user goes first who has used least: what was used lately, half of it forgotten every half-life,
+//! and what runs now. So that nobody waits for ever behind higher priorities or lighter users, every
+//! [`OLDEST_EVERY`]th claim is of the oldest job instead.
+
+use std::collections::HashMap;
+
+use rusqlite::{OptionalExtension, Result, Row, Transaction, params};
+
+use super::ends::decayed;
+use super::rows::{add_event, find_job};
+use super::{Moment, Refusal, lease};
+use crate::queue::expr::{Expr, Scope, Value};
+use crate::queue::{Free, HostAd, JobId, LeaseKey, Reason, State};
+use crate::store::{Claim, ClaimRequest, StoreError};
+
+/// One claim in so many takes the oldest job that fits.
+const OLDEST_EVERY: u64 = 16;
+/// Jobs that one call hands out.
+const MAX_COUNT: u32 = 256;
+/// Candidates read at a time.
+const PAGE: u32 = 64;
+/// What a running job counts for at least, so that users alternate from the first job on: a processor minute.
+const LEAST_CHARGE_MS: f64 = 60_000.0;
+
+/// Whether any job waits for a host.
+pub(super) fn any_ready(tx: &Transaction<'_>) -> Result<bool> {
+    tx.prepare_cached("SELECT EXISTS (SELECT 1 FROM jobs WHERE state = 'queued' AND open_dependencies = 0)")?
+        .query_row([], |row| row.get(0))
+}
+
+pub(super) fn claim(
+    tx: &Transaction<'_>,
+    moment: Moment,
+    request: &ClaimRequest,
+) -> std::result::Result<Vec<Claim>, Refusal> {
+    lease::expire(tx, moment)?;
+    let ad = lease::host_ad(tx, &request.host)?.ok_or_else(|| StoreError::NoHost(request.host.clone()))?;
+    if ad.instance != request.instance {
+        let message = format!(
+            "another worker called '{}' uses this queue: give one of them another --name",
+            request.host
+        );
+        return Err(StoreError::Invalid(message).into());
+    }
+    let mut chooser = Chooser {
+        tx,
+        moment,
+        ad: &ad,
+        free: request.free,
+        matches: HashMap::new(),
+        shares: shares(tx, moment)?,
+        taken: Vec::new(),
+    };
+    let count = request.count.min(MAX_COUNT);
+    let claims_before: u64 =
+        tx.query_row("SELECT value FROM counters WHERE name = 'claims'", [], |row| row.get(0))?;
+    let mut claims = Vec::new();
+    let mut ranked = Ranked::default();
+    while claims.len() < count as usize {
+        let turn = claims_before + claims.len() as u64 + 1;
+        let mut next = None;
+        if turn.is_multiple_of(OLDEST_EVERY) {
+            next = chooser.oldest()?;
+        }
+        if next.is_none() {
+            next = chooser.next(&mut ranked)?;
+        }
+        let Some(candidate) = next else { break };
+        chooser.take(&candidate);
+        claims.push(take(tx, moment, &ad.host, candidate.id)?);
+    }
+    if !claims.is_empty() {
+        tx.execute("UPDATE counters SET value = value + ? WHERE name = 'claims'", [claims.len()])?;
+    }
+    Ok(claims)
+}
+
+/// What each user has used lately and uses now, in processor milliseconds.
+pub(super) fn shares(tx: &Transaction<'_>, moment: Moment) -> Result<HashMap<String, f64>> {
+    let mut shares = HashMap::new();
+    let mut statement = tx.prepare_cached("SELECT user, cpu_ms, at_ms FROM usage")?;
+    let mut rows = statement.query([])?;
+    while let Some(row) = rows.next()? {
+        shares.insert(row.get(0)?, decayed(row.get(1)?, row.get(2)?, moment.now_ms));
+    }
+    let mut statement =
+        tx.prepare_cached("SELECT user, cpus, claimed_ms FROM jobs WHERE lease_until_ms IS NOT NULL")?;
+    let mut rows = statement.query([])?;
+    while let Some(row) = rows.next()? {
+        let (cpus, since): (f64, u64) = (row.get(1)?, row.get(2)?);
+        let used = cpus * (moment.now_ms.saturating_sub(since) as f64).max(LEAST_CHARGE_MS);
+        *shares.entry(row.get(0)?).or_default() += used;
+    }
+    Ok(shares)
+}
+
+#[derive(Clone, Debug)]
+struct Candidate {
+    id: JobId,
+    user: String,
+    cpus: u32,
+    memory_bytes: u64,
+    engine: String,
+    cpu_model: Option<String>,
+    requirements: Option<String>,
+    not_before_ms: Option<u64>,
+}
+
+const CANDIDATE: &str = "id, user, cpus, memory_bytes, engine, cpu_model, requirements, not_before_ms";
+
+fn candidate(row: &Row<'_>) -> Result<Candidate> {
+    Ok(Candidate {
+        id: row.get(0)?,
+        user: row.get(1)?,
+        cpus: row.get(2)?,
+        memory_bytes: row.get(3)?,
+        engine: row.get(4)?,
+        cpu_model: row.get(5)?,
+        requirements: row.get(6)?,
+        not_before_ms: row.get(7)?,
+    })
+}
+
+/// Where the walk through the priorities stands: each user's next candidates in the present one.
+#[derive(Default)]
+struct Ranked {
+    priority: Option<i64>,
+    users: Vec<UserQueue>,
+}
+
+struct UserQueue {
+    user: String,
+    page: std::collections::VecDeque<Candidate>,
+    last: JobId,
+    exhausted: bool,
+}
+
+struct Chooser<'a> {
+    tx: &'a Transaction<'a>,
+    moment: Moment,
+    ad: &'a HostAd,
+    free: Free,
+    /// Whether the host suits jobs with the same wishes.
+    matches: HashMap<Wishes, bool>,
+    shares: HashMap<String, f64>,
+    taken: Vec<JobId>,
+}
+
+type Wishes = (u32, u64, String, Option<String>, Option<String>);
+
+impl Chooser<'_> {
+    fn take(&mut self, candidate: &Candidate) {
+        self.taken.push(candidate.id);
+        self.free.cpus = self.free.cpus.saturating_sub(candidate.cpus);
+        self.free.memory_bytes = self.free.memory_bytes.saturating_sub(candidate.memory_bytes);
+        *self.shares.entry(candidate.user.clone()).or_default() +=
+            f64::from(candidate.cpus) * LEAST_CHARGE_MS;
+    }
+
+    fn fits(&mut self, candidate: &Candidate) -> bool {
+        if self.taken.contains(&candidate.id)
+            || candidate.not_before_ms.is_some_and(|time| time > self.moment.now_ms)
+            || candidate.cpus > self.free.cpus
+            || candidate.memory_bytes > self.free.memory_bytes
+        {
+            return false;
+        }
+        let wishes = (
+            candidate.cpus,
+            candidate.memory_bytes,
+            candidate.engine.clone(),
+            candidate.cpu_model.clone(),
+            candidate.requirements.clone(),
+        );
+        let ad = self.ad;
+        *self.matches.entry(wishes).or_insert_with(|| {
+            unsuitable(
+                ad,
+                &candidate.engine,
+                candidate.cpu_model.as_deref(),
+                candidate.requirements.as_deref(),
+            )
+            .is_empty()
+        })
+    }
+
+    fn oldest(&mut self) -> Result<Option<Candidate>> {
+        let mut last = 0;
+        loop {
+            let sql = format!(
+                "SELECT {CANDIDATE} FROM jobs WHERE state = 'queued' AND open_dependencies = 0 AND id > ? \
+                 ORDER BY id LIMIT {PAGE}"
+            );
+            let tx = self.tx;
+            let mut statement = tx.prepare_cached(&sql)?;
+            let page: Vec<Candidate> = statement.query_map([last], candidate)?.collect::<Result<_>>()?;
+            for candidate in &page {
+                if self.fits(candidate) {
+                    return Ok(Some(candidate.clone()));
+                }
+                last = candidate.id;
+            }
+            if page.len() < PAGE as usize {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// The next job by priority, fair share and age.
+    fn next(&mut self, ranked: &mut Ranked) -> Result<Option<Candidate>> {
+        loop {
+            while let Some(index) = self.lightest(&ranked.users) {
+                let Some(queue) = ranked.users.get_mut(index) else { break };
+                if let Some(candidate) = self.next_of(ranked.priority.unwrap_or_default(), queue)? {
+                    return Ok(Some(candidate));
+                }
+                queue.exhausted = true;
+            }
+            if !self.next_priority(ranked)? {
+                return Ok(None);
+            }
+        }
+    }
+
+    fn lightest(&self, users: &[UserQueue]) -> Option<usize> {
+        let share = |queue: &UserQueue| self.shares.get(&queue.user).copied().unwrap_or_default();
+        users
+            .iter()
+            .enumerate()
+            .filter(|(_, queue)| !queue.exhausted)
+            .min_by(|(_, left), (_, right)| share(left).total_cmp(&share(right)))
+            .map(|(index, _)| index)
+    }
+
+    fn next_of(&mut self, priority: i64, queue: &mut UserQueue) -> Result<Option<Candidate>> {
+        loop {
+            while let Some(candidate) = queue.page.pop_front() {
+                if self.fits(&candidate) {
+                    return Ok(Some(candidate));
+                }
+            }
+            let sql = format!(
+                "SELECT {CANDIDATE} FROM jobs WHERE state = 'queued' AND open_dependencies = 0 AND priority = ? \
+                 AND user = ? AND id > ? ORDER BY id LIMIT {PAGE}"
+            );
+            let tx = self.tx;
+            let mut statement = tx.prepare_cached(&sql)?;
+            queue.page = statement
+                .query_map(params![priority, queue.user, queue.last], candidate)?
+                .collect::<Result<_>>()?;
+            match queue.page.back() {
+                Some(candidate) => queue.last = candidate.id,
+                None => return Ok(None),
+            }
+        }
+    }
+
+    /// Goes down to the next priority that any job has.
+    fn next_priority(&self, ranked: &mut Ranked) -> Result<bool> {
+        const READY: &str = "FROM jobs WHERE state = 'queued' AND open_dependencies = 0";
+        let below = ranked.priority.unwrap_or(i64::MAX);
+        let first = ranked.priority.is_none();
+        let found: Option<i64> = self
+            .tx
+            .prepare_cached(&format!(
+                "SELECT priority {READY} AND (priority < ?1 OR ?2) ORDER BY priority DESC LIMIT 1"
+            ))?
+            .query_row(params![below, first], |row| row.get(0))
+            .optional()?;
+        let Some(priority) = found else { return Ok(false) };
+        ranked.priority = Some(priority);
+        ranked.users.clear();
+        let mut statement = self.tx.prepare_cached(&format!(
+            "SELECT user {READY} AND priority = ? AND user > ? ORDER BY user LIMIT 1"
+        ))?;
+        let mut user = String::new();
+        while let Some(next) =
+            statement.query_row(params![priority, user], |row| row.get::<_, String>(0)).optional()?
+        {
+            ranked.users.push(UserQueue {
+                user: next.clone(),
+                page: Default::default(),
+                last: 0,
+                exhausted: false,
+            });
+            user = next;
+        }
+        Ok(true)
+    }
+}
+
+/// Gives a job to a host.
+fn take(tx: &Transaction<'_>, moment: Moment, host: &str, id: JobId) -> std::result::Result<Claim, Refusal> {
+    let token = crate::store::random_word();
+    let until = moment.now_ms + moment.lease_ms;
+    tx.prepare_cached(
+        "UPDATE jobs SET state = 'starting', reason = 'claimed', detail = NULL, activity = NULL, epoch = epoch + 1, \
+         token = ?, host = ?, claimed_ms = ?, lease_until_ms = ?, wanted = 0, not_before_ms = NULL WHERE id = ?",
+    )?
+    .execute(params![token, host, moment.now_ms, until, id])?;
+    let job = find_job(tx, id)?.ok_or(StoreError::NoJob(id))?;
+    tx.prepare_cached("INSERT INTO attempts (job, epoch, host, claimed_ms) VALUES (?, ?, ?, ?)")?
+        .execute(params![id, job.epoch, host, moment.now_ms])?;
+    add_event(tx, (id, job.epoch), moment.now_ms, State::Starting, Reason::Claimed, Some(host))?;
+    let key = LeaseKey { job: id, epoch: job.epoch, token };
+    let checkpoints = super::read::checkpoints(tx, id)?;
+    Ok(Claim { key, lease_ms: moment.lease_ms, job, checkpoints })
+}
+
+/// What keeps a job with these wishes from a host for good; nothing if the host suits it.
+pub(crate) fn unsuitable(
+    ad: &HostAd,
+    engine: &str,
+    cpu_model: Option<&str>,
+    requirements: Option<&str>,
+) -> Vec<String> {
+    let mut reasons = Vec::new();
+    if engine != "auto" && !ad.engines.iter().any(|offered| offered == engine) {
+        reasons.push(format!("engine '{engine}' is not one of {}", ad.engines.join(", ")));
+    }
+    if let Some(model) = cpu_model
+        && !ad.cpu_models.iter().any(|offered| offered == model)
+    {
+        reasons.push(format!("cpu model '{model}' is not one of {}", ad.cpu_models.join(", ")));
+    }
+    if let Some(text) = requirements {
+        match Expr::parse(text) {
+            Ok(expr) if expr.is_true(&AdScope(ad)) => {}
+            Ok(expr) => reasons.extend(expr.unmet(&AdScope(ad))),
+            Err(err) => reasons.push(format!("its requirements cannot be read: {err}")),
+        }
+    }
+    reasons
+}
+
+/// The names that requirements and rank may use.
+pub(crate) struct AdScope<'a>(pub(crate) &'a HostAd);
+
+impl Scope for AdScope<'_> {
+    fn value(&self, name: &str) -> Value {
+        let ad = self.0;
+        match name {
+            "host" => Value::Text(ad.host.clone()),
+            "slots" => Value::Number(f64::from(ad.slots)),
+            "cpus" => Value::Number(f64::from(ad.cpus)),
+            "memory" => Value::Number(ad.memory_bytes as f64),
+            "engine" => ad.engines.first().cloned().map_or(Value::Undefined, Value::Text),
+            "kvm" => Value::Bool(ad.engines.iter().any(|engine| engine == "kvm")),
+            // The best of the models that are the same everywhere.
+            "cpu_model" => {
+                let best = ad.cpu_models.iter().filter(|model| model.as_str() != "host").max();
+                best.cloned().map_or(Value::Undefined, Value::Text)
+            }
+            "version" => Value::Text(ad.version.clone()),
+            "free_slots" => Value::Number(f64::from(ad.free.slots)),
+            "free_cpus" => Value::Number(f64::from(ad.free.cpus)),
+            "free_memory" => Value::Number(ad.free.memory_bytes as f64),
+            _ => name
+                .strip_prefix("labels.")
+                .and_then(|label| ad.labels.get(label))
+                .cloned()
+                .map_or(Value::Undefined, Value::Text),
+        }
+    }
+}

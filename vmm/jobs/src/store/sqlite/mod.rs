@@ -1,0 +1,302 @@
+//! A queue in one SQLite file, with its output beside it. Any number of processes of one host may use it at once.
+//!
+//! The file is in WAL mode. A commit of [`Durability::Synced`] is on the disk, and with it all before it; others are in
+//! the log, which the kernel keeps when a process dies.
+
+mod act;
+mod claim;
+mod ends;
+mod lease;
+mod read;
+mod rows;
+mod schema;
+mod submit;
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use rusqlite::{Connection, ErrorCode, OpenFlags, Transaction, TransactionBehavior};
+
+use super::output::OutputFiles;
+use super::{
+    Action, ActionResult, Claim, ClaimRequest, EventQuery, JobFilter, LEASE_MS, OutputPiece, OutputQuery,
+    Renewal, Report, Result, Stats, Store, StoreError,
+};
+use crate::protocol::Stream;
+use crate::queue::{Attempt, Dependency, Event, Host, HostAd, Job, JobId, LeaseKey, NewJob};
+
+/// How long a call waits for other processes.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Where a store takes the time from.
+pub trait Clock: Send + Sync {
+    /// Milliseconds since the Unix epoch.
+    fn now_ms(&self) -> u64;
+}
+
+/// The host's clock.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SystemClock;
+
+impl Clock for SystemClock {
+    fn now_ms(&self) -> u64 {
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+    }
+}
+
+/// When a commit is on the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Durability {
+    /// Before the call returns.
+    Synced,
+    /// With the next synced one, or when the kernel writes it.
+    Logged,
+}
+
+/// A queue in a folder: `queue.db` and `output/`.
+pub struct SqliteStore {
+    path: String,
+    writer: Mutex<Connection>,
+    reader: Mutex<Connection>,
+    output: OutputFiles,
+    clock: Arc<dyn Clock>,
+    lease_ms: u64,
+}
+
+/// Time and settings of one call.
+#[derive(Clone, Copy)]
+struct Moment {
+    now_ms: u64,
+    lease_ms: u64,
+}
+
+impl SqliteStore {
+    /// Opens the queue in a folder, and makes it if there is none.
+    pub fn open(folder: &Path) -> Result<Self> {
+        Self::open_with(folder, Arc::new(SystemClock), LEASE_MS)
+    }
+
+    /// Opens a queue with a clock and a lease time of one's own.
+    pub fn open_with(folder: &Path, clock: Arc<dyn Clock>, lease_ms: u64) -> Result<Self> {
+        let file = folder.join("queue.db");
+        let path = file.display().to_string();
+        let failed = |err: std::io::Error| StoreError::Failed(path.clone(), err.to_string());
+        let output = OutputFiles::create(&folder.join("output")).map_err(failed)?;
+        let connect = || -> rusqlite::Result<Connection> {
+            let connection = Connection::open_with_flags(
+                &file,
+                OpenFlags::SQLITE_OPEN_READ_WRITE
+                    | OpenFlags::SQLITE_OPEN_CREATE
+                    | OpenFlags::SQLITE_OPEN_NO_MUTEX,
+            )?;
+            connection.busy_timeout(BUSY_TIMEOUT)?;
+            connection.set_prepared_statement_cache_capacity(64);
+            Ok(connection)
+        };
+        let error = |err| sql_error(&path, err);
+        let mut writer = connect().map_err(error)?;
+        // Two processes that both make the file meet here; the busy handler does not cover this change.
+        retry_busy(|| writer.pragma_update(None, "journal_mode", "WAL")).map_err(error)?;
+        writer.pragma_update(None, "synchronous", "NORMAL").map_err(error)?;
+        schema::migrate(&mut writer, &path)?;
+        let reader = connect().map_err(error)?;
+        reader.pragma_update(None, "query_only", true).map_err(error)?;
+        Ok(Self { path, writer: Mutex::new(writer), reader: Mutex::new(reader), output, clock, lease_ms })
+    }
+
+    fn moment(&self) -> Moment {
+        Moment { now_ms: self.clock.now_ms(), lease_ms: self.lease_ms }
+    }
+
+    /// Runs one writing transaction.
+    fn write<T>(
+        &self,
+        durability: Durability,
+        work: impl FnOnce(&Transaction<'_>, Moment) -> std::result::Result<T, Refusal>,
+    ) -> Result<T> {
+        let mut connection = lock(&self.writer);
+        let level = match durability {
+            Durability::Synced => "FULL",
+            Durability::Logged => "NORMAL",
+        };
+        let run = |connection: &mut Connection| {
+            connection.pragma_update(None, "synchronous", level)?;
+            let tx = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+            let value = work(&tx, self.moment())?;
+            tx.commit()?;
+            Ok(value)
+        };
+        run(&mut connection).map_err(|refusal: Refusal| refusal.into_error(&self.path))
+    }
+
+    /// Runs one reading transaction.
+    fn read<T>(
+        &self,
+        work: impl FnOnce(&Transaction<'_>, Moment) -> std::result::Result<T, Refusal>,
+    ) -> Result<T> {
+        let mut connection = lock(&self.reader);
+        let run = |connection: &mut Connection| {
+            let tx = connection.transaction()?;
+            work(&tx, self.moment())
+        };
+        run(&mut connection).map_err(|refusal: Refusal| refusal.into_error(&self.path))
+    }
+
+    /// Ends leases that nobody has renewed. Every look at the queue does, so that it shows how things are.
+    fn expire(&self) -> Result<()> {
+        let due = self.read(|tx, moment| Ok(lease::any_due(tx, moment)?))?;
+        if due { self.write(Durability::Synced, |tx, moment| Ok(lease::expire(tx, moment)?)) } else { Ok(()) }
+    }
+}
+
+fn lock(connection: &Mutex<Connection>) -> MutexGuard<'_, Connection> {
+    // A transaction that a panic has left is rolled back when it is dropped.
+    connection.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn retry_busy<T>(mut work: impl FnMut() -> rusqlite::Result<T>) -> rusqlite::Result<T> {
+    let mut tries = 0;
+    loop {
+        match work() {
+            Err(err) if err.sqlite_error_code() == Some(ErrorCode::DatabaseBusy) && tries < 200 => {
+                tries += 1;
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            result => return result,
+        }
+    }
+}
+
+/// Why a transaction was not made: the file, or the rules.
+enum Refusal {
+    Sql(rusqlite::Error),
+    Rule(StoreError),
+}
+
+impl From<rusqlite::Error> for Refusal {
+    fn from(err: rusqlite::Error) -> Self {
+        Self::Sql(err)
+    }
+}
+
+impl From<StoreError> for Refusal {
+    fn from(err: StoreError) -> Self {
+        Self::Rule(err)
+    }
+}
+
+impl Refusal {
+    fn into_error(self, path: &str) -> StoreError {
+        match self {
+            Self::Sql(err) => sql_error(path, err),
+            Self::Rule(err) => err,
+        }
+    }
+}
+
+fn sql_error(path: &str, err: rusqlite::Error) -> StoreError {
+    let path = path.to_owned();
+    match err.sqlite_error_code() {
+        Some(ErrorCode::DiskFull) => StoreError::Full(path),
+        Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => StoreError::Busy(path),
+        Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => {
+            StoreError::Damaged(path, err.to_string())
+        }
+        _ => StoreError::Failed(path, err.to_string()),
+    }
+}
+
+impl Store for SqliteStore {
+    fn submit(&self, user: &str, key: Option<&str>, jobs: &[NewJob]) -> Result<Vec<JobId>> {
+        for job in jobs {
+            job.check().map_err(|problem| StoreError::Invalid(problem.to_string()))?;
+        }
+        self.write(Durability::Synced, |tx, moment| submit::submit(tx, moment, user, key, jobs))
+    }
+
+    fn jobs(&self, filter: &JobFilter) -> Result<Vec<Job>> {
+        self.expire()?;
+        self.read(|tx, _| Ok(read::jobs(tx, filter)?))
+    }
+
+    fn attempts(&self, job: JobId) -> Result<Vec<Attempt>> {
+        self.read(|tx, _| {
+            read::exists(tx, job)?;
+            Ok(read::attempts(tx, job)?)
+        })
+    }
+
+    fn events(&self, query: &EventQuery) -> Result<Vec<Event>> {
+        self.expire()?;
+        self.read(|tx, _| {
+            if let Some(job) = query.job {
+                read::exists(tx, job)?;
+            }
+            Ok(read::events(tx, query)?)
+        })
+    }
+
+    fn dependencies(&self, job: JobId) -> Result<Vec<Dependency>> {
+        self.read(|tx, _| Ok(read::dependencies(tx, job)?))
+    }
+
+    fn act(&self, action: &Action, jobs: &[JobId]) -> Result<Vec<ActionResult>> {
+        self.write(Durability::Synced, |tx, moment| {
+            lease::expire(tx, moment)?;
+            jobs.iter().map(|job| act::act(tx, moment, action, *job)).collect()
+        })
+    }
+
+    fn hosts(&self) -> Result<Vec<Host>> {
+        self.read(|tx, moment| Ok(read::hosts(tx, moment)?))
+    }
+
+    fn stats(&self) -> Result<Stats> {
+        self.expire()?;
+        self.read(|tx, moment| Ok(read::stats(tx, moment)?))
+    }
+
+    fn advertise(&self, ad: &HostAd) -> Result<()> {
+        self.write(Durability::Logged, |tx, moment| Ok(lease::advertise(tx, moment, ad)?))
+    }
+
+    fn claim(&self, request: &ClaimRequest) -> Result<Vec<Claim>> {
+        self.expire()?;
+        // A look first: an idle worker that asks again and again writes nothing.
+        if !self.read(|tx, _| Ok(claim::any_ready(tx)?))? {
+            return Ok(Vec::new());
+        }
+        self.write(Durability::Logged, |tx, moment| claim::claim(tx, moment, request))
+    }
+
+    fn renew(&self, host: &str, keys: &[LeaseKey]) -> Result<Vec<Renewal>> {
+        self.write(Durability::Logged, |tx, moment| Ok(lease::renew(tx, moment, host, keys)?))
+    }
+
+    fn report(&self, key: &LeaseKey, report: &Report) -> Result<()> {
+        let durability = match report {
+            Report::Ended(_) | Report::Checkpointed(_) => Durability::Synced,
+            _ => Durability::Logged,
+        };
+        self.write(durability, |tx, moment| lease::report(tx, moment, key, report))
+    }
+
+    fn read_output(&self, query: &OutputQuery) -> Result<OutputPiece> {
+        let (attempts, over) = self.read(|tx, _| {
+            read::exists(tx, query.job)?;
+            Ok((read::attempts(tx, query.job)?, read::is_over(tx, query.job)?))
+        })?;
+        self.output.read(query, &attempts, over)
+    }
+
+    fn write_output(&self, key: &LeaseKey, stream: Stream, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.read(|tx, _| lease::check(tx, key).map(|_| ()))?;
+        self.output.write(key, stream, offset, bytes)
+    }
+
+    fn local_output(&self, key: &LeaseKey) -> Option<[PathBuf; 2]> {
+        Some(self.output.paths(key.job, key.epoch))
+    }
+}

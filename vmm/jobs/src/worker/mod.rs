@@ -1,0 +1,369 @@
+//! A worker: takes jobs from a store for one host and runs each in a monitor process of its own.
+//!
+//! One loop keeps the leases and decides what is wanted of each job; a thread per job ([`attempt`]) brings its monitor
+//! there. Every monitor knows the end of its lease by a file ([`lease_file`]) and ends itself then, so nothing of a
+//! worker that is killed runs on for long; a worker that comes back in time goes on with what it finds.
+
+mod attempt;
+pub mod lease_file;
+mod monitor;
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
+
+use thiserror::Error;
+
+use self::attempt::{Attempt, Desired, Surroundings};
+use self::lease_file::now_ns;
+use self::monitor::Monitor;
+use crate::queue::{Free, HostAd, LeaseKey, Reason, Wanted};
+use crate::store::{ClaimRequest, Store, StoreError, random_word};
+
+pub use monitor::{RunResult, names, write_durably};
+
+/// How long the loop sleeps when nothing happens.
+const TICK: Duration = Duration::from_millis(100);
+/// How often leases are renewed, which also tells what users want. A lease lasts much longer.
+const RENEWAL: Duration = Duration::from_secs(1);
+/// How often the host says what it offers.
+const ADVERTISEMENT: Duration = Duration::from_secs(10);
+/// How long an idle worker waits between two looks at the queue: at first and at most.
+const LOOKS: (Duration, Duration) = (Duration::from_millis(50), Duration::from_millis(500));
+
+/// Takes lines that say what a worker does.
+pub type Say = Arc<dyn Fn(&str) + Send + Sync>;
+
+/// What a worker is and may use.
+pub struct Config {
+    /// Its name, unique among the workers of a queue.
+    pub name: String,
+    /// A folder of its own for what runs.
+    pub state: PathBuf,
+    /// The `harrier` program.
+    pub program: PathBuf,
+    /// Further flags for every `harrier run`.
+    pub run_flags: Vec<OsString>,
+    /// Jobs at a time.
+    pub slots: u32,
+    /// Processors for jobs.
+    pub cpus: u32,
+    /// Memory for jobs.
+    pub memory_bytes: u64,
+    /// Engines that can run here, best first.
+    pub engines: Vec<String>,
+    /// CPU models that they offer.
+    pub cpu_models: Vec<String>,
+    /// Words that requirements can ask for.
+    pub labels: BTreeMap<String, String>,
+    /// End when nothing is left that can run here.
+    pub drain: bool,
+    /// End after so many jobs.
+    pub jobs: Option<u64>,
+}
+
+/// How a worker is told to end: 0 not, 1 give the jobs back first, 2 at once.
+pub type Stop = Arc<AtomicU32>;
+
+/// Why a worker cannot go on.
+#[derive(Debug, Error)]
+pub enum WorkerError {
+    /// Its folder.
+    #[error("the worker's folder '{0}' cannot be used ({1}): give another --state")]
+    State(String, io::Error),
+    /// Another process.
+    #[error("another worker uses the folder '{0}': give another --state")]
+    InUse(String),
+    /// The queue.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// Runs a worker until it is told to end. Answers how many jobs it has run.
+pub fn run(store: Arc<dyn Store>, config: &Config, say: Say, stop: &Stop) -> Result<u64, WorkerError> {
+    let state_error = |err| WorkerError::State(config.state.display().to_string(), err);
+    let attempts = config.state.join("attempts");
+    fs::create_dir_all(&attempts).map_err(state_error)?;
+    let lock = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(config.state.join("worker.lock"))
+        .map_err(state_error)?;
+    match lock.try_lock() {
+        Ok(()) => {}
+        Err(fs::TryLockError::WouldBlock) => {
+            return Err(WorkerError::InUse(config.state.display().to_string()));
+        }
+        Err(fs::TryLockError::Error(err)) => return Err(state_error(err)),
+    }
+    let (wake, woken) = channel();
+    let around = Surroundings {
+        store,
+        program: config.program.clone(),
+        attempts,
+        run_flags: config.run_flags.clone(),
+        say,
+        wake,
+    };
+    let mut worker = Worker {
+        config,
+        around,
+        woken,
+        instance: random_word(),
+        running: Vec::new(),
+        ended: 0,
+        claimed: 0,
+        renewed: Instant::now(),
+        advertised: None,
+        next_look: Instant::now(),
+        pause: LOOKS.0,
+        silent: false,
+    };
+    worker.run(stop)
+}
+
+struct Worker<'a> {
+    config: &'a Config,
+    around: Surroundings,
+    woken: Receiver<()>,
+    instance: String,
+    running: Vec<Attempt>,
+    ended: u64,
+    claimed: u64,
+    renewed: Instant,
+    advertised: Option<Instant>,
+    next_look: Instant,
+    /// Until the next look, when the queue has nothing.
+    pause: Duration,
+    /// The store does not answer, and that has been said.
+    silent: bool,
+}
+
+impl Worker<'_> {
+    fn run(&mut self, stop: &Stop) -> Result<u64, WorkerError> {
+        self.advertise()?;
+        self.adopt()?;
+        self.say(&format!("worker {} takes up to {} jobs at a time", self.config.name, self.config.slots));
+        loop {
+            let stopping = stop.load(Ordering::Relaxed);
+            if stopping > 1 {
+                break;
+            }
+            self.renew();
+            self.reap();
+            let mut idle = false;
+            if stopping == 1 {
+                for attempt in &self.running {
+                    attempt.want(Desired::Return(Reason::WorkerStopped));
+                }
+                idle = true;
+            } else if self.config.jobs.is_some_and(|jobs| self.claimed >= jobs) {
+                idle = true;
+            } else if Instant::now() >= self.next_look {
+                idle = !self.claim() && self.config.drain && !self.silent;
+            }
+            if idle && self.running.is_empty() {
+                break;
+            }
+            if self.advertised.is_none_or(|at| at.elapsed() > ADVERTISEMENT) {
+                let advertised = self.advertise();
+                self.heard(&advertised);
+            }
+            let now = Instant::now();
+            let sleep = self.next_look.saturating_duration_since(now).clamp(Duration::from_millis(1), TICK);
+            // Woken or not, the loop looks at everything.
+            if self.woken.recv_timeout(sleep).is_ok() {
+                self.next_look = Instant::now();
+            }
+        }
+        self.say(&format!("worker {} has run {} jobs", self.config.name, self.ended));
+        Ok(self.ended)
+    }
+
+    /// Notes whether the store answers, and says so when that changes.
+    fn heard<T>(&mut self, answer: &Result<T, StoreError>) {
+        match answer {
+            Err(err) if !self.silent => {
+                self.silent = true;
+                self.say(&format!("the queue does not answer: {err}"));
+            }
+            Ok(_) if self.silent => {
+                self.silent = false;
+                self.say("the queue answers again");
+            }
+            _ => {}
+        }
+    }
+
+    fn advertise(&mut self) -> Result<(), StoreError> {
+        let config = self.config;
+        let ad = HostAd {
+            host: config.name.clone(),
+            instance: self.instance.clone(),
+            slots: config.slots,
+            cpus: config.cpus,
+            memory_bytes: config.memory_bytes,
+            engines: config.engines.clone(),
+            cpu_models: config.cpu_models.clone(),
+            labels: config.labels.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            free: self.free(),
+            closed: None,
+        };
+        self.around.store.advertise(&ad)?;
+        self.advertised = Some(Instant::now());
+        Ok(())
+    }
+
+    fn free(&self) -> Free {
+        let used_cpus: u32 = self.running.iter().map(|attempt| attempt.cpus).sum();
+        let used_bytes: u64 = self.running.iter().map(|attempt| attempt.memory_bytes).sum();
+        let running = u32::try_from(self.running.len()).unwrap_or(u32::MAX);
+        Free {
+            slots: self.config.slots.saturating_sub(running),
+            cpus: self.config.cpus.saturating_sub(used_cpus),
+            memory_bytes: self.config.memory_bytes.saturating_sub(used_bytes),
+        }
+    }
+
+    /// Goes on with what an earlier worker has left, or ends it.
+    fn adopt(&mut self) -> Result<(), WorkerError> {
+        let state_error = |err| WorkerError::State(self.config.state.display().to_string(), err);
+        for entry in fs::read_dir(&self.around.attempts).map_err(state_error)? {
+            let folder = entry.map_err(state_error)?.path();
+            let Some((mut monitor, record)) = Monitor::adopt(&folder) else {
+                attempt::remove_leftover(&folder);
+                continue;
+            };
+            let asked = now_ns();
+            let renewals = self.around.store.renew(&self.config.name, std::slice::from_ref(&record.key))?;
+            match renewals.first().and_then(|renewal| renewal.lease) {
+                Some(lease) => {
+                    self.say(&format!("{}: found again", record.key));
+                    let until_ns = asked.saturating_add(lease.lease_ms.saturating_mul(1_000_000));
+                    monitor.set_lease(until_ns).map_err(state_error)?;
+                    self.running
+                        .push(Attempt::adopt(&self.around, monitor, record, until_ns).map_err(state_error)?);
+                }
+                None => {
+                    self.say(&format!("{}: left over, its lease is gone", record.key));
+                    monitor.kill();
+                    while !monitor.has_ended() {
+                        monitor.wait(TICK);
+                    }
+                    monitor.remove().map_err(state_error)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Keeps the leases and passes on what users want.
+    fn renew(&mut self) {
+        if self.renewed.elapsed() < RENEWAL {
+            return;
+        }
+        let keys: Vec<LeaseKey> = self
+            .running
+            .iter()
+            .filter(|attempt| !attempt.is_over())
+            .map(|attempt| attempt.key.clone())
+            .collect();
+        self.renewed = Instant::now();
+        if keys.is_empty() {
+            return;
+        }
+        let asked = now_ns();
+        let answer = self.around.store.renew(&self.config.name, &keys);
+        self.heard(&answer);
+        for renewal in answer.unwrap_or_default() {
+            let Some(attempt) = self.running.iter().find(|attempt| attempt.key == renewal.key) else {
+                continue;
+            };
+            match renewal.lease {
+                None if attempt.is_over() => {}
+                None => attempt.want(Desired::Abandon),
+                Some(lease) => {
+                    attempt.renewed(asked.saturating_add(lease.lease_ms.saturating_mul(1_000_000)));
+                    if let Some(desired) = desired(lease.wanted) {
+                        attempt.want(desired);
+                    }
+                }
+            }
+        }
+        for attempt in &self.running {
+            if attempt.is_past() {
+                attempt.want(Desired::Abandon);
+            }
+        }
+    }
+
+    fn reap(&mut self) {
+        let before = self.running.len();
+        self.running.retain(|attempt| !attempt.is_over());
+        self.ended += (before - self.running.len()) as u64;
+    }
+
+    /// Takes jobs for what is free. False: there were none.
+    fn claim(&mut self) -> bool {
+        let free = self.free();
+        if free.slots == 0 || free.cpus == 0 {
+            self.next_look = Instant::now() + self.pause;
+            return true;
+        }
+        let left = self.config.jobs.map_or(u64::MAX, |jobs| jobs.saturating_sub(self.claimed));
+        let request = ClaimRequest {
+            host: self.config.name.clone(),
+            instance: self.instance.clone(),
+            count: free.slots.min(u32::try_from(left).unwrap_or(u32::MAX)),
+            free,
+        };
+        let asked = now_ns();
+        let answer = self.around.store.claim(&request);
+        self.heard(&answer);
+        let claims = answer.unwrap_or_default();
+        if claims.is_empty() {
+            self.next_look = Instant::now() + self.pause;
+            self.pause = (self.pause * 2).min(LOOKS.1);
+            return false;
+        }
+        self.pause = LOOKS.0;
+        for claim in claims {
+            self.claimed += 1;
+            let until_ns = asked.saturating_add(claim.lease_ms.saturating_mul(1_000_000));
+            let what = claim.job.spec.command.first().cloned().unwrap_or_default();
+            self.say(&format!("{}: starting {what}", claim.key));
+            let key = claim.key.clone();
+            match Attempt::start(&self.around, claim.key, claim.job, until_ns) {
+                Ok(attempt) => self.running.push(attempt),
+                // The lease ends by itself.
+                Err(err) => self.say(&format!("{key}: no thread for it: {err}")),
+            }
+        }
+        true
+    }
+
+    fn say(&self, what: &str) {
+        (self.around.say)(what);
+    }
+}
+
+/// What users' wishes mean for a job here.
+fn desired(wanted: Wanted) -> Option<Desired> {
+    if wanted.has(Wanted::CANCEL) {
+        return Some(Desired::Cancel);
+    }
+    let returns = [
+        (Wanted::REQUEUE, Reason::Requeued),
+        (Wanted::HOLD, Reason::HeldByUser),
+        (Wanted::VACATE, Reason::Vacated),
+    ];
+    returns.iter().find(|(wish, _)| wanted.has(*wish)).map(|(_, reason)| Desired::Return(*reason))
+}

@@ -1,0 +1,212 @@
+//! One monitor process: `harrier run` with an attempt's folder.
+//!
+//! The folder holds `attempt.json` (what is run, for a worker that finds it after a crash), `lease`, `started` (the
+//! engine's name, once the guest is up), `result.json` (once it is over) and `monitor.log`.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use serde::{Deserialize, Serialize};
+
+use super::lease_file::LeaseFile;
+use crate::queue::{Job, LeaseKey};
+
+/// Names in an attempt's folder.
+pub mod names {
+    /// The lease's end.
+    pub const LEASE: &str = "lease";
+    /// There once the guest is up.
+    pub const STARTED: &str = "started";
+    /// There once the run is over.
+    pub const RESULT: &str = "result.json";
+    pub(super) const ATTEMPT: &str = "attempt.json";
+    pub(super) const LOG: &str = "monitor.log";
+}
+
+/// How a run ended, as the monitor writes it down.
+#[derive(Clone, Debug, Default, Deserialize, Serialize, PartialEq, Eq)]
+pub struct RunResult {
+    /// `exited`, `signaled`, `not found`, `not executable` or `failed`; nothing if the command did not come to an end.
+    pub status: Option<String>,
+    /// The exit code of `harrier run`.
+    pub exit_code: u8,
+    /// What went wrong, in words.
+    pub error: Option<String>,
+}
+
+/// What a worker writes down before it starts a monitor.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct AttemptRecord {
+    pub(super) key: LeaseKey,
+    pub(super) output: [PathBuf; 2],
+    pub(super) job: Job,
+}
+
+/// A monitor process, our child or one that an earlier worker has left.
+#[derive(Debug)]
+pub(super) struct Monitor {
+    folder: PathBuf,
+    child: Option<Child>,
+    lease: LeaseFile,
+}
+
+impl Monitor {
+    /// Starts one.
+    pub(super) fn start(
+        program: &Path,
+        folder: &Path,
+        record: &AttemptRecord,
+        until_ns: u64,
+        run_flags: &[OsString],
+    ) -> io::Result<Self> {
+        fs::create_dir_all(folder)?;
+        let text = serde_json::to_vec(record)?;
+        write_durably(&folder.join(names::ATTEMPT), &text)?;
+        let lease = LeaseFile::create(&folder.join(names::LEASE), until_ns)?;
+        let [stdout, stderr] = &record.output;
+        for path in [stdout, stderr] {
+            if let Some(parent) = path.parent() {
+                fs::create_dir_all(parent)?;
+            }
+        }
+        let spec = &record.job.spec;
+        let stdin = match &spec.stdin {
+            Some(path) => Stdio::from(File::open(path)?),
+            None => Stdio::null(),
+        };
+        // Made here already, so that they are there for readers.
+        File::create(stderr)?;
+        let mut command = Command::new(program);
+        command.arg("run").arg("--quiet").arg("--attempt").arg(folder).arg("--stderr").arg(stderr);
+        command.args(run_flags);
+        command.args(["--engine", &spec.engine]);
+        command.args(["--cpus", &spec.cpus.to_string(), "--memory", &spec.memory_bytes.to_string()]);
+        if let Some(model) = &spec.cpu_model {
+            command.args(["--cpu-model", model]);
+        }
+        for (name, value) in environment(&record.job, &record.key) {
+            command.args(["--env", &format!("{name}={value}")]);
+        }
+        if let Some(workdir) = &spec.workdir {
+            command.args(["--workdir", workdir]);
+        }
+        if let Some(rootfs) = &spec.rootfs {
+            command.args(["--rootfs", rootfs]);
+        }
+        command.arg("--").args(&spec.command);
+        let log = File::options().create(true).append(true).open(folder.join(names::LOG))?;
+        let child =
+            command.stdin(stdin).stdout(File::create(stdout)?).stderr(log).current_dir("/").spawn()?;
+        Ok(Self { folder: folder.to_owned(), child: Some(child), lease })
+    }
+
+    /// Takes over what an earlier worker has left in a folder; `None` if it is no attempt.
+    pub(super) fn adopt(folder: &Path) -> Option<(Self, AttemptRecord)> {
+        let record = serde_json::from_slice(&fs::read(folder.join(names::ATTEMPT)).ok()?).ok()?;
+        let lease = LeaseFile::open(&folder.join(names::LEASE)).ok()?;
+        Some((Self { folder: folder.to_owned(), child: None, lease }, record))
+    }
+
+    /// Lets it run until then.
+    pub(super) fn set_lease(&self, until_ns: u64) -> io::Result<()> {
+        self.lease.set(until_ns)
+    }
+
+    /// The engine's name, once the guest is up.
+    pub(super) fn started(&self) -> Option<String> {
+        fs::read_to_string(self.folder.join(names::STARTED)).ok().map(|text| text.trim().to_owned())
+    }
+
+    /// Whether the process has ended.
+    pub(super) fn has_ended(&mut self) -> bool {
+        match &mut self.child {
+            Some(child) => !matches!(child.try_wait(), Ok(None)),
+            // Not our child: it holds a lock while it lives.
+            None => self.lease.lock().unwrap_or(true),
+        }
+    }
+
+    /// Waits a little for the process to end.
+    pub(super) fn wait(&mut self, time: std::time::Duration) {
+        if let Some(child) = &self.child
+            && let Some(pid) = rustix::process::Pid::from_raw(child.id().cast_signed())
+            && let Ok(fd) = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())
+        {
+            let timeout = rustix::time::Timespec {
+                tv_sec: i64::try_from(time.as_secs()).unwrap_or(i64::MAX),
+                tv_nsec: time.subsec_nanos().into(),
+            };
+            let mut entries = [rustix::event::PollFd::new(&fd, rustix::event::PollFlags::IN)];
+            // A signal only makes the wait shorter.
+            let _ = rustix::event::poll(&mut entries, Some(&timeout));
+        } else {
+            std::thread::sleep(time);
+        }
+    }
+
+    /// How the run ended, once the process has; `None` if it did not come to say so.
+    pub(super) fn result(&self) -> Option<RunResult> {
+        serde_json::from_slice(&fs::read(self.folder.join(names::RESULT)).ok()?).ok()
+    }
+
+    /// What the process said last, for people.
+    pub(super) fn last_words(&self) -> Option<String> {
+        let log = fs::read(self.folder.join(names::LOG)).ok()?;
+        let text = String::from_utf8_lossy(&log);
+        text.lines().rfind(|line| !line.trim().is_empty()).map(|line| line.chars().take(500).collect())
+    }
+
+    /// Ends the run in good order: output that has come is written.
+    pub(super) fn terminate(&self) {
+        self.signal(rustix::process::Signal::TERM);
+    }
+
+    /// Ends the process at once.
+    pub(super) fn kill(&self) {
+        // For one that is not our child, and for ours should the signal fail.
+        let _ = self.lease.set(0);
+        self.signal(rustix::process::Signal::KILL);
+    }
+
+    fn signal(&self, signal: rustix::process::Signal) {
+        if let Some(child) = &self.child
+            && let Some(pid) = rustix::process::Pid::from_raw(child.id().cast_signed())
+        {
+            // It may have ended by itself; it has not been waited for, so its number is still its own.
+            let _ = rustix::process::kill_process(pid, signal);
+        }
+    }
+
+    /// Removes the folder.
+    pub(super) fn remove(self) -> io::Result<()> {
+        fs::remove_dir_all(&self.folder)
+    }
+}
+
+/// The job's environment: its own variables and those that say which job it is.
+fn environment(job: &Job, key: &LeaseKey) -> Vec<(String, String)> {
+    let mut variables: Vec<(String, String)> =
+        job.spec.env.iter().map(|(name, value)| (name.clone(), value.clone())).collect();
+    let mut set = |name: &str, value: String| variables.push((name.to_owned(), value));
+    set("HARRIER_JOB_ID", job.id.to_string());
+    set("HARRIER_ATTEMPT", key.epoch.to_string());
+    // The same in every attempt of the job, another in every other job.
+    set("HARRIER_IDEMPOTENCY_KEY", format!("{}-{}", job.id, job.submitted_ms));
+    if let Some(array) = job.array {
+        set("HARRIER_ARRAY_ID", array.first.to_string());
+        set("HARRIER_ARRAY_INDEX", array.index.to_string());
+    }
+    variables
+}
+
+/// Writes a file that is complete or not there.
+pub fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let temporary = path.with_extension("tmp");
+    let mut file = File::create(&temporary)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    fs::rename(&temporary, path)
+}
