@@ -1,11 +1,14 @@
-//! The programs of `cargo xtask bench compute`: the same static binary in Harrier's guest, in a peer's and on the host.
+//! The programs of `cargo xtask bench compute`, `system` and `devices`: the same static binary in Harrier's guest, in a
+//! peer's and on the host.
 //!
-//! `harrier-bench-guest [FILE]` runs the loops below and then the shell commands of FILE (a line each: name, tab,
-//! command). Before each it says `@begin NAME`, after it `@end NAME|INSTRUCTIONS|NANOSECONDS`: the instructions of the
-//! loop where their number is known, else 0, and the processor time that this kernel counts. Who reads these lines from
-//! outside takes the time there, because a guest's clocks are what the monitor makes of them; after each line the
-//! program sleeps, so that a late reader still sees the processor time of that moment.
+//! `harrier-bench-guest GROUP [FILE]` runs the loops of that group and then the shell commands of FILE (a line each: name,
+//! tab, command). Before each it says `@begin NAME`, after it `@end NAME|WORK|NANOSECONDS`: the instructions of the loop
+//! or how often it did its thing where that number is known, else 0, and the processor time that this kernel counts.
+//! Who reads these lines from outside takes the time there, because a guest's clocks are what the monitor makes of them;
+//! after each line the program sleeps, so that a late reader still sees the processor time of that moment.
 
+mod disk;
+mod kernel;
 mod loops;
 
 use std::hint::black_box;
@@ -17,27 +20,56 @@ use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeValLike as _;
 use nix::time::{ClockId, clock_gettime};
 
-/// Name, and what runs; the answer is the number of instructions, 0 where it is not known.
-type Loop = (&'static str, fn() -> u64);
+/// Name, and what runs; the answer is the work done, 0 where it is not known.
+type Loop = (&'static str, fn() -> std::io::Result<u64>);
 
-const LOOPS: &[Loop] = &[
-    ("register loop", || loops::registers(20_000_000)),
-    ("load and store loop", || loops::memory(10_000_000)),
-    ("SSE2 double loop", || loops::doubles(5_000_000)),
+/// User code only; the work is instructions.
+const COMPUTE: &[Loop] = &[
+    ("register loop", || Ok(loops::registers(20_000_000))),
+    ("load and store loop", || Ok(loops::memory(10_000_000))),
+    ("SSE2 double loop", || Ok(loops::doubles(5_000_000))),
+    ("SSE2 packed integer loop", || Ok(loops::packed(5_000_000))),
+    ("calls and returns", || Ok(loops::calls(3_000_000))),
     ("sort of 200,000 numbers", sort),
     ("CRC-32 of 4 MiB by table", crc),
-    ("100,000 system calls", system_calls),
-    ("4,096 page faults", || loops::page_faults(4096)),
+];
+
+/// The kernel's services; the work is how many.
+const SYSTEM: &[Loop] = &[
+    ("system call", kernel::system_calls),
+    ("page fault", || loops::page_faults(4096)),
+    ("fork and exec", kernel::forks),
+    ("context switch", kernel::context_switches),
+    ("pipe, 64 KiB", kernel::pipe),
+    ("file copy in memory, 64 KiB", kernel::file_copy),
+];
+
+/// The disk /dev/vda; the work is bytes or requests.
+const DISK: &[Loop] = &[
+    ("sequential read", disk::sequential_read),
+    ("random read, 4 KiB", disk::random_read),
+    ("sequential write", disk::sequential_write),
+    ("random write, 4 KiB", disk::random_write),
 ];
 
 /// How late a reader of our lines may be.
 const PAUSE: Duration = Duration::from_millis(40);
 
 fn main() -> ExitCode {
-    for (name, run) in LOOPS {
-        measure(name, || Some(run()));
+    let mut arguments = std::env::args().skip(1);
+    let loops = match arguments.next().as_deref() {
+        Some("compute") => COMPUTE,
+        Some("system") => SYSTEM,
+        Some("disk") => DISK,
+        other => {
+            eprintln!("'{}' is no group: give compute, system or disk", other.unwrap_or_default());
+            return ExitCode::FAILURE;
+        }
+    };
+    for (name, run) in loops {
+        measure(name, || run().inspect_err(|error| eprintln!("{name}: {error}")).ok());
     }
-    let commands = match std::env::args().nth(1).map(std::fs::read_to_string) {
+    let commands = match arguments.next().map(std::fs::read_to_string) {
         None => String::new(),
         Some(Ok(commands)) => commands,
         Some(Err(error)) => {
@@ -60,7 +92,7 @@ fn measure(name: &str, run: impl FnOnce() -> Option<u64>) {
     let result = run();
     let used_ns = cpu_ns().saturating_sub(before);
     match result {
-        Some(instructions) => say(&format!("@end {name}|{instructions}|{used_ns}")),
+        Some(work) => say(&format!("@end {name}|{work}|{used_ns}")),
         None => say(&format!("@failed {name}")),
     }
 }
@@ -82,7 +114,7 @@ fn cpu_ns() -> u64 {
 }
 
 /// Numbers that are the same everywhere (xorshift, Marsaglia 2003).
-fn numbers(count: usize) -> Vec<u32> {
+pub(crate) fn numbers(count: usize) -> Vec<u32> {
     let mut state = 0x9e37_79b9_u32;
     let mut next = || {
         state ^= state << 13;
@@ -93,14 +125,14 @@ fn numbers(count: usize) -> Vec<u32> {
     (0..count).map(|_| next()).collect()
 }
 
-fn sort() -> u64 {
+fn sort() -> std::io::Result<u64> {
     let mut list = numbers(200_000);
     list.sort_unstable();
     black_box(list);
-    0
+    Ok(0)
 }
 
-fn crc() -> u64 {
+fn crc() -> std::io::Result<u64> {
     let table: Vec<u32> = (0..256_u32)
         .map(|index| {
             (0..8)
@@ -115,12 +147,5 @@ fn crc() -> u64 {
         }
     }
     black_box(crc);
-    0
-}
-
-fn system_calls() -> u64 {
-    for _ in 0..100_000 {
-        black_box(std::process::id());
-    }
-    0
+    Ok(0)
 }

@@ -69,6 +69,8 @@ pub(crate) struct Running {
     /// Where the first line begins that has not been looked at.
     unread: usize,
     marks: Vec<Mark>,
+    /// How many marks [`Running::next_mark`] has given.
+    given: usize,
     children_before: Duration,
     reaped: bool,
 }
@@ -113,6 +115,7 @@ impl Running {
             output: Vec::new(),
             unread: 0,
             marks: Vec::new(),
+            given: 0,
             children_before,
             reaped: false,
         })
@@ -130,9 +133,9 @@ impl Running {
 
     /// Waits for the next mark; `None` when the child has ended.
     pub(crate) fn next_mark(&mut self) -> Result<Option<Mark>> {
-        let seen = self.marks.len();
         loop {
-            if let Some(mark) = self.marks.get(seen) {
+            if let Some(mark) = self.marks.get(self.given) {
+                self.given += 1;
                 return Ok(Some(mark.clone()));
             }
             if !self.step()? {
@@ -300,6 +303,15 @@ mod tests {
         assert_eq!(marks, ["two"], "a line without its end is no mark");
         assert!(ended.mark("two").unwrap().wall <= ended.wall);
         assert!(ended.mark("none").is_err());
+    }
+
+    #[test]
+    fn marks_that_come_together_are_given_one_by_one() {
+        let mut command = shell("printf '@one\\n@two\\n'; printf '@three\\n'");
+        let mut running = Running::start(&mut command, Duration::from_secs(20)).unwrap();
+        let mut next = || running.next_mark().unwrap().map(|mark| mark.text);
+        let marks: Vec<_> = (0..4).map(|_| next()).collect();
+        assert_eq!(marks, [Some("one".into()), Some("two".into()), Some("three".into()), None]);
     }
 
     #[test]

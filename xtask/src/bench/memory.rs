@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result, bail};
 
 use super::boot::ms;
 use super::measure::Running;
-use super::monitors::{Guest, Monitor, Monitors};
+use super::monitors::{Guest, Monitor, Monitors, Sides};
 use super::report::{Figure, Goal, GroupReport, Unit};
 use super::statistics::Samples;
 
@@ -35,24 +35,29 @@ pub(crate) fn run(monitors: &Monitors, guest: &Guest, runs: u32) -> Result<Group
         command_line: format!("{} rdinit=/bin/sh -- -c \"{SLEEP}\"", guest.command_line),
         ..guest.clone()
     };
-    let (mut harrier, mut qemu) = (Side::default(), Side::default());
+    let mut sides: Sides<Side> = Sides::default();
     for _ in 0..runs {
-        let mut command = monitors.harrier_run(&["--", "sh", "-c", SLEEP]);
-        watch(Running::start(&mut command, LIMIT)?, &mut harrier)?;
-        watch(monitors.start(Monitor::QemuTcg, &guest, LIMIT)?, &mut qemu)?;
+        for engine in monitors.engines() {
+            let mut command = monitors.harrier_run(engine, &["--", "sh", "-c", SLEEP])?;
+            watch(Running::start(&mut command, LIMIT)?, sides.of(engine))?;
+        }
+        watch(monitors.start(Monitor::QemuTcg, &guest, LIMIT)?, &mut sides.qemu)?;
     }
+    let Sides { soft, kvm, qemu } = sides;
     let figures = vec![
         Figure::new("release binary", Unit::MiB, [size as f64 / MIB].into_iter().collect())
             .goal(Goal::AtMost(10.0)),
-        Figure::new("the monitor's own memory, 512 MiB guest at rest", Unit::MiB, harrier.own)
+        Figure::new("the monitor's own memory, 512 MiB guest at rest", Unit::MiB, soft.own)
+            .kvm(kvm.own)
             .peer(qemu.own)
             .goal(Goal::AtMost(64.0)),
-        Figure::new("guest memory touched", Unit::MiB, harrier.guest).peer(qemu.guest),
-        Figure::new("idle guest, over 5 s", Unit::CpuPercent, harrier.idle)
+        Figure::new("guest memory touched", Unit::MiB, soft.guest).kvm(kvm.guest).peer(qemu.guest),
+        Figure::new("idle guest, over 5 s", Unit::CpuPercent, soft.idle)
+            .kvm(kvm.idle)
             .peer(qemu.idle)
             .goal(Goal::AtMost(2.0)),
     ];
-    Ok(GroupReport { name: "memory", figures, remarks: Vec::new() })
+    Ok(GroupReport { name: "memory", figures, remarks: monitors.kvm_remark().into_iter().collect() })
 }
 
 fn watch(mut running: Running, side: &mut Side) -> Result<()> {

@@ -6,12 +6,17 @@
 
 mod boot;
 mod compute;
+mod devices;
+mod exits;
 mod host;
 mod measure;
 mod memory;
 mod monitors;
+mod plots;
+mod programs;
 mod report;
 mod statistics;
+mod system;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -41,6 +46,9 @@ pub(crate) struct BenchArguments {
     /// Write every measurement to a file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Write a plot of each group into a folder
+    #[arg(long, value_name = "DIR")]
+    plots: Option<PathBuf>,
     /// Write the page docs/benchmarks.md
     #[arg(long)]
     page: bool,
@@ -56,6 +64,12 @@ enum Group {
     Boot,
     /// Loops and small programs in the guest
     Compute,
+    /// System calls, page faults, processes and pipes in the guest
+    System,
+    /// Disk, console and socket
+    Devices,
+    /// Device accesses, intercepted instructions and interrupts
+    Exits,
     /// Size, memory beside the guest's, and an idle guest
     Memory,
 }
@@ -66,6 +80,9 @@ impl Group {
         match self {
             Group::Boot => include_str!("notes/boot.md"),
             Group::Compute => include_str!("notes/compute.md"),
+            Group::System => include_str!("notes/system.md"),
+            Group::Devices => include_str!("notes/devices.md"),
+            Group::Exits => include_str!("notes/exits.md"),
             Group::Memory => include_str!("notes/memory.md"),
         }
     }
@@ -83,7 +100,8 @@ pub(crate) fn run(cache: &Cache, root: &Path, arguments: &BenchArguments) -> Res
     let monitors = Monitors::find(harrier)?;
     let guest = Guest {
         kernel: folder.join("vmlinux"),
-        initramfs: folder.join("initramfs.cpio"),
+        initramfs: Some(folder.join("initramfs.cpio")),
+        disk: None,
         command_line: include_str!("../../../guest-kernel/cmdline").trim().to_owned(),
     };
     let host = Host::look(&monitors, &folder)?;
@@ -94,10 +112,17 @@ pub(crate) fn run(cache: &Cache, root: &Path, arguments: &BenchArguments) -> Res
         eprintln!("xtask: measuring {group:?}, {} times", arguments.runs);
         let report = match group {
             Group::Boot => boot::run(&monitors, &guest, arguments.runs)?,
-            Group::Compute => compute::run(&monitors, &guest, root, arguments.runs)?,
+            Group::Compute => compute::run(cache, &monitors, &guest, root, arguments.runs)?,
+            Group::System => system::run(&monitors, &guest, root, arguments.runs)?,
+            Group::Devices => devices::run(&monitors, &guest, root, arguments.runs)?,
+            Group::Exits => exits::run(&monitors, root, arguments.runs)?,
             Group::Memory => memory::run(&monitors, &guest, arguments.runs)?,
         };
         println!("## {}\n\n{}", report.name, report.to_markdown());
+        if let Some(folder) = &arguments.plots {
+            fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+            plots::write(&report, folder)?;
+        }
         reports.push((*group, report));
     }
     if let Some(file) = &arguments.json {
@@ -144,8 +169,8 @@ fn page(host: &Host, arguments: &BenchArguments, reports: &[(Group, GroupReport)
     command.push_str(&format!(" --runs {} --page", arguments.runs));
     let mut text = format!(
         "# Benchmarks\n\nWritten by `{command}`; changes belong in `xtask/src/bench`.\n\n{}\n\
-        Both monitors boot the same kernel, initramfs and command line with one processor and {} MiB, in turns. A value is \
-        the median, in brackets the p99 (with few runs: the largest) and half the width of the middle half. A ratio is the \
+        `soft` and `kvm` are Harrier's two engines. All monitors boot the same kernel, initramfs and command line with one \
+        processor and {} MiB, in turns. A value is the median, in brackets the p99 (with few runs: the largest) and half the width of the middle half. A ratio is the \
         median of the ratios of neighbouring runs: below 1 Harrier needs less (of a rate: does less). `?` marks a ratio \
         whose middle half is wider than half of it: it means nothing. Processor time is that of all threads of the \
         process, and says more than wall time on a machine that has other work.\n",

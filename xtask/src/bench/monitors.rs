@@ -21,7 +21,9 @@ pub(crate) const MEMORY_MIB: u64 = 512;
 #[derive(Debug, Clone)]
 pub(crate) struct Guest {
     pub(crate) kernel: PathBuf,
-    pub(crate) initramfs: PathBuf,
+    pub(crate) initramfs: Option<PathBuf>,
+    /// A raw disk, which is the guest's first.
+    pub(crate) disk: Option<PathBuf>,
     pub(crate) command_line: String,
 }
 
@@ -29,8 +31,39 @@ pub(crate) struct Guest {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Monitor {
     HarrierSoft,
+    HarrierKvm,
     QemuTcg,
     QemuKvm,
+}
+
+impl Monitor {
+    /// The engine's name, if it is Harrier's.
+    fn engine(self) -> Option<&'static str> {
+        match self {
+            Monitor::HarrierSoft => Some("soft"),
+            Monitor::HarrierKvm => Some("kvm"),
+            Monitor::QemuTcg | Monitor::QemuKvm => None,
+        }
+    }
+}
+
+/// Measurements of the same thing on each side.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Sides<T> {
+    pub(crate) soft: T,
+    pub(crate) kvm: T,
+    pub(crate) qemu: T,
+}
+
+impl<T> Sides<T> {
+    /// The side of this monitor.
+    pub(crate) fn of(&mut self, monitor: Monitor) -> &mut T {
+        match monitor {
+            Monitor::HarrierSoft => &mut self.soft,
+            Monitor::HarrierKvm => &mut self.kvm,
+            Monitor::QemuTcg | Monitor::QemuKvm => &mut self.qemu,
+        }
+    }
 }
 
 /// The programs, and what they need to know of this host.
@@ -40,14 +73,43 @@ pub(crate) struct Monitors {
     qemu: PathBuf,
     /// QEMU has no clock of KVM's kind without KVM: it is told the frequency, or its guest would measure it.
     tsc_khz: Option<u64>,
+    /// Why Harrier's KVM engine does not run here, in its own words.
+    kvm_refusal: Option<String>,
 }
+
+/// How long Harrier may take to find out whether its KVM engine runs.
+const KVM_TRIAL: Duration = Duration::from_secs(60);
 
 impl Monitors {
     /// Finds QEMU, installed from its package where that is allowed.
     pub(crate) fn find(harrier: PathBuf) -> Result<Self> {
         packages::require(&[packages::SUITES])?;
         let qemu = packages::find_program(QEMU).with_context(|| format!("{QEMU} is not installed"))?;
-        Ok(Self { harrier, qemu, tsc_khz: host_khz() })
+        let mut monitors = Self { harrier, qemu, tsc_khz: host_khz(), kvm_refusal: None };
+        let trial = monitors.harrier_run(Monitor::HarrierKvm, &["--quiet", "--", "true"])?;
+        let ended = measure::run(&mut { trial }, KVM_TRIAL);
+        monitors.kvm_refusal = match ended {
+            Ok(ended) if ended.status.success() => None,
+            Ok(ended) => Some(measure::last_words(&ended.stderr)),
+            Err(error) => Some(format!("{error:#}")),
+        };
+        Ok(monitors)
+    }
+
+    /// The monitors that take part in every group: Harrier's engines and QEMU's translator.
+    pub(crate) fn sides(&self) -> Vec<Monitor> {
+        let kvm = self.kvm_refusal.is_none().then_some(Monitor::HarrierKvm);
+        [Some(Monitor::HarrierSoft), kvm, Some(Monitor::QemuTcg)].into_iter().flatten().collect()
+    }
+
+    /// Harrier's engines that run here.
+    pub(crate) fn engines(&self) -> Vec<Monitor> {
+        self.sides().into_iter().filter(|side| side.engine().is_some()).collect()
+    }
+
+    /// Why there is no column for KVM, if there is none.
+    pub(crate) fn kvm_remark(&self) -> Option<String> {
+        self.kvm_refusal.as_ref().map(|words| format!("Harrier's KVM engine does not run here: {words}"))
     }
 
     /// Harrier's binary.
@@ -66,21 +128,27 @@ impl Monitors {
         Ok(versions)
     }
 
-    /// `harrier run` on the software engine with these arguments behind it.
-    pub(crate) fn harrier_run(&self, arguments: &[&str]) -> Command {
+    /// `harrier run` on one of its engines with these arguments behind it.
+    pub(crate) fn harrier_run(&self, monitor: Monitor, arguments: &[&str]) -> Result<Command> {
+        let engine = monitor.engine().with_context(|| format!("{monitor:?} is not Harrier"))?;
         let mut command = Command::new(&self.harrier);
-        command.args(["run", "--engine", "soft", "--memory", &format!("{MEMORY_MIB}M")]).args(arguments);
-        command
+        command.args(["run", "--engine", engine, "--memory", &format!("{MEMORY_MIB}M")]).args(arguments);
+        Ok(command)
     }
 
     /// The command that boots `guest` with its serial console on stdout.
-    pub(crate) fn boot(&self, monitor: Monitor, guest: &Guest) -> Command {
+    pub(crate) fn boot(&self, monitor: Monitor, guest: &Guest) -> Result<Command> {
         let accelerator = match monitor {
-            Monitor::HarrierSoft => {
-                let mut command = self.harrier_run(&["--timings", "--kernel"]);
-                command.arg(&guest.kernel).arg("--initrd").arg(&guest.initramfs);
-                command.args(["--cmdline", &guest.command_line]);
-                return command;
+            Monitor::HarrierSoft | Monitor::HarrierKvm => {
+                let mut command = self.harrier_run(monitor, &["--timings", "--kernel"])?;
+                command.arg(&guest.kernel).args(["--cmdline", &guest.command_line]);
+                if let Some(initramfs) = &guest.initramfs {
+                    command.arg("--initrd").arg(initramfs);
+                }
+                if let Some(disk) = &guest.disk {
+                    command.arg("--disk").arg(disk);
+                }
+                return Ok(command);
             }
             Monitor::QemuTcg => "tcg",
             Monitor::QemuKvm => "kvm",
@@ -91,20 +159,28 @@ impl Monitors {
         command.args(["-object", &memory, "-m", &format!("{MEMORY_MIB}M"), "-smp", "1"]);
         command.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]);
         command.args(["-serial", "stdio"]);
-        command.arg("-kernel").arg(&guest.kernel).arg("-initrd").arg(&guest.initramfs);
+        command.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=4"]);
+        command.arg("-kernel").arg(&guest.kernel);
+        if let Some(initramfs) = &guest.initramfs {
+            command.arg("-initrd").arg(initramfs);
+        }
+        if let Some(disk) = &guest.disk {
+            command.arg("-drive").arg(format!("id=disk,if=none,format=raw,file={}", disk.display()));
+            command.args(["-device", "virtio-blk-device,drive=disk"]);
+        }
         let clock = match self.tsc_khz {
             Some(khz) if monitor == Monitor::QemuTcg => format!("tsc_early_khz={khz} "),
             _ => String::new(),
         };
         command.arg("-append").arg(format!("{clock}{}", guest.command_line));
-        command
+        Ok(command)
     }
 
     /// Boots `guest`, which switches itself off.
     pub(crate) fn run(&self, monitor: Monitor, guest: &Guest, limit: Duration) -> Result<Ended> {
-        let ended = measure::run(&mut self.boot(monitor, guest), limit)?;
+        let ended = measure::run(&mut self.boot(monitor, guest)?, limit)?;
         let well = match monitor {
-            Monitor::HarrierSoft => {
+            Monitor::HarrierSoft | Monitor::HarrierKvm => {
                 ended.status.code() == Some(HARRIER_CODE) && ended.stderr.contains(SWITCHED_OFF)
             }
             Monitor::QemuTcg | Monitor::QemuKvm => ended.status.success(),
@@ -118,7 +194,7 @@ impl Monitors {
 
     /// Boots `guest` and leaves it running.
     pub(crate) fn start(&self, monitor: Monitor, guest: &Guest, limit: Duration) -> Result<Running> {
-        Running::start(&mut self.boot(monitor, guest), limit)
+        Running::start(&mut self.boot(monitor, guest)?, limit)
     }
 }
 

@@ -18,18 +18,27 @@ pub(crate) enum Unit {
     Mips,
     /// Mebibytes.
     MiB,
+    /// Mebibytes in a second on the clock on the wall.
+    MiBPerSecond,
+    /// Microseconds of processor time, for one of many.
+    CpuUs,
+    /// Microseconds on the clock on the wall, for one of many.
+    WallUs,
     /// Per cent of one processor.
     CpuPercent,
 }
 
 impl Unit {
-    fn text(self) -> &'static str {
+    pub(crate) fn text(self) -> &'static str {
         match self {
             Unit::WallMs => "ms wall",
             Unit::CpuMs => "ms cpu",
             Unit::MillionInstructions => "M instr.",
             Unit::Mips => "MIPS",
             Unit::MiB => "MiB",
+            Unit::MiBPerSecond => "MiB/s",
+            Unit::CpuUs => "us cpu",
+            Unit::WallUs => "us wall",
             Unit::CpuPercent => "% cpu",
         }
     }
@@ -51,7 +60,10 @@ pub(crate) enum Goal {
 pub(crate) struct Figure {
     pub(crate) name: String,
     pub(crate) unit: Unit,
-    pub(crate) harrier: Samples,
+    /// Harrier's software engine, or Harrier where the engine makes no difference.
+    pub(crate) soft: Samples,
+    /// Harrier on KVM, measured in the same rounds.
+    pub(crate) kvm: Option<Samples>,
     /// QEMU's translator, measured in the same rounds.
     pub(crate) peer: Option<Samples>,
     /// The same program on the host itself.
@@ -60,17 +72,25 @@ pub(crate) struct Figure {
 }
 
 impl Figure {
-    pub(crate) fn new(name: impl Into<String>, unit: Unit, harrier: Samples) -> Self {
-        Self { name: name.into(), unit, harrier, peer: None, native: None, goal: None }
+    pub(crate) fn new(name: impl Into<String>, unit: Unit, soft: Samples) -> Self {
+        Self { name: name.into(), unit, soft, kvm: None, peer: None, native: None, goal: None }
     }
 
-    pub(crate) fn peer(mut self, peer: Samples) -> Self {
-        self.peer = Some(peer);
+    /// KVM's side; without measurements there is none on this host.
+    pub(crate) fn kvm(mut self, kvm: Samples) -> Self {
+        self.kvm = Some(kvm).filter(|kvm| !kvm.values().is_empty());
         self
     }
 
+    /// The peer's side; without measurements it could not take part.
+    pub(crate) fn peer(mut self, peer: Samples) -> Self {
+        self.peer = Some(peer).filter(|peer| !peer.values().is_empty());
+        self
+    }
+
+    /// The same on the host itself; without measurements there is no such thing.
     pub(crate) fn native(mut self, native: Samples) -> Self {
-        self.native = Some(native);
+        self.native = Some(native).filter(|native| !native.values().is_empty());
         self
     }
 
@@ -80,17 +100,25 @@ impl Figure {
     }
 
     fn peer_ratios(&self) -> Option<Samples> {
-        Some(self.harrier.ratios(self.peer.as_ref()?))
+        Some(self.soft.ratios(self.peer.as_ref()?))
     }
 
     fn native_ratios(&self) -> Option<Samples> {
-        Some(self.harrier.ratios(self.native.as_ref()?))
+        Some(self.soft.ratios(self.native.as_ref()?))
+    }
+
+    fn kvm_peer_ratios(&self) -> Option<Samples> {
+        Some(self.kvm.as_ref()?.ratios(self.peer.as_ref()?))
+    }
+
+    fn kvm_native_ratios(&self) -> Option<Samples> {
+        Some(self.kvm.as_ref()?.ratios(self.native.as_ref()?))
     }
 
     fn is_met(&self) -> Option<bool> {
         Some(match self.goal? {
-            Goal::AtMost(limit) => self.harrier.median() <= limit,
-            Goal::AtLeast(limit) => self.harrier.median() >= limit,
+            Goal::AtMost(limit) => self.soft.median() <= limit,
+            Goal::AtLeast(limit) => self.soft.median() >= limit,
             Goal::PeerRatio(limit) => self.peer_ratios()?.median() <= limit,
         })
     }
@@ -115,11 +143,14 @@ impl Figure {
         vec![
             self.name.clone(),
             self.unit.text().to_owned(),
-            value(&self.harrier),
+            value(&self.soft),
+            of(&self.kvm),
             of(&self.peer),
             of(&self.native),
             by(self.peer_ratios()),
+            by(self.kvm_peer_ratios()),
             by(self.native_ratios()),
+            by(self.kvm_native_ratios()),
             self.goal_text(),
         ]
     }
@@ -135,11 +166,14 @@ impl Figure {
         FigureRecord {
             name: self.name.clone(),
             unit: self.unit,
-            harrier: self.harrier.summary(),
+            harrier_soft: self.soft.summary(),
+            harrier_kvm: self.kvm.as_ref().map(Samples::summary),
             qemu_tcg: self.peer.as_ref().map(Samples::summary),
             native: self.native.as_ref().map(Samples::summary),
-            ratio_to_qemu_tcg: ratio(self.peer_ratios()),
-            ratio_to_native: ratio(self.native_ratios()),
+            soft_to_qemu_tcg: ratio(self.peer_ratios()),
+            kvm_to_qemu_tcg: ratio(self.kvm_peer_ratios()),
+            soft_to_native: ratio(self.native_ratios()),
+            kvm_to_native: ratio(self.kvm_native_ratios()),
             goal: self.goal.map(|_| self.goal_text().replace("**", "")),
             goal_met: self.is_met(),
         }
@@ -151,11 +185,14 @@ impl Figure {
 pub(crate) struct FigureRecord {
     name: String,
     unit: Unit,
-    harrier: Summary,
+    harrier_soft: Summary,
+    harrier_kvm: Option<Summary>,
     qemu_tcg: Option<Summary>,
     native: Option<Summary>,
-    ratio_to_qemu_tcg: Option<RatioRecord>,
-    ratio_to_native: Option<RatioRecord>,
+    soft_to_qemu_tcg: Option<RatioRecord>,
+    kvm_to_qemu_tcg: Option<RatioRecord>,
+    soft_to_native: Option<RatioRecord>,
+    kvm_to_native: Option<RatioRecord>,
     goal: Option<String>,
     goal_met: Option<bool>,
 }
@@ -176,8 +213,19 @@ pub(crate) struct GroupReport {
     pub(crate) remarks: Vec<String>,
 }
 
-const HEADINGS: [&str; 8] =
-    ["", "unit", "Harrier", "QEMU TCG", "native", "Harrier / QEMU", "Harrier / native", "goal"];
+const HEADINGS: [&str; 11] = [
+    "",
+    "unit",
+    "soft",
+    "kvm",
+    "QEMU TCG",
+    "native",
+    "soft / QEMU",
+    "kvm / QEMU",
+    "soft / native",
+    "kvm / native",
+    "goal",
+];
 
 impl GroupReport {
     /// A Markdown table with aligned columns, without those that are empty, and the remarks.
@@ -264,10 +312,10 @@ mod tests {
     #[test]
     fn a_ratio_too_wide_to_mean_something_is_marked() {
         let figure = Figure::new("x", Unit::CpuMs, samples(&[1.0, 2.0, 9.0])).peer(samples(&[1.0, 1.0, 1.0]));
-        assert!(figure.record().ratio_to_qemu_tcg.unwrap().too_wide);
+        assert!(figure.record().soft_to_qemu_tcg.unwrap().too_wide);
         assert!(figure.cells().join("|").contains("too wide"));
         let narrow = Figure::new("x", Unit::CpuMs, samples(&[2.0, 2.0])).peer(samples(&[1.0, 1.0]));
-        assert!(!narrow.record().ratio_to_qemu_tcg.unwrap().too_wide);
+        assert!(!narrow.record().soft_to_qemu_tcg.unwrap().too_wide);
     }
 
     #[test]
@@ -278,9 +326,9 @@ mod tests {
             remarks: vec!["a peer is missing".to_owned()],
         };
         let expected = "\
-|      | unit | Harrier | goal         |
-| ---- | ---- | ------- | ------------ |
-| size | MiB  | 4.00    | <= 10.0: yes |
+|      | unit | soft | goal         |
+| ---- | ---- | ---- | ------------ |
+| size | MiB  | 4.00 | <= 10.0: yes |
 
 - a peer is missing
 ";
