@@ -39,6 +39,8 @@ impl AcpiPm {
     }
 }
 
+crate::stateless!(AcpiPm, "acpi-pm");
+
 impl BusDevice for AcpiPm {
     fn read(&mut self, _offset: u64, data: &mut [u8]) -> Flow {
         // Sleep enable is write-only, and the machine never wakes: wake status stays clear.

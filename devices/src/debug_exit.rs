@@ -24,6 +24,8 @@ impl DebugExit {
     }
 }
 
+crate::stateless!(DebugExit, "debug-exit");
+
 impl BusDevice for DebugExit {
     fn read(&mut self, _offset: u64, data: &mut [u8]) -> Flow {
         data.fill(0);

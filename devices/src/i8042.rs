@@ -33,6 +33,8 @@ impl I8042 {
     }
 }
 
+crate::stateless!(I8042, "i8042");
+
 impl BusDevice for I8042 {
     fn read(&mut self, offset: u64, data: &mut [u8]) -> Flow {
         data.fill(0xff);

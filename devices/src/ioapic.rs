@@ -10,6 +10,7 @@ use harrier_engine::{Flow, GsiRoute, Msi};
 
 use crate::bus::BusDevice;
 use crate::interrupt::{InterruptLine, MsiSink};
+use crate::state::{BadState, Stateful};
 
 /// Number of pins; pin `n` is global system interrupt `n`.
 pub const PINS: u32 = 24;
@@ -261,6 +262,50 @@ impl InterruptLine for Line {
 impl Drop for Line {
     fn drop(&mut self) {
         self.set_level(false);
+    }
+}
+
+/// What a snapshot keeps of the chip.
+pub mod state {
+    use serde::{Deserialize, Serialize};
+
+    /// Registers. The levels of the pins follow from the devices.
+    #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    pub struct IoApicState {
+        /// Index register.
+        pub select: u8,
+        /// Identification register.
+        pub id: u32,
+        /// The 24 redirection entries, low word with the remote IRR, then high word.
+        pub entries: Vec<[u32; 2]>,
+    }
+}
+
+impl Stateful for IoApic {
+    type State = state::IoApicState;
+    const NAME: &'static str = "ioapic";
+
+    fn save(&self) -> Self::State {
+        let state = self.shared.lock();
+        let entries = state.pins.iter().map(|pin| [pin.low, pin.high]).collect();
+        state::IoApicState { select: state.select, id: state.id, entries }
+    }
+
+    /// To be called after the devices have driven their lines: a message that is due was sent before the state was
+    /// saved, and none is sent here.
+    fn restore(&mut self, saved: Self::State) -> Result<(), BadState> {
+        let count = saved.entries.len();
+        BadState::unless(count == PINS as usize, || format!("{count} pins instead of {PINS}"))?;
+        let mut state = self.shared.lock();
+        state.select = saved.select;
+        state.id = saved.id & 0x0f00_0000;
+        for (pin, [low, high]) in state.pins.iter_mut().zip(saved.entries) {
+            pin.low = low & (WRITABLE_LOW | REMOTE_IRR);
+            pin.high = high & WRITABLE_HIGH;
+        }
+        self.shared.publish_routes(&mut state);
+        Ok(())
     }
 }
 

@@ -6,6 +6,7 @@
 //! - [`serial`]: the 16550A; [`byte_output`] and [`serial_input`] are its two ends on the host.
 //! - [`i8042`], [`rtc`], [`acpi_pm`], [`pvpanic`], [`debug_exit`]: what else a PC has at its ports.
 //! - [`doorbell`]: hypercalls of the guest, and events for it.
+//! - [`state`]: what of a device goes into a snapshot.
 //! - [`virtio`]: block, entropy and socket devices behind the memory-mapped transport.
 //!
 //! Nothing here knows an engine or the machine: devices see guest memory, interrupt lines, files and sockets.
@@ -24,8 +25,10 @@ pub mod pvpanic;
 pub mod rtc;
 pub mod serial;
 pub mod serial_input;
+pub mod state;
 pub mod virtio;
 
 pub use bus::{Bus, BusBuilder, BusDevice, SharedDevice};
 pub use interrupt::{InterruptLine, MsiSink};
 pub use power::{PowerEvent, PowerSink};
+pub use state::{StateUnit, Stateful};

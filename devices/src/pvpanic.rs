@@ -30,6 +30,8 @@ impl PvPanic {
     }
 }
 
+crate::stateless!(PvPanic, "pvpanic");
+
 impl BusDevice for PvPanic {
     fn read(&mut self, _offset: u64, data: &mut [u8]) -> Flow {
         data.fill(0);

@@ -9,6 +9,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use harrier_engine::Flow;
 
 use crate::bus::BusDevice;
+use crate::state::{BadState, Stateful};
 
 /// First port: the index; the next one is the data.
 pub const PORT: u16 = 0x70;
@@ -271,6 +272,71 @@ impl BusDevice for Rtc {
             _ => {}
         }
         Flow::Continue
+    }
+}
+
+/// What a snapshot keeps of the clock.
+pub mod state {
+    use serde::{Deserialize, Serialize};
+
+    /// The time itself is the host's; only the difference is the guest's.
+    #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    pub struct RtcState {
+        /// Guest time minus host time, in seconds.
+        pub offset_s: i64,
+        /// The time that the guest holds with the SET bit: year, month, day, hour, minute, second.
+        pub held: Option<[i64; 6]>,
+        /// The index port.
+        pub index: u8,
+        /// Status register A.
+        pub status_a: u8,
+        /// Status register B.
+        pub status_b: u8,
+        /// The battery-backed memory, 128 bytes.
+        pub memory: Vec<u8>,
+    }
+}
+
+impl Stateful for Rtc {
+    type State = state::RtcState;
+    const NAME: &'static str = "rtc";
+
+    fn save(&self) -> Self::State {
+        state::RtcState {
+            offset_s: self.offset,
+            held: self.held.map(|at| [at.year, at.month, at.day, at.hour, at.minute, at.second]),
+            index: self.index,
+            status_a: self.status_a,
+            status_b: self.status_b,
+            memory: self.memory.to_vec(),
+        }
+    }
+
+    fn restore(&mut self, state: Self::State) -> Result<(), BadState> {
+        // Far beyond what the registers can say, and safe to calculate with.
+        let sane = |value: i64| (-1 << 41..=1 << 41).contains(&value);
+        BadState::unless(sane(state.offset_s), || format!("no clock is {} s off", state.offset_s))?;
+        if let Some(held) = state.held {
+            let sane = held.iter().all(|field| (0..1 << 20).contains(field));
+            BadState::unless(sane, || format!("{held:?} is no time"))?;
+        }
+        let memory = state.memory.try_into();
+        self.memory =
+            memory.map_err(|bytes: Vec<u8>| BadState(format!("{} bytes of memory", bytes.len())))?;
+        self.offset = state.offset_s;
+        self.held = state.held.map(|[year, month, day, hour, minute, second]| Calendar {
+            year,
+            month,
+            day,
+            hour,
+            minute,
+            second,
+        });
+        self.index = state.index & 0x7f;
+        self.status_a = state.status_a & !A_UPDATE_IN_PROGRESS;
+        self.status_b = state.status_b;
+        Ok(())
     }
 }
 

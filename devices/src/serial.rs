@@ -15,6 +15,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use crate::bus::BusDevice;
 use crate::byte_output::ByteOutput;
 use crate::interrupt::InterruptLine;
+use crate::state::{BadState, Stateful};
 
 /// First port of COM1.
 pub const COM1_PORT: u16 = 0x3f8;
@@ -339,6 +340,72 @@ impl BusDevice for Serial {
         self.tell_input_room();
         self.update_line();
         Flow::Continue
+    }
+}
+
+/// What a snapshot keeps of the port.
+pub mod state {
+    use serde::{Deserialize, Serialize};
+
+    /// Registers and receiver. What waits for the host to be written stays with the host.
+    #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    #[expect(missing_docs, reason = "the fields are the datasheet's registers")]
+    pub struct SerialState {
+        pub interrupt_enable: u8,
+        pub line_control: u8,
+        pub modem_control: u8,
+        pub modem_status: u8,
+        pub scratch: u8,
+        pub divisor: u16,
+        pub fifos: bool,
+        pub receive_trigger: u8,
+        pub receiver: Vec<u8>,
+        pub overrun: bool,
+        pub empty_due: bool,
+    }
+}
+
+impl Stateful for Serial {
+    type State = state::SerialState;
+    const NAME: &'static str = "serial";
+
+    fn save(&self) -> Self::State {
+        state::SerialState {
+            interrupt_enable: self.interrupt_enable,
+            line_control: self.line_control,
+            modem_control: self.modem_control,
+            modem_status: self.modem_status,
+            scratch: self.scratch,
+            divisor: self.divisor,
+            fifos: self.fifos,
+            receive_trigger: self.receive_trigger as u8,
+            receiver: self.receiver.iter().copied().collect(),
+            overrun: self.overrun,
+            // A restored port prints to an output that has room, and the driver that waits has to hear of it.
+            empty_due: self.empty_due || self.transmitter_full,
+        }
+    }
+
+    fn restore(&mut self, state: Self::State) -> Result<(), BadState> {
+        let trigger = usize::from(state.receive_trigger);
+        BadState::unless([1, 4, 8, 14].contains(&trigger), || format!("no receive trigger is {trigger}"))?;
+        let waiting = state.receiver.len();
+        BadState::unless(waiting <= FIFO_SIZE, || format!("{waiting} bytes do not fit the receiver"))?;
+        self.interrupt_enable = state.interrupt_enable & IER_BITS;
+        self.line_control = state.line_control;
+        self.modem_control = state.modem_control & MCR_BITS;
+        self.modem_status = state.modem_status;
+        self.scratch = state.scratch;
+        self.divisor = state.divisor;
+        self.fifos = state.fifos;
+        self.receive_trigger = trigger;
+        self.receiver = state.receiver.into();
+        self.overrun = state.overrun;
+        self.empty_due = state.empty_due;
+        self.transmitter_full = false;
+        self.update_line();
+        Ok(())
     }
 }
 

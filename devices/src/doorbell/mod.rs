@@ -11,6 +11,7 @@
 
 pub mod channels;
 mod events;
+pub mod state;
 #[cfg(test)]
 mod tests;
 
@@ -26,6 +27,7 @@ use vm_memory::{Address, Bytes, GuestAddress};
 
 use crate::bus::BusDevice;
 use crate::guest_error::GuestErrors;
+use crate::state::BadState;
 use channels::{Answer, Channels, Lookup};
 pub use events::Events;
 
@@ -58,6 +60,17 @@ pub trait Hypercalls: Send {
     /// # Errors
     /// [`Status::BadPointer`] if the range is not in one piece of memory; [`Status::HostFailed`].
     fn release(&mut self, range: MemRange) -> Result<(), Status>;
+    /// What a snapshot has to keep of what the calls did.
+    fn save(&self) -> serde_json::Value {
+        serde_json::Value::Null
+    }
+    /// Takes up what [`Hypercalls::save`] gave.
+    ///
+    /// # Errors
+    /// [`BadState`] if it is not such.
+    fn restore(&mut self, _state: &serde_json::Value) -> Result<(), BadState> {
+        Ok(())
+    }
     /// Ends the run. `message` is printable ASCII of at most 32 characters.
     fn exit(&mut self, code: u8, reason: u32, message: &str);
 }

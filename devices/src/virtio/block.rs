@@ -16,6 +16,7 @@ use super::chain::{Buffers, Chain};
 use super::queue::{DeviceQueue, QueueError};
 use super::{Progress, Running, VirtioDevice};
 use crate::guest_error::GuestErrors;
+use crate::state::BadState;
 
 /// Bytes in a sector, the unit of every address and length.
 pub const SECTOR: u64 = 512;
@@ -364,6 +365,15 @@ impl VirtioDevice for Block {
     }
 
     fn start(&mut self, _features: u64) {}
+
+    fn save(&self) -> serde_json::Value {
+        serde_json::json!({ "sectors": self.sectors, "read_only": self.read_only })
+    }
+
+    fn restore(&mut self, state: &serde_json::Value, _features: Option<u64>) -> Result<(), BadState> {
+        let (now, then) = (self.save(), state);
+        BadState::unless(now == *then, || format!("the disk is {now}, and was {then} when it was saved"))
+    }
 
     fn reset(&mut self) {}
 

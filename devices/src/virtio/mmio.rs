@@ -524,6 +524,9 @@ impl BusDevice for VirtioMmio {
     }
 }
 
+#[path = "mmio_state.rs"]
+pub mod state;
+
 /// The event-loop side of a [`VirtioMmio`].
 struct VirtioEvents {
     shared: Arc<Shared>,

@@ -21,6 +21,8 @@ use std::os::fd::RawFd;
 
 use harrier_engine::GuestMemory;
 
+use crate::state::BadState;
+
 pub use chain::{Buffers, Chain};
 pub use mmio::VirtioMmio;
 pub use queue::{DeviceQueue, QueueError};
@@ -59,6 +61,21 @@ pub trait VirtioDevice: Send {
     fn start(&mut self, features: u64);
     /// The driver reset the device: whatever belongs to its requests and connections is over.
     fn reset(&mut self);
+    /// What a snapshot has to keep of the device itself. It is made between two requests, so that none is half done.
+    fn save(&self) -> serde_json::Value {
+        serde_json::Value::Null
+    }
+    /// Takes up what [`VirtioDevice::save`] gave; `features` are those that the driver accepted, if it runs the
+    /// device. Every queue is notified afterwards.
+    ///
+    /// # Errors
+    /// [`BadState`] if this device cannot go on from there.
+    fn restore(&mut self, _state: &serde_json::Value, features: Option<u64>) -> Result<(), BadState> {
+        if let Some(features) = features {
+            self.start(features);
+        }
+        Ok(())
+    }
     /// The driver notified `queue`.
     ///
     /// # Errors

@@ -66,6 +66,26 @@ pub(crate) struct QueueSetup {
     pub(crate) used: u64,
 }
 
+/// What a snapshot keeps of a queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct QueueState {
+    /// Entries.
+    pub size: u32,
+    /// The driver has set it up; the rest counts only then.
+    pub ready: bool,
+    /// Guest physical address of the descriptor table.
+    pub descriptors: u64,
+    /// Guest physical address of the available ring.
+    pub available: u64,
+    /// Guest physical address of the used ring.
+    pub used: u64,
+    /// Index of the next request to be taken, modulo 2^16.
+    pub next_available: u16,
+    /// Index of the next request to be completed, modulo 2^16.
+    pub next_used: u16,
+}
+
 /// A queue of a device.
 pub struct DeviceQueue {
     ring: Queue,
@@ -126,6 +146,32 @@ impl DeviceQueue {
         self.ring.try_set_avail_ring_address(available.0).map_err(available.1)?;
         self.ring.try_set_used_ring_address(used.0).map_err(used.1)?;
         self.ring.set_ready(true);
+        Ok(())
+    }
+
+    /// What a snapshot keeps of the queue.
+    pub(crate) fn save(&self) -> QueueState {
+        QueueState {
+            size: self.ring.size().into(),
+            ready: self.ring.ready(),
+            descriptors: self.ring.desc_table(),
+            available: self.ring.avail_ring(),
+            used: self.ring.used_ring(),
+            next_available: self.ring.next_avail(),
+            next_used: self.ring.next_used(),
+        }
+    }
+
+    /// Takes up a saved queue, checked as if the driver had set it up.
+    pub(crate) fn restore(&mut self, mem: &GuestMemory, state: &QueueState) -> Result<(), QueueError> {
+        self.reset();
+        if !state.ready {
+            return Ok(());
+        }
+        let QueueState { size, descriptors, available, used, .. } = *state;
+        self.set_up(mem, &QueueSetup { size, descriptors, available, used })?;
+        self.ring.set_next_avail(state.next_available);
+        self.ring.set_next_used(state.next_used);
         Ok(())
     }
 

@@ -139,13 +139,17 @@ pub fn delay(ticks: u64) {
 
 /// Waits until `condition` holds; false if it does not for a very long time.
 pub fn wait_until(condition: impl Fn() -> bool) -> bool {
-    // Eight seconds or more; processors that share a busy host have to wait long.
-    let start = cpu::rdtsc();
-    while cpu::rdtsc() - start < 20_000_000_000 {
+    // Eight seconds or more; processors that share a busy host have to wait long. The counter may jump where the machine
+    // goes on elsewhere.
+    let (mut last, mut waited) = (cpu::rdtsc(), 0);
+    while waited < 20_000_000_000 {
         if condition() {
             return true;
         }
         cpu::pause();
+        let now = cpu::rdtsc();
+        waited += now.wrapping_sub(last).min(100_000_000);
+        last = now;
     }
     condition()
 }

@@ -3,6 +3,8 @@
 //! [`engines`] is the one list of engines that the tests know, [`GUESTS`] the one list of guests. [`run`] boots a
 //! guest in a whole machine and [`Transcript`] is what it said.
 
+pub mod relay;
+
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -111,6 +113,16 @@ impl Transcript {
 /// Collects what the serial port prints.
 #[derive(Clone, Default)]
 struct Collector(Arc<Mutex<Vec<u8>>>);
+
+impl Collector {
+    fn text(&self) -> String {
+        String::from_utf8_lossy(&self.0.lock().unwrap_or_else(PoisonError::into_inner)).into_owned()
+    }
+
+    fn lines(&self) -> usize {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).iter().filter(|byte| **byte == b'\n').count()
+    }
+}
 
 impl Write for Collector {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {

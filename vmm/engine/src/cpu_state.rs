@@ -6,9 +6,17 @@
 //!   clear and their bytes zero;
 //! - the APIC id register of [`LapicState`] is in x2APIC form (the plain number);
 //! - MSRs are sorted by index and only those of [`SAVED_MSRS`] appear.
+//!
+//! It is also the form in which a snapshot keeps a processor (docs/snapshot-format.md): a field that is added, renamed
+//! or gone is a new version of that section.
+
+mod saved;
+
+use serde::{Deserialize, Serialize};
 
 /// General registers in the encoding order of the manual, then RIP and RFLAGS.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct GeneralRegisters {
     /// RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8 to R15.
     pub gpr: [u64; 16],
@@ -19,7 +27,8 @@ pub struct GeneralRegisters {
 }
 
 /// A segment register with its hidden part (Intel SDM volume 3, 3.4.3).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Segment {
     /// The visible selector.
     pub selector: u16,
@@ -48,7 +57,8 @@ pub struct Segment {
 }
 
 /// GDTR or IDTR.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct DescriptorTable {
     /// Linear base address.
     pub base: u64,
@@ -57,7 +67,8 @@ pub struct DescriptorTable {
 }
 
 /// Segment and descriptor-table registers.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 #[expect(missing_docs, reason = "the fields are the manual's registers")]
 pub struct SegmentRegisters {
     pub es: Segment,
@@ -73,7 +84,8 @@ pub struct SegmentRegisters {
 }
 
 /// Control registers and the extended ones beside them.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 #[expect(missing_docs, reason = "the fields are the manual's registers")]
 pub struct ControlRegisters {
     pub cr0: u64,
@@ -87,7 +99,8 @@ pub struct ControlRegisters {
 }
 
 /// Whether a processor executes (Intel MultiProcessor Specification, appendix B.4).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum MpState {
     /// Executes instructions.
     #[default]
@@ -99,7 +112,8 @@ pub enum MpState {
 }
 
 /// An exception that was recognised and not yet delivered.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct PendingException {
     /// Vector 0 to 31.
     pub vector: u8,
@@ -108,7 +122,8 @@ pub struct PendingException {
 }
 
 /// Events between instructions.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Events {
     /// Exception to deliver before the next instruction.
     pub exception: Option<PendingException>,
@@ -125,9 +140,11 @@ pub struct Events {
 }
 
 /// The local APIC (Intel SDM volume 3, chapter 12).
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct LapicState {
     /// The registers at offsets 0x000, 0x010, … 0x3f0; the id at index 2 in x2APIC form.
+    #[serde(with = "saved::words")]
     pub registers: [u32; 64],
 }
 
@@ -138,7 +155,8 @@ impl Default for LapicState {
 }
 
 /// The time-stamp counter.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Tsc {
     /// Value at the moment the state was taken.
     pub value: u64,
@@ -147,7 +165,8 @@ pub struct Tsc {
 }
 
 /// Everything that software can see of one processor.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct CpuState {
     /// General registers.
     pub regs: GeneralRegisters,
@@ -162,6 +181,7 @@ pub struct CpuState {
     /// DR7.
     pub dr7: u64,
     /// XSAVE area in the standard layout, 576 bytes or more (Intel SDM volume 1, 13.4).
+    #[serde(with = "saved::digits")]
     pub xsave: Vec<u8>,
     /// Model-specific registers by index, sorted.
     pub msrs: Vec<(u32, u64)>,
@@ -173,6 +193,38 @@ pub struct CpuState {
     pub tsc: Tsc,
     /// Whether it executes.
     pub mp_state: MpState,
+}
+
+impl CpuState {
+    /// The fields in which `other` differs, with both values: `regs.rip: 4096 or 8192`.
+    pub fn differences(&self, other: &CpuState) -> Vec<String> {
+        let mut found = Vec::new();
+        match (serde_json::to_value(self), serde_json::to_value(other)) {
+            (Ok(one), Ok(two)) => compare("", &one, &two, &mut found),
+            // They are numbers and text; nothing of it cannot be written down.
+            _ => found.push("the states cannot be compared".to_owned()),
+        }
+        found
+    }
+}
+
+fn compare(path: &str, one: &serde_json::Value, two: &serde_json::Value, found: &mut Vec<String>) {
+    use serde_json::Value::{Array, Object};
+    let inner = |name: &str| if path.is_empty() { name.to_owned() } else { format!("{path}.{name}") };
+    match (one, two) {
+        (Object(ones), Object(twos)) if ones.len() == twos.len() => {
+            for (name, one) in ones {
+                compare(&inner(name), one, twos.get(name).unwrap_or(&serde_json::Value::Null), found);
+            }
+        }
+        (Array(ones), Array(twos)) if ones.len() == twos.len() => {
+            for (index, (one, two)) in ones.iter().zip(twos).enumerate() {
+                compare(&inner(&index.to_string()), one, two, found);
+            }
+        }
+        _ if one == two => {}
+        _ => found.push(format!("{path}: {one} or {two}")),
+    }
 }
 
 /// Model-specific registers, by the manual's names.
@@ -228,3 +280,28 @@ pub const SAVED_MSRS: &[u32] = &[
     msr::KERNEL_GS_BASE,
     msr::TSC_AUX,
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_state_is_read_as_it_was_written_and_differences_name_the_field() {
+        let mut state = CpuState { xsave: vec![1; 600], msrs: vec![(0x10, u64::MAX)], ..Default::default() };
+        state.lapic.registers[63] = u32::MAX;
+        state.events.exception = Some(PendingException { vector: 14, error_code: Some(2) });
+        let text = serde_json::to_string(&state).unwrap();
+        let mut other: CpuState = serde_json::from_str(&text).unwrap();
+        assert_eq!(state, other);
+        assert!(state.differences(&other).is_empty());
+        other.regs.gpr[3] = 7;
+        other.events.exception = None;
+        let mut found = state.differences(&other);
+        found.sort();
+        assert_eq!(
+            found,
+            ["events.exception: {\"error_code\":2,\"vector\":14} or null", "regs.gpr.3: 0 or 7"]
+        );
+        assert!(serde_json::from_str::<CpuState>(&text.replacen("\"cr8\"", "\"cr9\"", 1)).is_err());
+    }
+}

@@ -128,6 +128,11 @@ pub trait Vm: Send + Sync {
     fn clock_ns(&self) -> Result<u64, EngineError>;
     /// Sets the guest's paravirtual clock; guest time goes on from `clock_ns`.
     fn set_clock_ns(&self, clock_ns: u64) -> Result<(), EngineError>;
+    /// Guest time stands still from here on, as far as the engine makes it: paravirtual clock, timers, and the TSC
+    /// where it is not the host's own. No vCPU runs. Calls do not nest.
+    fn stop_time(&self) -> Result<(), EngineError>;
+    /// Guest time goes on where [`Vm::stop_time`] stopped it. No vCPU runs yet.
+    fn start_time(&self) -> Result<(), EngineError>;
     /// The frequency at which the guest's TSC runs.
     fn tsc_khz(&self) -> u32;
 }

@@ -65,6 +65,8 @@ pub(crate) struct KvmVm {
     assistant: Option<Box<dyn Assistant>>,
     /// vCPU 0, made together with the machine: some things only a vCPU can be asked.
     boot_vcpu: Mutex<Option<VcpuFd>>,
+    /// The paravirtual clock while guest time stands still.
+    stopped_at_ns: Mutex<Option<u64>>,
 }
 
 fn enable(vm: &VmFd, cap: u32, argument: u64) -> Result<(), errno::Error> {
@@ -108,6 +110,7 @@ impl KvmVm {
         };
         let slots = Slots::new(fd_slots(&fd), fd.check_extension(Cap::ReadonlyMem));
         Ok(KvmVm {
+            stopped_at_ns: Mutex::new(None),
             shared: Arc::new(Shared {
                 fd,
                 slots: Mutex::new(slots),
@@ -121,6 +124,14 @@ impl KvmVm {
             assistant,
             boot_vcpu: Mutex::new(Some(boot_vcpu)),
         })
+    }
+}
+
+impl KvmVm {
+    fn set_clock(&self, clock_ns: u64) -> Result<(), EngineError> {
+        // Without KVM_CLOCK_REALTIME: that would let guest time jump by the time that the machine was paused.
+        let data = kvm_clock_data { clock: clock_ns, ..Default::default() };
+        self.shared.fd.set_clock(&data).map_err(refused("set the paravirtual clock"))
     }
 }
 
@@ -234,13 +245,30 @@ impl Vm for KvmVm {
     }
 
     fn clock_ns(&self) -> Result<u64, EngineError> {
+        if let Some(stopped_at) = *self.stopped_at_ns.lock().unwrap_or_else(PoisonError::into_inner) {
+            return Ok(stopped_at);
+        }
         Ok(self.shared.fd.get_clock().map_err(refused("read the paravirtual clock"))?.clock)
     }
 
     fn set_clock_ns(&self, clock_ns: u64) -> Result<(), EngineError> {
-        // Without KVM_CLOCK_REALTIME: that would let guest time jump by the time that the machine was paused.
-        let data = kvm_clock_data { clock: clock_ns, ..Default::default() };
-        self.shared.fd.set_clock(&data).map_err(refused("set the paravirtual clock"))
+        if let Some(stopped_at) = &mut *self.stopped_at_ns.lock().unwrap_or_else(PoisonError::into_inner) {
+            *stopped_at = clock_ns;
+        }
+        self.set_clock(clock_ns)
+    }
+
+    fn stop_time(&self) -> Result<(), EngineError> {
+        let now = self.clock_ns()?;
+        *self.stopped_at_ns.lock().unwrap_or_else(PoisonError::into_inner) = Some(now);
+        Ok(())
+    }
+
+    /// The TSC ran on meanwhile, which not every host lets us take back: deadlines that passed fire at once, and the
+    /// guest finds by its clock that it is early and arms them again.
+    fn start_time(&self) -> Result<(), EngineError> {
+        let stopped_at = self.stopped_at_ns.lock().unwrap_or_else(PoisonError::into_inner).take();
+        stopped_at.map_or(Ok(()), |clock_ns| self.set_clock(clock_ns))
     }
 
     fn tsc_khz(&self) -> u32 {

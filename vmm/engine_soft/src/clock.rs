@@ -13,6 +13,9 @@ use crate::native::tsc;
 /// Frequency of the TSC when nobody asks for another.
 const DEFAULT_TSC_KHZ: u32 = 1_000_000;
 
+/// Time does not stand still.
+const RUNS: u64 = u64::MAX;
+
 /// What drives guest time.
 enum Source {
     /// The host's monotonic clock; the TSC is made of it.
@@ -23,6 +26,10 @@ enum Source {
 
 pub(crate) struct Clock {
     source: Source,
+    /// Time of the source, less what was passed standing still, at which time stands still; all ones if it runs.
+    stopped_at_ns: AtomicU64,
+    /// Nanoseconds of the source that were passed standing still.
+    stood_ns: AtomicU64,
     /// Added to the time since `start` (wrapping) to give the paravirtual clock.
     offset_ns: AtomicU64,
     /// Grows when the paravirtual clock is set: the clock pages have to be written again.
@@ -51,6 +58,8 @@ impl Clock {
     fn from_source(source: Source, khz: u32) -> Clock {
         Clock {
             source,
+            stopped_at_ns: AtomicU64::new(RUNS),
+            stood_ns: AtomicU64::new(0),
             offset_ns: AtomicU64::new(0),
             generation: AtomicU64::new(0),
             restored_offset: Mutex::new(None),
@@ -58,9 +67,32 @@ impl Clock {
         }
     }
 
-    /// Nanoseconds since the machine was created; never jumps. Deadlines are in this time.
+    /// Nanoseconds since the machine was created, without those in which it stood still; never jumps. Deadlines are in
+    /// this time.
     #[inline]
     pub(crate) fn host_ns(&self) -> u64 {
+        match self.stopped_at_ns.load(Ordering::Acquire) {
+            RUNS => self.source_ns().saturating_sub(self.stood_ns.load(Ordering::Acquire)),
+            stopped_at => stopped_at,
+        }
+    }
+
+    /// Stands still. No vCPU runs.
+    pub(crate) fn stop(&self) {
+        self.stopped_at_ns.store(self.host_ns(), Ordering::Release);
+    }
+
+    /// Goes on. No vCPU runs yet. Where the TSC did not stand still, the clock pages have to be written again.
+    pub(crate) fn start(&self) {
+        let stopped_at = self.stopped_at_ns.load(Ordering::Acquire);
+        if stopped_at != RUNS {
+            self.stood_ns.store(self.source_ns().saturating_sub(stopped_at), Ordering::Release);
+            self.stopped_at_ns.store(RUNS, Ordering::Release);
+            self.generation.fetch_add(1, Ordering::Release);
+        }
+    }
+
+    fn source_ns(&self) -> u64 {
         match self.source {
             Source::Monotonic(start) => start.elapsed().as_nanos() as u64,
             Source::Native(start) => {
@@ -119,15 +151,23 @@ impl Clock {
         self.khz
     }
 
-    /// TSC ticks at a host time, before any vCPU's offset.
+    /// TSC ticks at a host time, before any vCPU's offset. The host's own TSC does not stand still.
     #[inline]
     pub(crate) fn ticks_at(&self, host_ns: u64) -> u64 {
-        let start = match self.source {
+        let (start, ns) = match self.source {
             Source::Monotonic(_) if self.khz == DEFAULT_TSC_KHZ => return host_ns,
-            Source::Monotonic(_) => 0,
-            Source::Native(start) => start,
+            Source::Monotonic(_) => (0, host_ns),
+            Source::Native(start) => (start, host_ns.saturating_add(self.stood_ns())),
         };
-        start.wrapping_add((u128::from(host_ns) * u128::from(self.khz) / 1_000_000) as u64)
+        start.wrapping_add((u128::from(ns) * u128::from(self.khz) / 1_000_000) as u64)
+    }
+
+    /// Nanoseconds in which time stood still so far.
+    fn stood_ns(&self) -> u64 {
+        match self.stopped_at_ns.load(Ordering::Acquire) {
+            RUNS => self.stood_ns.load(Ordering::Acquire),
+            stopped_at => self.source_ns().saturating_sub(stopped_at),
+        }
     }
 
     /// Host nanoseconds that so many ticks take, rounded up.
@@ -161,6 +201,37 @@ mod tests {
         // Going through nanoseconds loses less than one of them.
         assert!((before.saturating_sub(4)..=after).contains(&shown), "{before} {shown} {after}");
         assert_eq!(clock.common_offset(12345), 0);
+    }
+
+    #[test]
+    fn while_it_is_stopped_nothing_moves_and_then_it_goes_on_from_there() {
+        let clock = Clock::new(None);
+        clock.stop();
+        let (stopped, guest) = (clock.host_ns(), clock.guest_ns());
+        std::thread::sleep(Duration::from_millis(20));
+        assert_eq!((clock.host_ns(), clock.guest_ns()), (stopped, guest));
+        assert_eq!(clock.ticks_at(clock.host_ns()), stopped);
+        let generation = clock.generation();
+        let begin = Instant::now();
+        clock.start();
+        assert_ne!(clock.generation(), generation);
+        let after = clock.host_ns();
+        assert!(after >= stopped && after - stopped <= begin.elapsed().as_nanos() as u64 + 1_000_000);
+        clock.stop();
+        assert!(clock.host_ns() >= after);
+    }
+
+    #[test]
+    fn the_hosts_tsc_runs_on_while_guest_time_stands_still() {
+        let clock = Clock::native(1_000_000);
+        clock.stop();
+        let (stopped, ticks) = (clock.host_ns(), clock.ticks_at(clock.host_ns()));
+        std::thread::sleep(Duration::from_millis(20));
+        assert_eq!(clock.host_ns(), stopped);
+        assert!(clock.ticks_at(stopped) > ticks);
+        clock.start();
+        let shown = clock.ticks_at(clock.host_ns());
+        assert!(tsc::read().saturating_sub(shown) < 1_000_000_000);
     }
 
     #[test]

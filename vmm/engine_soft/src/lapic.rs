@@ -267,7 +267,7 @@ impl Lapic {
     }
 
     /// Fires the timer if its time has come.
-    fn expire(&mut self, now_ns: u64) {
+    pub(crate) fn expire(&mut self, now_ns: u64) {
         let Some(deadline) = self.deadline_ns.filter(|&deadline| deadline <= now_ns) else { return };
         self.deadline_ns = None;
         match self.timer_mode() {
@@ -608,6 +608,19 @@ impl Cpu {
     /// IA32_TSC_DEADLINE: what is armed, or zero.
     pub(crate) fn tsc_deadline(&self) -> u64 {
         self.lapic.tsc_deadline
+    }
+
+    /// The deadline as a snapshot keeps it: as far from the TSC as the timer is from firing, even where the TSC ran on
+    /// while guest time stood still.
+    pub(crate) fn saved_tsc_deadline(&self, now_ns: u64) -> u64 {
+        let clock = &self.shared.clock;
+        match self.lapic.deadline_ns {
+            Some(at) if clock.is_native() && self.lapic.tsc_deadline != 0 => {
+                let left = u128::from(at.saturating_sub(now_ns)) * u128::from(clock.tsc_khz()) / 1_000_000;
+                clock.ticks_at(now_ns).saturating_add(left as u64)
+            }
+            _ => self.lapic.tsc_deadline,
+        }
     }
 
     /// Arms or stops the timer in TSC-deadline mode; ignored in the others (12.5.4.1).

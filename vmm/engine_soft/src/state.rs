@@ -151,6 +151,8 @@ impl Cpu {
         gpr.copy_from_slice(&self.regs[..16]);
         let clock = &self.shared.clock;
         let now_ns = clock.host_ns();
+        // A timer whose time has come and that was not looked at yet would be one that is not armed.
+        self.lapic.expire(now_ns);
         let tsc = clock.ticks_at(now_ns).wrapping_add(self.tsc_offset);
         // A trap that waits has its cause in DR6 already.
         let trap =
@@ -184,7 +186,7 @@ impl Cpu {
             xsave: self.fpu.to_xsave(self.xcr0),
             msrs: SAVED_MSRS
                 .iter()
-                .filter_map(|&index| self.saved_msr(index).map(|value| (index, value)))
+                .filter_map(|&index| self.saved_msr(index, now_ns).map(|value| (index, value)))
                 .collect(),
             lapic: self.lapic.save(now_ns),
             events: Events {
@@ -200,7 +202,7 @@ impl Cpu {
         }
     }
 
-    fn saved_msr(&self, index: u32) -> Option<u64> {
+    fn saved_msr(&self, index: u32, now_ns: u64) -> Option<u64> {
         let msrs = &self.msrs;
         Some(match index {
             msr::IA32_APIC_BASE => msrs.apic_base,
@@ -211,7 +213,7 @@ impl Cpu {
             msr::IA32_MISC_ENABLE => msrs.misc_enable,
             msr::IA32_PAT => msrs.pat,
             msr::IA32_MTRR_DEF_TYPE => msrs.mtrr_def_type,
-            msr::IA32_TSC_DEADLINE => self.tsc_deadline(),
+            msr::IA32_TSC_DEADLINE => self.saved_tsc_deadline(now_ns),
             msr::KVM_WALL_CLOCK_NEW => msrs.kvm_wall_clock,
             msr::KVM_SYSTEM_TIME_NEW => msrs.kvm_system_time,
             msr::STAR => msrs.star,

@@ -298,6 +298,16 @@ impl Vm for SoftVm {
         Ok(())
     }
 
+    fn stop_time(&self) -> Result<(), EngineError> {
+        self.shared.clock.stop();
+        Ok(())
+    }
+
+    fn start_time(&self) -> Result<(), EngineError> {
+        self.shared.clock.start();
+        Ok(())
+    }
+
     fn tsc_khz(&self) -> u32 {
         self.shared.clock.tsc_khz()
     }

@@ -1,7 +1,7 @@
 //! Puts a machine together: [`MachineBuilder`] takes devices one by one and is consumed by
-//! [`MachineBuilder::build`].
+//! [`MachineBuilder::build`], which boots a kernel, or by [`MachineBuilder::restore`], which takes up a snapshot.
 //!
-//! A device is what it claims on the buses, its ACPI object, its event-loop subscriber and its interrupt line;
+//! A device is what it claims on the buses, its ACPI object, its event-loop subscriber, its interrupt line and its state;
 //! nothing here or later asks what kind it is.
 
 use std::io::{self, Write};
@@ -21,7 +21,8 @@ use harrier_devices::serial::{self, Serial};
 use harrier_devices::serial_input::SerialInput;
 use harrier_devices::virtio::mmio::TransportError;
 use harrier_devices::virtio::{VirtioDevice, VirtioMmio};
-use harrier_devices::{BusBuilder, BusDevice, InterruptLine, MsiSink, PowerSink};
+use harrier_devices::{BusBuilder, BusDevice, InterruptLine, MsiSink, PowerSink, StateUnit, Stateful, state};
+use harrier_engine::cpuid::{FEATURES, Features};
 use harrier_engine::{CpuModel, Engine, EngineError, GsiRoute, GuestMemory, Msi, Probe, Vcpu, Vm, VmConfig};
 use harrier_hypercall_abi::port;
 use vm_memory::GuestMemoryError;
@@ -31,10 +32,11 @@ use crate::boot::{self, Boot, KernelError};
 use crate::event_loop::Subscriber;
 use crate::hypercalls::{ConsoleCalls, GuestClock, HypercallLog, MachineCalls, ParkTimer};
 use crate::layout::{COM1_GSI, DOORBELL_GSI, SHARED_PAGE, VIRTIO_GSIS, VIRTIO_MMIO_LEN, VIRTIO_MMIO_START};
-use crate::machine::Machine;
+use crate::machine::{Machine, Parts};
 use crate::memory::{GuestRam, MemoryError};
 use crate::mp_table;
 use crate::run_control::RunControl;
+use crate::snapshot::Written;
 use crate::vcpu::MachineIo;
 
 /// Most vCPUs of a machine: their APIC ids fit a byte, and 255 means all.
@@ -60,7 +62,10 @@ pub enum BuildError {
     #[error("{0} cpus are not possible: give 1 to {MAX_VCPUS}")]
     VcpuCount(u32),
     /// The engine does not offer the model.
-    #[error("cpu model {model} is not offered by the {engine} engine here: use one of {}", list(.offered))]
+    #[error(
+        "cpu model {model} is not offered by the {engine} engine here{}: use one of {}",
+        lacking(*.model, .offered), list(.offered)
+    )]
     CpuModel {
         /// What was asked for.
         model: CpuModel,
@@ -108,6 +113,18 @@ fn list(models: &[CpuModel]) -> String {
     names.join(", ")
 }
 
+/// The features of `model` that none of those offered has.
+fn lacking(model: CpuModel, offered: &[CpuModel]) -> String {
+    let best = offered.iter().filter(|model| **model != CpuModel::Host).max();
+    let there = best.map_or_else(Features::default, |best| Features::of(*best));
+    let missing: Vec<&str> = FEATURES
+        .iter()
+        .filter(|row| Features::of(model).has(row.feature) && !there.has(row.feature))
+        .map(|row| row.name)
+        .collect();
+    if missing.is_empty() { String::new() } else { format!(" (it lacks {})", missing.join(" ")) }
+}
+
 /// Takes the I/O APIC's messages to the engine.
 struct EngineMsiSink {
     vm: Arc<dyn Vm>,
@@ -129,9 +146,13 @@ impl MsiSink for EngineMsiSink {
 
 /// A machine in the making.
 pub struct MachineBuilder {
-    vm: Arc<dyn Vm>,
-    ram: GuestRam,
-    vcpus: Vec<Box<dyn Vcpu>>,
+    config: MachineConfig,
+    engine: &'static str,
+    pub(crate) vm: Arc<dyn Vm>,
+    pub(crate) ram: GuestRam,
+    pub(crate) vcpus: Vec<Box<dyn Vcpu>>,
+    pub(crate) units: Vec<Arc<dyn StateUnit>>,
+    pub(crate) guest_clock: Option<Arc<GuestClock>>,
     pio: BusBuilder,
     mmio: BusBuilder,
     ioapic: IoApic,
@@ -152,6 +173,16 @@ impl MachineBuilder {
     /// # Errors
     /// [`BuildError`] if the configuration is impossible on this engine or host.
     pub fn new(engine: &dyn Engine, config: &MachineConfig) -> Result<Self, BuildError> {
+        Self::with_memory(engine, config, None, || GuestRam::new(config.memory_bytes))
+    }
+
+    /// As [`MachineBuilder::new`], with memory from elsewhere and the TSC of another machine.
+    pub(crate) fn with_memory(
+        engine: &dyn Engine,
+        config: &MachineConfig,
+        tsc_khz: Option<u32>,
+        memory: impl FnOnce() -> Result<GuestRam, MemoryError>,
+    ) -> Result<Self, BuildError> {
         if !(1..=MAX_VCPUS).contains(&config.vcpu_count) {
             return Err(BuildError::VcpuCount(config.vcpu_count));
         }
@@ -162,24 +193,28 @@ impl MachineBuilder {
         if !offered.contains(&config.cpu_model) {
             return Err(BuildError::CpuModel { model: config.cpu_model, engine: engine.name(), offered });
         }
-        let ram = GuestRam::new(config.memory_bytes)?;
+        let ram = memory()?;
         let vm: Arc<dyn Vm> = Arc::from(engine.create_vm(&VmConfig {
             cpu_model: config.cpu_model,
             vcpu_count: config.vcpu_count,
-            tsc_khz: None,
+            tsc_khz,
         })?);
         for region in &ram.regions {
             vm.map_memory(Arc::clone(region), false)?;
         }
         let vcpus: Vec<_> =
             (0..config.vcpu_count).map(|index| vm.create_vcpu(index)).collect::<Result<_, _>>()?;
-        let control = Arc::new(RunControl::default());
-        control.set_kickers(vcpus.iter().map(|vcpu| vcpu.kicker()).collect());
+        let kickers = vcpus.iter().map(|vcpu| vcpu.kicker()).collect();
+        let control = Arc::new(RunControl::paused(Arc::clone(&vm), kickers));
         let ioapic = IoApic::new(Arc::new(EngineMsiSink { vm: Arc::clone(&vm) }));
         let mut mmio = BusBuilder::new();
         mmio.insert(ioapic::BASE, ioapic::SIZE, Arc::new(Mutex::new(ioapic.clone())))?;
         let doorbell_events = doorbell::Events::new(ioapic.line(DOORBELL_GSI));
         Ok(MachineBuilder {
+            config: config.clone(),
+            engine: engine.name(),
+            units: Vec::new(),
+            guest_clock: None,
             vm,
             ram,
             vcpus,
@@ -216,13 +251,15 @@ impl MachineBuilder {
     ///
     /// # Errors
     /// [`BuildError::Claim`] if another device is there.
-    pub fn add_at_ports(
+    pub fn add_at_ports<D: BusDevice + Stateful + 'static>(
         &mut self,
         port: u16,
         len: u64,
-        device: impl BusDevice + 'static,
+        device: D,
     ) -> Result<(), BuildError> {
-        Ok(self.pio.insert(port.into(), len, Arc::new(Mutex::new(device)))?)
+        let device = Arc::new(Mutex::new(device));
+        self.units.push(state::unit(D::NAME, &device));
+        Ok(self.pio.insert(port.into(), len, device)?)
     }
 
     /// Adds a namespace object for a device (see [`crate::acpi`]).
@@ -285,6 +322,7 @@ impl MachineBuilder {
         if let Some(source) = input {
             self.add_subscriber(Box::new(SerialInput::new(Arc::clone(&serial), source)));
         }
+        self.units.push(state::unit(Serial::NAME, &serial));
         self.pio.insert(serial::COM1_PORT.into(), serial::SIZE, serial)?;
         self.add_acpi_object(acpi::serial_object());
         Ok(())
@@ -300,9 +338,11 @@ impl MachineBuilder {
             .map_err(|source| BuildError::Device { device: "doorbell", source })?;
         self.add_subscriber(park.subscriber());
         let memory = self.ram.memory.clone();
+        let clock = Arc::new(GuestClock::new(Arc::clone(&self.vm), memory.clone(), SHARED_PAGE));
+        self.guest_clock = Some(Arc::clone(&clock));
         let calls = MachineCalls {
             console: self.console.clone(),
-            clock: Arc::new(GuestClock::new(Arc::clone(&self.vm), memory.clone(), SHARED_PAGE)),
+            clock: Arc::clone(&clock),
             park,
             ram: self.ram.clone(),
             control: Arc::clone(&self.control),
@@ -326,7 +366,9 @@ impl MachineBuilder {
         let gpa = VIRTIO_MMIO_START + index * VIRTIO_MMIO_LEN;
         let transport = VirtioMmio::new(device, self.ram.memory.clone(), self.interrupt_line(gsi))?;
         self.subscribers.push(transport.events());
-        self.mmio.insert(gpa.into(), VIRTIO_MMIO_LEN.into(), Arc::new(Mutex::new(transport)))?;
+        let transport = Arc::new(Mutex::new(transport));
+        self.units.push(state::unit(&format!("virtio-{index}"), &transport));
+        self.mmio.insert(gpa.into(), VIRTIO_MMIO_LEN.into(), transport)?;
         self.add_acpi_object(acpi::virtio_mmio_object(index, gpa, VIRTIO_MMIO_LEN, gsi));
         Ok(())
     }
@@ -353,10 +395,30 @@ impl MachineBuilder {
             let state = other.state()?;
             other.set_state(&state)?;
         }
-        Ok(Machine {
-            vm: self.vm,
-            ram: self.ram,
-            vcpus: self.vcpus.into_iter().map(|vcpu| Arc::new(Mutex::new(vcpu))).collect(),
+        let boot_tsc_khz = self.vm.tsc_khz();
+        Ok(self.finish(boot_tsc_khz, Written::since_boot()))
+    }
+
+    /// The interrupt controller comes last: its pins follow from the lines that the devices drive.
+    pub(crate) fn all_units(&self) -> Vec<Arc<dyn StateUnit>> {
+        let mut units = self.units.clone();
+        units.push(state::unit(IoApic::NAME, &Arc::new(Mutex::new(self.ioapic.clone()))));
+        units
+    }
+
+    pub(crate) fn finish(self, boot_tsc_khz: u32, written: Written) -> Machine {
+        let units = self.all_units();
+        Machine {
+            parts: Arc::new(Parts {
+                config: self.config,
+                engine: self.engine,
+                vm: self.vm,
+                ram: self.ram,
+                vcpus: self.vcpus.into_iter().map(|vcpu| Arc::new(Mutex::new(vcpu))).collect(),
+                units,
+                boot_tsc_khz,
+                written: Mutex::new(written),
+            }),
             io: MachineIo { pio: self.pio.build(), mmio: self.mmio.build(), ioapic: self.ioapic },
             control: self.control,
             subscribers: self.subscribers,
@@ -366,6 +428,6 @@ impl MachineBuilder {
             hypercalls: self.hypercalls,
             doorbell_events: self.doorbell_events,
             on_thread_start: Arc::new(|_| Ok(())),
-        })
+        }
     }
 }

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
+use harrier_engine::Kicker;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -42,6 +43,41 @@ impl MutEventSubscriber for StopSignal {
     }
 }
 
+/// Interrupts the loop's wait, so that it stands while the machine is paused.
+struct LoopKicker(EventFd);
+
+impl Kicker for LoopKicker {
+    fn kick(&self) {
+        // A full counter means that the kick is there already.
+        if let Err(err) = self.0.write(1)
+            && err.kind() != io::ErrorKind::WouldBlock
+        {
+            log::error!("event loop: cannot be interrupted: {err}");
+        }
+    }
+}
+
+/// Stands in the loop's thread while the machine is paused: no other device has its turn, and none is half way.
+struct PauseSignal {
+    event: EventFd,
+    control: Arc<RunControl>,
+}
+
+impl MutEventSubscriber for PauseSignal {
+    fn process(&mut self, _events: Events, _ops: &mut EventOps<'_>) {
+        // Only the signal matters, not its count.
+        drop(self.event.read());
+        self.control.stand();
+    }
+
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        if let Err(err) = ops.add(Events::new(&self.event, EventSet::IN)) {
+            let failure = format!("event loop: cannot watch the pause event: {err}");
+            self.control.finish(MachineEnd::Failed(failure));
+        }
+    }
+}
+
 impl EventLoop {
     /// Starts the thread with all subscribers. If it fails later, the machine ends.
     pub(crate) fn start(
@@ -54,11 +90,18 @@ impl EventLoop {
         let stop = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         let stopped = Arc::new(AtomicBool::new(false));
         manager.add_subscriber(Box::new(StopSignal { event: stop.try_clone()?, stopped: stopped.clone() }));
+        let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        control.add_kicker(Arc::new(LoopKicker(event.try_clone()?)));
+        manager.add_subscriber(Box::new(PauseSignal { event, control: Arc::clone(&control) }));
         for subscriber in subscribers {
             manager.add_subscriber(subscriber);
         }
+        control.enter();
+        let thread_control = Arc::clone(&control);
         let thread = std::thread::Builder::new().name("events".to_owned()).spawn(move || {
+            let control = thread_control;
             let run = AssertUnwindSafe(|| {
+                control.stand();
                 if let Err(err) = on_start(ThreadRole::Events) {
                     control.finish(MachineEnd::Failed(format!("event loop: {err}")));
                     return;
@@ -78,8 +121,12 @@ impl EventLoop {
                 let text = panic_text(panic.as_ref());
                 control.finish(MachineEnd::Failed(format!("event loop panicked: {text}")));
             }
-        })?;
-        Ok(EventLoop { stop, thread: Some(thread) })
+            control.leave();
+        });
+        if thread.is_err() {
+            control.leave();
+        }
+        Ok(EventLoop { stop, thread: Some(thread?) })
     }
 }
 

@@ -17,6 +17,7 @@ mod machine;
 pub mod memory;
 mod mp_table;
 mod run_control;
+pub mod snapshot;
 mod vcpu;
 
 pub use builder::{BuildError, MAX_VCPUS, MAX_VIRTIO_DEVICES, MachineBuilder, MachineConfig};

@@ -1,23 +1,24 @@
 //! The running machine and what its owner can do with it.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
+use harrier_devices::StateUnit;
 use harrier_devices::doorbell::Events;
 use harrier_engine::{Counters, CpuState, EngineError, GuestMemory, Vm};
 
+use crate::builder::MachineConfig;
 use crate::event_loop::{EventLoop, Subscriber};
 use crate::hypercalls::{HypercallLog, HypercallReport};
 use crate::memory::GuestRam;
 use crate::run_control::{MachineEnd, RunControl};
+use crate::snapshot::Written;
 use crate::vcpu::{self, MachineIo, SharedVcpu};
 
 /// A machine whose processors may run. Dropping it ends it and waits for its threads.
 pub struct Machine {
-    pub(crate) vm: Arc<dyn Vm>,
-    pub(crate) ram: GuestRam,
-    pub(crate) vcpus: Vec<SharedVcpu>,
+    pub(crate) parts: Arc<Parts>,
     pub(crate) io: MachineIo,
     pub(crate) control: Arc<RunControl>,
     pub(crate) subscribers: Vec<Subscriber>,
@@ -28,6 +29,28 @@ pub struct Machine {
     pub(crate) hypercalls: HypercallLog,
     pub(crate) doorbell_events: Events,
     pub(crate) on_thread_start: OnThreadStart,
+}
+
+/// What a machine is made of, and what a snapshot is made from.
+pub(crate) struct Parts {
+    pub(crate) config: MachineConfig,
+    /// Name of the engine that runs it.
+    pub(crate) engine: &'static str,
+    pub(crate) vm: Arc<dyn Vm>,
+    pub(crate) ram: GuestRam,
+    pub(crate) vcpus: Vec<SharedVcpu>,
+    /// Everything with a state besides memory and vCPUs, in the order in which it is restored.
+    pub(crate) units: Vec<Arc<dyn StateUnit>>,
+    /// The guest's TSC frequency when it booted, in kHz: what it still believes.
+    pub(crate) boot_tsc_khz: u32,
+    /// Which pages were written since when.
+    pub(crate) written: Mutex<Written>,
+}
+
+impl Parts {
+    pub(crate) fn cpu_states(&self) -> Result<Vec<CpuState>, EngineError> {
+        self.vcpus.iter().map(|vcpu| vcpu.lock().unwrap_or_else(PoisonError::into_inner).state()).collect()
+    }
 }
 
 /// Why a machine's threads do not start.
@@ -70,9 +93,11 @@ impl RunReport {
 /// Reaches a machine from other threads; clones reach the same one.
 #[derive(Clone)]
 pub struct MachineHandle {
-    control: Arc<RunControl>,
+    pub(crate) control: Arc<RunControl>,
     hypercalls: HypercallLog,
     doorbell_events: Events,
+    /// Gone when the machine is.
+    pub(crate) parts: Weak<Parts>,
 }
 
 impl MachineHandle {
@@ -134,7 +159,8 @@ impl Machine {
         self.on_thread_start = hook;
     }
 
-    /// Starts the event loop and all vCPUs.
+    /// Starts the event loop and all vCPUs. Until then the machine is a paused one; a [`MachineHandle::pause`] before
+    /// keeps it so.
     ///
     /// # Errors
     /// [`StartError`] if the host has no threads; the machine has then ended.
@@ -152,7 +178,7 @@ impl Machine {
             EventLoop::start(subscribers, Arc::clone(&self.control), Arc::clone(&self.on_thread_start))
                 .map_err(|source| StartError { what: "the event loop".to_owned(), source })?;
         self.event_loop = Some(event_loop);
-        for (vcpu, index) in self.vcpus.iter().zip(0..) {
+        for (vcpu, index) in self.parts.vcpus.iter().zip(0..) {
             let thread = vcpu::spawn(
                 index,
                 Arc::clone(vcpu),
@@ -163,6 +189,7 @@ impl Machine {
             .map_err(|source| StartError { what: format!("vcpu {index}"), source })?;
             self.threads.push(thread);
         }
+        self.control.resume();
         Ok(())
     }
 
@@ -172,17 +199,18 @@ impl Machine {
             control: Arc::clone(&self.control),
             hypercalls: self.hypercalls.clone(),
             doorbell_events: self.doorbell_events.clone(),
+            parts: Arc::downgrade(&self.parts),
         }
     }
 
     /// Guest memory.
     pub fn memory(&self) -> &GuestMemory {
-        &self.ram.memory
+        &self.parts.ram.memory
     }
 
     /// The engine's side of the machine.
     pub fn vm(&self) -> &Arc<dyn Vm> {
-        &self.vm
+        &self.parts.vm
     }
 
     /// The state of each vCPU. The machine must not run: before [`Machine::start`], paused or ended; otherwise
@@ -191,7 +219,7 @@ impl Machine {
     /// # Errors
     /// The engine's, if it cannot read a state.
     pub fn cpu_states(&self) -> Result<Vec<CpuState>, EngineError> {
-        self.vcpus.iter().map(|vcpu| vcpu.lock().unwrap_or_else(PoisonError::into_inner).state()).collect()
+        self.parts.cpu_states()
     }
 
     /// Waits for the end of the run and for all threads.
@@ -201,6 +229,7 @@ impl Machine {
         RunReport {
             end: end.unwrap_or(MachineEnd::Stopped),
             counters: self
+                .parts
                 .vcpus
                 .iter()
                 .map(|vcpu| vcpu.lock().unwrap_or_else(PoisonError::into_inner).counters())

@@ -1,4 +1,5 @@
-//! Guest memory: one memfd, mapped in one or two pieces around the hole for device registers.
+//! Guest memory, mapped in one or two pieces around the hole for device registers: a memfd of its own, or a private view
+//! of a snapshot.
 //!
 //! [`GuestRam::new`] checks the size against the host before anything is created. Pages are taken from the
 //! host only when they are first used.
@@ -9,12 +10,16 @@ use std::sync::Arc;
 
 use harrier_engine::memory::PAGE_SIZE;
 use harrier_engine::{GuestMemory, GuestRegion, PageLog};
+use harrier_snapshot::Chain;
 use rustix::fs::{FallocateFlags, MemfdFlags, memfd_create};
 use vm_memory::bitmap::{Bitmap, NewBitmap};
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryRegion};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryRegion, MmapRegion};
 
 use crate::layout::{HIGH_MEMORY_START, MMIO_HOLE_START};
+
+#[path = "memory_overlay.rs"]
+mod overlay;
 
 /// Less memory than this holds no guest at all, in bytes.
 pub const MIN_MEMORY_BYTES: u64 = 2 << 20;
@@ -22,6 +27,7 @@ pub const MIN_MEMORY_BYTES: u64 = 2 << 20;
 // mmap(2) constants of Linux on x86-64.
 const PROT_READ_WRITE: i32 = 1 | 2;
 const MAP_SHARED: i32 = 1;
+const MAP_PRIVATE: i32 = 2;
 const MAP_NORESERVE: i32 = 0x4000;
 
 /// A number of bytes for people: `512M`, `1536K`, `100 bytes`. From 10M on, parts of a mebibyte are left out.
@@ -91,8 +97,17 @@ pub struct GuestRam {
     pub memory: GuestMemory,
     /// The same regions one by one, as an engine takes them.
     pub regions: Vec<Arc<GuestRegion>>,
-    /// The memfd behind all regions; they follow each other in it without gaps.
-    pub file: Arc<File>,
+    /// What is behind all regions; they follow each other in it without gaps.
+    pub backing: Backing,
+}
+
+/// What is behind guest memory.
+#[derive(Debug, Clone)]
+pub enum Backing {
+    /// A memfd that belongs to this machine alone.
+    Own(Arc<File>),
+    /// Files of snapshots, mapped privately: what is written stays in this process.
+    Image(Arc<Chain>),
 }
 
 impl GuestRam {
@@ -110,13 +125,41 @@ impl GuestRam {
         let file = File::from(fd);
         file.set_len(size_bytes).map_err(|err| refused(err.to_string()))?;
         let file = Arc::new(file);
+        Self::map(size_bytes, &file, MAP_SHARED, Backing::Own(Arc::clone(&file)))
+    }
+
+    /// Guest memory as a snapshot has it. Pages are read when they are first used; what the machine writes is its own.
+    ///
+    /// # Errors
+    /// [`MemoryError`] if the host refuses.
+    pub fn from_snapshot(chain: &Arc<Chain>) -> Result<Self, MemoryError> {
+        let size_bytes = chain.pages().saturating_mul(PAGE_SIZE as u64);
+        check_size(size_bytes, host_memory_bytes())?;
+        let ram = Self::map(size_bytes, &chain.base().file, MAP_PRIVATE, Backing::Image(Arc::clone(chain)))?;
+        if !chain.is_full() {
+            overlay::apply(chain, &ram).map_err(|err| MemoryError::Refused {
+                size: ByteSize(size_bytes),
+                reason: err.to_string(),
+            })?;
+            // What was copied is what the snapshot has: nothing was written yet.
+            for region in &ram.regions {
+                let mapping: &MmapRegion<PageLog> = region;
+                mapping.bitmap().take_dirty();
+            }
+        }
+        Ok(ram)
+    }
+
+    fn map(size_bytes: u64, file: &Arc<File>, sharing: i32, backing: Backing) -> Result<Self, MemoryError> {
+        let size = ByteSize(size_bytes);
+        let refused = |reason: String| MemoryError::Refused { size, reason };
         let mut regions = Vec::new();
         for (gpa, offset, len) in pieces(size_bytes) {
             let len = usize::try_from(len).map_err(|err| refused(err.to_string()))?;
             let mapping = MmapRegionBuilder::new_with_bitmap(len, PageLog::with_len(len))
                 .with_mmap_prot(PROT_READ_WRITE)
-                .with_mmap_flags(MAP_SHARED | MAP_NORESERVE)
-                .with_file_offset(FileOffset::from_arc(Arc::clone(&file), offset))
+                .with_mmap_flags(sharing | MAP_NORESERVE)
+                .with_file_offset(FileOffset::from_arc(Arc::clone(file), offset))
                 .build()
                 .map_err(|err| refused(err.to_string()))?;
             let region = GuestRegion::new(mapping, GuestAddress(gpa))
@@ -125,7 +168,7 @@ impl GuestRam {
         }
         let memory =
             GuestMemory::from_arc_regions(regions.clone()).map_err(|err| refused(err.to_string()))?;
-        Ok(GuestRam { memory, regions, file })
+        Ok(GuestRam { memory, regions, backing })
     }
 }
 
@@ -147,14 +190,18 @@ impl GuestRam {
         let region =
             self.regions.iter().find(|region| within(region).is_some()).ok_or(ReleaseError::NotMemory)?;
         let offset = gpa - region.start_addr().0;
-        let start = region.file_offset().map_or(0, FileOffset::start);
-        rustix::fs::fallocate(
-            &self.file,
-            FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
-            start + offset,
-            len_bytes,
-        )
-        .map_err(|err| ReleaseError::Host(err.into()))?;
+        match &self.backing {
+            Backing::Own(file) => {
+                let start = region.file_offset().map_or(0, FileOffset::start);
+                let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+                rustix::fs::fallocate(file, flags, start + offset, len_bytes)
+                    .map_err(|err| ReleaseError::Host(err.into()))?;
+            }
+            // A hole in a private view would show the file's bytes again.
+            Backing::Image(_) => {
+                overlay::zero(region, offset, len_bytes).map_err(ReleaseError::Host)?;
+            }
+        }
         region.bitmap().mark_dirty(offset as usize, len_bytes as usize);
         Ok(())
     }
@@ -234,13 +281,17 @@ mod tests {
         assert_eq!(region.len(), 4 << 20);
         let dirty = [0x1000, 0x2fff, 0x3000, 0x4000].map(|at| region.bitmap().dirty_at(at));
         assert_eq!(dirty, [false, true, true, false]);
-        assert_eq!(ram.file.metadata().unwrap().len(), 4 << 20);
+        let Backing::Own(file) = ram.backing else { panic!("not its own") };
+        assert_eq!(file.metadata().unwrap().len(), 4 << 20);
     }
 
     #[test]
     fn released_pages_cost_nothing_read_as_zero_and_count_as_written() {
         let ram = GuestRam::new(4 << 20).unwrap();
-        let blocks = || std::os::unix::fs::MetadataExt::blocks(&ram.file.metadata().unwrap());
+        let blocks = || {
+            let Backing::Own(file) = &ram.backing else { panic!("not its own") };
+            std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap())
+        };
         ram.memory.write_slice(&[7; 0x3000], GuestAddress(0x1000)).unwrap();
         let log = vm_memory::MmapRegion::bitmap(&ram.regions[0]).clone();
         log.take_dirty();

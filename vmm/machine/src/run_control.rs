@@ -1,13 +1,14 @@
 //! What all threads of a machine agree on: whether it runs, pauses or has ended, and how.
 //!
 //! [`RunControl`] is the one place where the end is decided: the first [`MachineEnd`] counts. Devices reach it
-//! as a [`PowerSink`], vCPU threads through [`RunControl::gate`], owners through [`crate::MachineHandle`].
+//! as a [`PowerSink`], vCPU threads through [`RunControl::gate`], the event loop through [`RunControl::stand`], owners
+//! through [`crate::MachineHandle`]. A machine that has not been started is a paused one.
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use harrier_devices::{PowerEvent, PowerSink};
-use harrier_engine::Kicker;
+use harrier_engine::{Kicker, Vm};
 use harrier_hypercall_abi::calls::EXIT_REASONS;
 
 /// [`MachineEnd::GuestExit`]'s reason for a guest that has done its work.
@@ -89,12 +90,14 @@ fn hex(bytes: &[u8]) -> String {
 #[derive(Default)]
 struct State {
     end: Option<MachineEnd>,
-    /// How many owners want the vCPUs to stand still.
+    /// How many owners want vCPUs and event loop to stand still.
     pauses: usize,
-    /// vCPU threads that stand in the gate because of a pause.
+    /// Threads that stand because of a pause.
     parked: usize,
-    /// vCPU threads that have not ended.
+    /// Threads of vCPUs and event loop that have not ended.
     running: usize,
+    /// Guest time stands still.
+    time_stands: bool,
     first_instruction: Option<Instant>,
     kickers: Vec<Arc<dyn Kicker>>,
 }
@@ -104,9 +107,38 @@ struct State {
 pub(crate) struct RunControl {
     state: Mutex<State>,
     changed: Condvar,
+    /// Whose time stands still in a pause.
+    vm: OnceLock<Arc<dyn Vm>>,
 }
 
 impl RunControl {
+    /// The control of a machine that is to be started: it stands, and so does guest time.
+    pub(crate) fn paused(vm: Arc<dyn Vm>, kickers: Vec<Arc<dyn Kicker>>) -> Self {
+        let control = RunControl::default();
+        let _ = control.vm.set(vm);
+        let mut state = control.lock();
+        (state.pauses, state.kickers) = (1, kickers);
+        control.stop_time(&mut state);
+        drop(state);
+        control
+    }
+
+    fn stop_time(&self, state: &mut State) {
+        if !std::mem::replace(&mut state.time_stands, true)
+            && let Some(Err(err)) = self.vm.get().map(|vm| vm.stop_time())
+        {
+            log::warn!("machine: guest time cannot be stopped: {err}");
+        }
+    }
+
+    fn start_time(&self, state: &mut State) {
+        if std::mem::take(&mut state.time_stands)
+            && let Some(Err(err)) = self.vm.get().map(|vm| vm.start_time())
+        {
+            log::warn!("machine: guest time does not go on where it was: {err}");
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -115,9 +147,9 @@ impl RunControl {
         self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The vCPUs' kickers; called before any of them runs.
-    pub(crate) fn set_kickers(&self, kickers: Vec<Arc<dyn Kicker>>) {
-        self.lock().kickers = kickers;
+    /// One more thread that a pause has to interrupt.
+    pub(crate) fn add_kicker(&self, kicker: Arc<dyn Kicker>) {
+        self.lock().kickers.push(kicker);
     }
 
     /// Ends the run; the first end counts. Never blocks for long: nobody holds the lock while a guest runs.
@@ -150,12 +182,12 @@ impl RunControl {
         }
     }
 
-    /// A vCPU thread begins; it is counted until [`RunControl::leave`].
+    /// A thread begins; it is counted until [`RunControl::leave`].
     pub(crate) fn enter(&self) {
         self.lock().running += 1;
     }
 
-    /// A vCPU thread ends.
+    /// A thread ends.
     pub(crate) fn leave(&self) {
         let mut state = self.lock();
         state.running = state.running.saturating_sub(1);
@@ -165,6 +197,19 @@ impl RunControl {
     /// Where a vCPU thread stands between two runs: waits while the machine is paused, and answers whether
     /// to go on.
     pub(crate) fn gate(&self) -> bool {
+        let mut state = self.stand_locked();
+        if state.end.is_none() && state.first_instruction.is_none() {
+            state.first_instruction = Some(Instant::now());
+        }
+        state.end.is_none()
+    }
+
+    /// Waits while the machine is paused.
+    pub(crate) fn stand(&self) {
+        drop(self.stand_locked());
+    }
+
+    fn stand_locked(&self) -> MutexGuard<'_, State> {
         let mut state = self.lock();
         if state.pauses > 0 && state.end.is_none() {
             state.parked += 1;
@@ -174,10 +219,7 @@ impl RunControl {
             }
             state.parked = state.parked.saturating_sub(1);
         }
-        if state.end.is_none() && state.first_instruction.is_none() {
-            state.first_instruction = Some(Instant::now());
-        }
-        state.end.is_none()
+        state
     }
 
     /// When the first vCPU first ran.
@@ -185,7 +227,8 @@ impl RunControl {
         self.lock().first_instruction
     }
 
-    /// Stops all vCPUs at an instruction boundary; returns when they stand. False if the machine has ended.
+    /// Stops all vCPUs at an instruction boundary, the event loop between two events, and guest time; returns when they
+    /// stand. False if the machine has ended.
     pub(crate) fn pause(&self) -> bool {
         let mut state = self.lock();
         state.pauses += 1;
@@ -195,6 +238,9 @@ impl RunControl {
         while state.parked < state.running && state.end.is_none() {
             state = self.wait(state);
         }
+        if state.end.is_none() {
+            self.stop_time(&mut state);
+        }
         state.end.is_none()
     }
 
@@ -202,6 +248,9 @@ impl RunControl {
     pub(crate) fn resume(&self) {
         let mut state = self.lock();
         state.pauses = state.pauses.saturating_sub(1);
+        if state.pauses == 0 {
+            self.start_time(&mut state);
+        }
         self.changed.notify_all();
     }
 }

@@ -28,6 +28,7 @@ use super::chain::Buffers;
 use super::queue::{DeviceQueue, QueueError};
 use super::{Progress, Running, VirtioDevice, volatile_io};
 use crate::guest_error::GuestErrors;
+use crate::state::BadState;
 
 pub use backend::{InProcess, NoHost, PortInUse, SocketPaths, VsockBackend, VsockListener};
 pub use connect_socket::ConnectSocket;
@@ -40,6 +41,9 @@ use packet::{HEADER_LEN, HOST_CID, Header, KIND_STREAM, SHUTDOWN_BOTH, op};
 const DEVICE_TYPE: u32 = 19;
 const RECEIVE_QUEUE: usize = 0;
 const TRANSMIT_QUEUE: usize = 1;
+const EVENT_QUEUE: usize = 2;
+/// VIRTIO_VSOCK_EVENT_TRANSPORT_RESET: connections are gone, the context id may be another one (section 5.10.6.7).
+const EVENT_TRANSPORT_RESET: u32 = 0;
 const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
 
 /// Connections at a time, lingering ones included; each is one open file of the process.
@@ -79,6 +83,8 @@ pub struct Vsock {
     transmit_pending: bool,
     /// The guest has given no receive buffer since the last one was used.
     receive_starved: bool,
+    /// The guest has not heard yet that its connections are gone.
+    reset_due: bool,
     errors: GuestErrors,
 }
 
@@ -142,6 +148,7 @@ impl Vsock {
             replies: VecDeque::new(),
             transmit_pending: false,
             receive_starved: false,
+            reset_due: false,
             errors: GuestErrors::default(),
         })
     }
@@ -296,7 +303,10 @@ impl Vsock {
 
     fn work(&mut self, running: Running<'_>) -> Result<(), QueueError> {
         let Running { mem, queues } = running;
-        let [receive, transmit, ..] = queues else { return Ok(()) };
+        let [receive, transmit, events, ..] = queues else { return Ok(()) };
+        if self.reset_due {
+            self.announce_reset(mem, events)?;
+        }
         if self.transmit_pending {
             self.transmit_pending = self.pump_transmit(mem, transmit)?;
         }
@@ -309,6 +319,15 @@ impl Vsock {
         if transmit_waits || receive_waits {
             self.wake();
         }
+        Ok(())
+    }
+
+    /// Tells the guest that its connections are gone, once it has given a buffer for the event.
+    fn announce_reset(&mut self, mem: &GuestMemory, queue: &mut DeviceQueue) -> Result<(), QueueError> {
+        let Some(mut chain) = queue.pop(mem)? else { return Ok(()) };
+        let written = chain.writable.write(&EVENT_TRANSPORT_RESET.to_le_bytes());
+        queue.complete(mem, chain.head(), written)?;
+        self.reset_due = false;
         Ok(())
     }
 
@@ -578,13 +597,27 @@ impl VirtioDevice for Vsock {
         self.replies.clear();
         self.transmit_pending = false;
         self.receive_starved = false;
+        self.reset_due = false;
+    }
+
+    fn save(&self) -> serde_json::Value {
+        serde_json::json!({ "guest_cid": self.guest_cid })
+    }
+
+    /// Connections do not survive: their host ends are elsewhere. The guest hears of it before anything else; it
+    /// reads its context id again, which may be a new one.
+    fn restore(&mut self, state: &serde_json::Value, features: Option<u64>) -> Result<(), BadState> {
+        let then = state.get("guest_cid").and_then(serde_json::Value::as_u64);
+        BadState::unless(then.is_some(), || format!("{state} has no guest_cid"))?;
+        self.reset_due = features.is_some();
+        Ok(())
     }
 
     fn process_queue(&mut self, queue: usize, running: Running<'_>) -> Result<Progress, QueueError> {
         match queue {
             RECEIVE_QUEUE => self.receive_starved = false,
             TRANSMIT_QUEUE => self.transmit_pending = true,
-            // Nothing is sent on the event queue yet; its buffers stay with us.
+            EVENT_QUEUE if self.reset_due => {}
             _ => return Ok(Progress::Done),
         }
         self.work(running)?;

@@ -52,6 +52,31 @@ impl GuestClock {
         Ok(ClockResult { clock_page: self.gpa.0, monotonic_ns, wall_ns })
     }
 
+    /// What a snapshot keeps: the page's sequence and generation, if it was ever written.
+    pub(crate) fn save(&self) -> Option<(u32, u64)> {
+        let page = self.page.lock().unwrap_or_else(PoisonError::into_inner);
+        page.map(|page| (page.sequence, page.generation))
+    }
+
+    /// Takes up what a snapshot kept. The page itself is guest memory, and stale until [`GuestClock::tie`].
+    pub(crate) fn restore(&self, saved: Option<(u32, u64)>) {
+        *self.page.lock().unwrap_or_else(PoisonError::into_inner) = saved.map(|(sequence, generation)| {
+            ClockPage { sequence: sequence & !1, generation, ..ClockPage::default() }
+        });
+    }
+
+    /// Ties guest time to a TSC anew, whose value is `tsc` now, and corrects the wall clock: for a machine that goes on
+    /// elsewhere. Nothing happens if the guest has never asked for the page.
+    pub(crate) fn tie(&self, tsc: u64) -> Result<(), Status> {
+        let mut last = self.page.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(old) = *last else { return Ok(()) };
+        let page = self.first(tsc)?;
+        *last =
+            Some(ClockPage { sequence: old.sequence, generation: old.generation.wrapping_add(1), ..page });
+        drop(last);
+        self.publish(tsc).map(drop)
+    }
+
     fn first(&self, tsc: u64) -> Result<ClockPage, Status> {
         let monotonic_base_ns = self.vm.clock_ns().map_err(|err| {
             log::warn!("the guest's clock page: {err}");

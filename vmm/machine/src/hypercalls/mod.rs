@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use harrier_devices::byte_output::ByteOutput;
 use harrier_devices::doorbell::{Events, Hypercalls};
+use harrier_devices::state::BadState;
 use harrier_hypercall_abi::calls::{ClockResult, MARKS_MAX, MemRange, PHASES, ParkArgs};
 use harrier_hypercall_abi::port::event;
 use harrier_hypercall_abi::{Status, features};
@@ -20,6 +21,7 @@ use harrier_hypercall_abi::{Status, features};
 pub(crate) use clock::GuestClock;
 pub(crate) use park::ParkTimer;
 
+use crate::builder::MAX_VCPUS;
 use crate::memory::{GuestRam, ReleaseError};
 use crate::run_control::{MachineEnd, RunControl};
 
@@ -171,6 +173,29 @@ impl Hypercalls for MachineCalls {
                 Err(Status::HostFailed)
             }
         }
+    }
+
+    fn save(&self) -> serde_json::Value {
+        serde_json::json!({ "parked": self.park.save(), "clock_page": self.clock.save() })
+    }
+
+    fn restore(&mut self, state: &serde_json::Value) -> Result<(), BadState> {
+        #[derive(serde::Deserialize)]
+        #[serde(deny_unknown_fields)]
+        struct Saved {
+            /// APIC id, nanoseconds left, vector.
+            parked: Vec<(u32, u64, u8)>,
+            /// Sequence and generation.
+            clock_page: Option<(u32, u64)>,
+        }
+        let Saved { parked, clock_page } = serde::Deserialize::deserialize(state)
+            .map_err(|err: serde_json::Error| BadState(err.to_string()))?;
+        BadState::unless(parked.len() <= MAX_VCPUS as usize, || format!("{} parked vCPUs", parked.len()))?;
+        for (apic_id, left_ns, vector) in parked {
+            self.park.wake_after(apic_id, vector, left_ns.min(u64::MAX - 1));
+        }
+        self.clock.restore(clock_page);
+        Ok(())
     }
 
     fn exit(&mut self, code: u8, reason: u32, message: &str) {

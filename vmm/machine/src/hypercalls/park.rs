@@ -92,6 +92,14 @@ impl ParkTimer {
         wakes.arm();
     }
 
+    /// Who waits, for how many nanoseconds more, and with which vector.
+    pub(crate) fn save(&self) -> Vec<(u32, u64, u8)> {
+        let now = Instant::now();
+        let left = |at: &Instant| u64::try_from(at.saturating_duration_since(now).as_nanos());
+        let wakes = self.lock();
+        wakes.due.iter().map(|(id, (at, vector))| (*id, left(at).unwrap_or(u64::MAX - 1), *vector)).collect()
+    }
+
     /// What the event loop watches.
     pub(crate) fn subscriber(&self) -> Subscriber {
         Box::new(self.clone())

@@ -1,0 +1,131 @@
+//! Pages of a chain's younger snapshots, laid over the oldest one's.
+//!
+//! Long runs are mapped over what is there and read when they are used. Short ones are copied: a mapping costs more than
+//! a few pages, and the number of mappings of a process is limited.
+//!
+//! Unsafe, because replacing a mapping is.
+#![expect(unsafe_code, reason = "mmap over a part of a mapping")]
+
+use std::io;
+use std::os::fd::AsFd;
+use std::os::fd::BorrowedFd;
+use std::os::unix::fs::FileExt;
+
+use harrier_engine::GuestRegion;
+use harrier_engine::memory::PAGE_SIZE;
+use harrier_snapshot::{Chain, Run, Source};
+use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous};
+use vm_memory::{Bytes, GuestMemoryRegion, MemoryRegionAddress};
+
+use super::GuestRam;
+
+/// Runs of fewer pages are copied.
+const MAPPED_RUN_PAGES: u64 = 16;
+/// More mappings are not made; Linux allows 65530 in a process (Documentation/admin-guide/sysctl/vm.rst).
+const MAX_MAPPINGS: usize = 16_384;
+
+pub(super) fn apply(chain: &Chain, ram: &GuestRam) -> io::Result<()> {
+    let base = &chain.base().file;
+    let mut mappings = 0;
+    for run in chain.runs() {
+        if matches!(&run.source, Source::File(file) if std::sync::Arc::ptr_eq(file, base)) {
+            continue;
+        }
+        for piece in pieces(ram, &run) {
+            if matches!(run.source, Source::Zero) && is_hole(chain, &piece) {
+                continue;
+            }
+            if piece.count >= MAPPED_RUN_PAGES && mappings < MAX_MAPPINGS {
+                map(ram, &piece, &run.source)?;
+                mappings += 1;
+            } else {
+                copy(ram, &piece, &run.source)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A part of a run in one region.
+struct Piece {
+    region: usize,
+    /// First page of the run, in the file.
+    page: u64,
+    /// Offset in the region, in bytes.
+    offset: u64,
+    count: u64,
+}
+
+fn pieces(ram: &GuestRam, run: &Run) -> Vec<Piece> {
+    let mut pieces = Vec::new();
+    let mut region_first = 0;
+    for (region, mapped) in ram.regions.iter().enumerate() {
+        let region_pages = mapped.len() / PAGE_SIZE as u64;
+        let first = run.first.max(region_first);
+        let end = (run.first + run.count).min(region_first + region_pages);
+        if first < end {
+            let offset = (first - region_first) * PAGE_SIZE as u64;
+            pieces.push(Piece { region, page: first, offset, count: end - first });
+        }
+        region_first += region_pages;
+    }
+    pieces
+}
+
+/// Whether the oldest snapshot has only zeros there, as the piece wants.
+fn is_hole(chain: &Chain, piece: &Piece) -> bool {
+    let map = &chain.base().map;
+    (piece.page..piece.page + piece.count).all(|page| map.get(page) == harrier_snapshot::PageKind::Zero)
+}
+
+fn copy(ram: &GuestRam, piece: &Piece, source: &Source) -> io::Result<()> {
+    let Some(region) = ram.regions.get(piece.region) else { return Ok(()) };
+    let mut bytes = vec![0; PAGE_SIZE];
+    for index in 0..piece.count {
+        if let Source::File(file) = source {
+            file.read_exact_at(&mut bytes, (piece.page + index) * PAGE_SIZE as u64)?;
+        }
+        let at = MemoryRegionAddress(piece.offset + index * PAGE_SIZE as u64);
+        region.write_slice(&bytes, at).map_err(io::Error::other)?;
+    }
+    Ok(())
+}
+
+/// Makes a range of a region zero, and gives its memory back where that is worth a mapping.
+pub(super) fn zero(region: &GuestRegion, offset: u64, len_bytes: u64) -> io::Result<()> {
+    if len_bytes >= MAPPED_RUN_PAGES * PAGE_SIZE as u64 {
+        return map_at(region, offset, len_bytes as usize, &Source::Zero, 0);
+    }
+    let zeros = vec![0; len_bytes as usize];
+    region.write_slice(&zeros, MemoryRegionAddress(offset)).map_err(io::Error::other)
+}
+
+fn map(ram: &GuestRam, piece: &Piece, source: &Source) -> io::Result<()> {
+    let Some(region) = ram.regions.get(piece.region) else { return Ok(()) };
+    let len = piece.count as usize * PAGE_SIZE;
+    map_at(region, piece.offset, len, source, piece.page * PAGE_SIZE as u64)
+}
+
+fn map_at(region: &GuestRegion, offset: u64, len: usize, source: &Source, from: u64) -> io::Result<()> {
+    let inside = offset.checked_add(len as u64).is_some_and(|end| end <= region.len());
+    if !inside {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let at = region.get_host_address(MemoryRegionAddress(offset)).map_err(io::Error::other)?;
+    let protection = ProtFlags::READ | ProtFlags::WRITE;
+    let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
+    let fd: Option<BorrowedFd<'_>> = match source {
+        Source::File(file) => Some(file.as_fd()),
+        Source::Zero => None,
+    };
+    // SAFETY: `at` and `len` lie in the region's own mapping, which stays mapped as long as the region lives and is
+    // unmapped with it. Guest memory is only reached by volatile accesses, never by references, and the new mapping has
+    // the same protection.
+    unsafe {
+        match fd {
+            Some(fd) => mmap(at.cast(), len, protection, flags, fd, from)?,
+            None => mmap_anonymous(at.cast(), len, protection, flags)?,
+        };
+    }
+    Ok(())
+}
