@@ -10,6 +10,7 @@ fn main() {
     for input in ["src", "Cargo.toml", "Cargo.lock", ".cargo/config.toml", "build.rs", "link.ld"] {
         println!("cargo::rerun-if-changed={}", guests.join(input).display());
     }
+    println!("cargo::rerun-if-changed={}", guests.join("../abi/src").display());
     let out = env::var("OUT_DIR").expect("cargo sets OUT_DIR");
     let target = Path::new(&out).join("bare-metal");
     let mut cargo = Command::new(env::var("CARGO").expect("cargo sets CARGO"));

@@ -3,11 +3,13 @@
 use std::path::Path;
 use std::process::Command;
 
-use harrier_hypercall_abi::block::{Block, PAYLOAD};
+use harrier_hypercall_abi::block::{ALIGN, Block, CHANNELS, PAYLOAD};
 use harrier_hypercall_abi::calls::{self, CALLS, ClockArgs, ExitArgs};
 use harrier_hypercall_abi::shared_page::ClockPage;
-use harrier_hypercall_abi::{Status, reference};
+use harrier_hypercall_abi::{Status, port, reference};
 
+const BEGIN: &str = "<!-- generated: cargo run -p harrier-hypercall-abi -- markdown -->";
+const END: &str = "<!-- end -->";
 const HEADER: &str = "../include/harrier_hypercall.h";
 
 fn header() -> String {
@@ -25,6 +27,33 @@ fn the_c_header_is_the_one_that_the_tables_give() {
         "guest-kernel/include/harrier_hypercall.h is old: write it again with \
          `cargo run -p harrier-hypercall-abi -- header`"
     );
+}
+
+#[test]
+fn the_document_has_the_reference_that_the_tables_give() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/hypercalls.md");
+    let document = std::fs::read_to_string(path).unwrap();
+    let (before, rest) = document.split_once(BEGIN).expect("the document says where the reference begins");
+    let (found, _) = rest.split_once(END).expect("the document says where the reference ends");
+    let mut expected = String::new();
+    reference::markdown(&mut expected).unwrap();
+    assert!(
+        found.trim() == expected.trim(),
+        "the reference in docs/hypercalls.md is old: replace it by the output of \
+         `cargo run -p harrier-hypercall-abi -- markdown`"
+    );
+    // What people read before it names the same caps and places.
+    for text in [
+        port::ACPI_ID.to_owned(),
+        format!("port {:#x}", port::BASE),
+        format!("| {} |", calls::CONSOLE_MAX),
+        format!("| {}, {} MiB |", calls::MEM_RELEASE_MAX_RANGES, calls::MEM_RELEASE_MAX_BYTES >> 20),
+        format!("| {} |", calls::MARKS_MAX),
+        format!("each of {} channels", CHANNELS),
+        format!("block of {} bytes, aligned to {}", Block::SIZE, ALIGN),
+    ] {
+        assert!(before.contains(&text), "the document does not say '{text}'");
+    }
 }
 
 /// The header's own assertions hold for a C compiler, and so do the offsets.

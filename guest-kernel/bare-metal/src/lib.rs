@@ -4,7 +4,8 @@
 //! identity-mapped memory and calls the guest's `guest_main`; [`report`] prints what the checks found on COM1 and
 //! ends the machine through the debug-exit port. Checks run small pieces of assembly with known registers and
 //! look at how they ended: [`trap`] does that in long mode at any privilege level, [`legacy`] in real mode and in
-//! 32-bit protected mode. [`paging`], [`apic`] and [`smp`] are the machine around the instructions.
+//! 32-bit protected mode. [`paging`], [`apic`] and [`smp`] are the machine around the instructions,
+//! [`hypercall`] calls the host.
 //!
 //! Nearly everything here is what `unsafe` is for: the guests have the processor to themselves and put it into states
 //! that the compiler knows nothing of. Rules that keep the compiled code right: interrupts and exceptions use stacks
@@ -15,6 +16,7 @@
 pub mod apic;
 pub mod boot;
 pub mod cpu;
+pub mod hypercall;
 pub mod legacy;
 mod memory_functions;
 pub mod paging;

@@ -14,7 +14,7 @@ use harrier_engine::{CpuModel, Engine};
 use harrier_engine_kvm::KvmEngine;
 use harrier_engine_soft::SoftEngine;
 use harrier_machine::boot::{Boot, ElfEntry, FileImage};
-use harrier_machine::{MachineBuilder, MachineConfig, MachineEnd, RunReport};
+use harrier_machine::{MachineBuilder, MachineConfig, MachineEnd, MachineHandle, RunReport};
 
 /// Every engine, available here or not.
 pub fn engines() -> Vec<Box<dyn Engine>> {
@@ -47,7 +47,11 @@ pub const GUESTS: &[Guest] = &[
     Guest { name: "fpu", cpus: 1, checks: 130 },
     Guest { name: "real_mode", cpus: 1, checks: 94 },
     Guest { name: "protected_mode", cpus: 1, checks: 189 },
+    HYPERCALLS,
 ];
+
+/// The guest that makes hypercalls; it counts one skipped check where there is no doorbell.
+pub const HYPERCALLS: Guest = Guest { name: "hypercalls", cpus: 1, checks: 90 };
 
 /// The guest that measures.
 pub const BENCH: Guest = Guest { name: "bench", cpus: 1, checks: 10 };
@@ -156,6 +160,20 @@ pub fn run(
     command_line: &str,
     deadline: Duration,
 ) -> Result<Outcome, Box<dyn std::error::Error>> {
+    run_with(engine, guest, command_line, deadline, |_| ())
+}
+
+/// Like [`run`], and does `meanwhile` once the machine runs.
+///
+/// # Errors
+/// The machine could not be built or started; the text says why.
+pub fn run_with(
+    engine: &dyn Engine,
+    guest: &Guest,
+    command_line: &str,
+    deadline: Duration,
+    meanwhile: impl FnOnce(&MachineHandle),
+) -> Result<Outcome, Box<dyn std::error::Error>> {
     // There are KVMs that offer less than v2.
     let offered = engine.cpu_models();
     let cpu_model = offered.into_iter().filter(|model| *model <= CpuModel::V2).max().unwrap_or(CpuModel::V2);
@@ -165,11 +183,13 @@ pub fn run(
     builder.add_platform_devices()?;
     builder.add_debug_exit()?;
     builder.add_serial(Box::new(said.clone()), None)?;
+    builder.add_doorbell()?;
     let image = FileImage::open(&guest.path())?;
     let boot = Boot::Kernel { kernel: &image, elf_entry: ElfEntry::Auto, initrd: None, command_line };
     let mut machine = builder.build(&boot)?;
     let handle = machine.handle();
     machine.start()?;
+    meanwhile(&handle);
     if handle.wait_for_end(Some(Instant::now() + deadline)).is_none() {
         handle.stop();
     }

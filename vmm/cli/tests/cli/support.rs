@@ -4,6 +4,13 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
+use harrier_hypercall_abi::block::{ALIGN, Block, STATUS_OFFSET};
+use harrier_hypercall_abi::calls::{ConsoleArgs, ExitArgs, MemRange, MemReleaseArgs, number};
+use harrier_hypercall_abi::{Status, VERSION_MAJOR, port};
+
+/// Where the code is loaded and begins.
+const ENTRY: u64 = 0x100_0000;
+
 /// Machine code for the guests below, in 64-bit mode.
 #[derive(Default)]
 pub(crate) struct Code {
@@ -57,9 +64,63 @@ impl Code {
         self
     }
 
+    /// Puts data beside the code, aligned to 64 bytes, and answers its address.
+    fn data(&mut self, data: &[u8]) -> u64 {
+        // jmp over it
+        let at = (self.bytes.len() + 5).next_multiple_of(64);
+        let distance = (at + data.len() - self.bytes.len() - 5) as u32;
+        self.bytes.push(0xe9);
+        self.bytes.extend_from_slice(&distance.to_le_bytes());
+        self.bytes.resize(at, 0x90);
+        self.bytes.extend_from_slice(data);
+        ENTRY + at as u64
+    }
+
+    /// Makes a hypercall, which must succeed: anything else is a triple fault.
+    pub(crate) fn hypercall(mut self, number: u16, args: &[u8]) -> Self {
+        let mut block = Block {
+            version: VERSION_MAJOR,
+            number,
+            args_len: args.len() as u32,
+            status: Status::Pending as i32,
+            ..Block::default()
+        };
+        block.args[..args.len()].copy_from_slice(args);
+        let gpa = self.data(&block.to_bytes());
+        let [low, high] = port::BASE.to_le_bytes();
+        let place = ((gpa / ALIGN) as u32).to_le_bytes();
+        let status = ((gpa + STATUS_OFFSET) as u32).to_le_bytes();
+        // mov dx, port; mov eax, place; out dx, eax; cmp dword ptr [status], 0; jz over; ud2
+        self.bytes.extend_from_slice(&[0x66, 0xba, low, high, 0xb8]);
+        self.bytes.extend_from_slice(&place);
+        self.bytes.extend_from_slice(&[0xef, 0x83, 0x3c, 0x25]);
+        self.bytes.extend_from_slice(&status);
+        self.bytes.extend_from_slice(&[0, 0x74, 2, 0x0f, 0x0b]);
+        self
+    }
+
+    /// Prints by CONSOLE.
+    pub(crate) fn print_by_call(mut self, text: &str) -> Self {
+        let gpa = self.data(text.as_bytes());
+        self.hypercall(number::CONSOLE, &ConsoleArgs { gpa, len: text.len() as u32, reserved: 0 }.to_bytes())
+    }
+
+    /// Releases a page of memory that the guest does not use.
+    pub(crate) fn release_a_page(mut self) -> Self {
+        let list_gpa = self.data(&MemRange { gpa: 0x200_0000, len: 4096 }.to_bytes());
+        let args = MemReleaseArgs { list_gpa, count: 1, reserved: 0 };
+        self.hypercall(number::MEM_RELEASE, &args.to_bytes())
+    }
+
+    /// Ends the machine by EXIT.
+    pub(crate) fn exit(self, code: u32, reason: u32, words: &str) -> Self {
+        let mut message = [0; 32];
+        message[..words.len()].copy_from_slice(words.as_bytes());
+        self.hypercall(number::EXIT, &ExitArgs { code, reason, message }.to_bytes())
+    }
+
     /// An ELF kernel with a 64-bit entry.
     pub(crate) fn kernel(self) -> Vec<u8> {
-        const ENTRY: u64 = 0x100_0000;
         let mut file = vec![0x7f, b'E', b'L', b'F', 2, 1, 1];
         file.resize(16, 0);
         file.extend_from_slice(&[2, 0, 62, 0, 1, 0, 0, 0]);
