@@ -8,7 +8,7 @@ use calls::{
     ClockArgs, ClockResult, ConsoleArgs, ConsoleResult, ExitArgs, FeaturesArgs, FeaturesResult, MarkArgs,
     MemRange, MemReleaseArgs, MemReleaseResult, ParkArgs,
 };
-pub use harrier_hypercall_abi::block::{ALIGN, Block, PAYLOAD};
+pub use harrier_hypercall_abi::block::{ALIGN, Block, PAYLOAD, STATUS_OFFSET};
 pub use harrier_hypercall_abi::calls::{self, number};
 pub use harrier_hypercall_abi::shared_page::ClockPage;
 pub use harrier_hypercall_abi::{Status, VERSION_MAJOR, features, port};
@@ -17,7 +17,7 @@ use crate::boot::{MAX_CPUS, Shared};
 use crate::cpu::{inl, outl};
 
 /// A block of each processor, by its number.
-static BLOCKS: Shared<[[u8; Block::SIZE]; MAX_CPUS]> = Shared::new([[0; Block::SIZE]; MAX_CPUS]);
+static BLOCKS: Shared<[[u64; Block::SIZE / 8]; MAX_CPUS]> = Shared::new([[0; Block::SIZE / 8]; MAX_CPUS]);
 
 /// What a call ended with.
 #[derive(Debug, Clone, Copy)]
@@ -89,6 +89,15 @@ pub fn ring(block: &Block) -> Answer {
     answer(gpa)
 }
 
+/// Makes the call that processor 0's block still describes from the last time, and looks at nothing but its status.
+pub fn ring_again() -> bool {
+    let gpa = block_gpa(0);
+    let status = (gpa + STATUS_OFFSET) as *mut i32;
+    unsafe { status.write_volatile(Status::Pending as i32) };
+    set_register(port::REG_DOORBELL, (gpa / ALIGN) as u32);
+    unsafe { status.read_volatile() == Status::Ok as i32 }
+}
+
 /// Makes the call with interrupts enabled from its very instruction on, and disables them again.
 pub fn ring_and_wait(block: &Block) -> Answer {
     let gpa = put(block);
@@ -101,7 +110,8 @@ pub fn ring_and_wait(block: &Block) -> Answer {
 
 fn put(block: &Block) -> u64 {
     let gpa = block_gpa(block.channel as usize % MAX_CPUS);
-    unsafe { (gpa as *mut [u8; Block::SIZE]).write_volatile(block.to_bytes()) };
+    // In memory the structure is what the ABI says: little endian, without padding.
+    unsafe { (gpa as *mut Block).write_volatile(*block) };
     gpa
 }
 

@@ -111,6 +111,7 @@ fn add_devices(builder: &mut MachineBuilder, said: &Collector) -> Result<(), Fai
     builder.add_platform_devices()?;
     builder.add_debug_exit()?;
     builder.add_serial(Box::new(said.clone()), None)?;
+    builder.add_doorbell()?;
     Ok(())
 }
 

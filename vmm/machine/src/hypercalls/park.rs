@@ -84,6 +84,10 @@ impl ParkTimer {
     /// takes that back.
     pub(crate) fn wake_after(&self, apic_id: u32, vector: u8, timeout_ns: u64) {
         let mut wakes = self.lock();
+        if timeout_ns == 0 {
+            wakes.due.remove(&apic_id);
+            return self.wake(apic_id, vector);
+        }
         let timeout = Duration::from_nanos(timeout_ns);
         match Instant::now().checked_add(timeout.min(LONGEST)) {
             Some(at) if timeout_ns != u64::MAX => wakes.due.insert(apic_id, (at, vector)),
@@ -105,6 +109,13 @@ impl ParkTimer {
         Box::new(self.clone())
     }
 
+    fn wake(&self, apic_id: u32, vector: u8) {
+        let msi = Msi { address: MSI_ADDRESS | u64::from(apic_id & 0xff) << 12, data: vector.into() };
+        if let Err(err) = self.vm.send_msi(msi) {
+            log::warn!("a parked processor's wake-up {msi:x?} is lost: {err}");
+        }
+    }
+
     /// Sends what is due.
     fn send_due(&self) {
         let mut wakes = self.lock();
@@ -113,11 +124,7 @@ impl ParkTimer {
             if *at > now {
                 return true;
             }
-            let msi =
-                Msi { address: MSI_ADDRESS | u64::from(*apic_id & 0xff) << 12, data: u32::from(*vector) };
-            if let Err(err) = self.vm.send_msi(msi) {
-                log::warn!("a parked processor's wake-up {msi:x?} is lost: {err}");
-            }
+            self.wake(*apic_id, *vector);
             false
         });
         let earliest = wakes.earliest();
