@@ -1,4 +1,7 @@
-//! A running command: its streams, their windows, and when it is over.
+//! A running command: its streams, what is kept of them, and when it is over.
+//!
+//! Output is kept until the host has acknowledged it, and sent again on a new connection from where the host stands. Without
+//! a connection the command goes on until a window of its output is kept; then it waits, as at any full pipe.
 //!
 //! Output written before the end is never lost: once the main process has ended, its pipes are read to their
 //! end, or, where a descendant holds them open, as far as they were filled then and for a short grace longer.
@@ -8,8 +11,10 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 
-use harrier_agent_protocol::flow::{FlowError, ReceiveWindow, SendWindow};
-use harrier_agent_protocol::{AgentMessage, DATA_MAX, Outbox, Status, Stream, Usage, WindowSize};
+use harrier_agent_protocol::flow::{FlowError, ReceiveStream, SendStream};
+use harrier_agent_protocol::{
+    AgentMessage, Attached, CommandStatus, DATA_MAX, Kept, Outbox, Status, Stream, Usage, WindowSize,
+};
 
 use crate::spawn::Started;
 use crate::sys;
@@ -17,30 +22,44 @@ use crate::sys;
 /// How long output of left-over descendants is still taken after the main process has ended.
 const GRACE_NS: u64 = 100_000_000;
 
-/// No more output is read while this much waits to be sent.
+/// Nothing more is said while this much waits to be sent.
 const OUTBOX_FULL: usize = 128 * 1024;
 
 /// Ends a line of input and then the input itself, at a terminal with the usual settings.
 const END_OF_TRANSMISSION: u8 = 4;
 
-/// One command from its start to the report of its end.
+/// One command from its start until the host has released it.
 pub(crate) struct Command {
     id: u32,
     pid: libc::pid_t,
+    started_ns: u64,
     has_terminal: bool,
     stdin: Option<File>,
     stdin_queue: VecDeque<u8>,
-    stdin_window: ReceiveWindow,
+    stdin_stream: ReceiveStream,
     stdin_ends: bool,
+    /// The command reads no more, although its input goes on.
+    stdin_is_refused: bool,
     outputs: [Output; 2],
+    /// The last signal's number in the host's count.
+    signal: u32,
     end: Option<End>,
+    said: Said,
+}
+
+/// What the host has been told on the present connection.
+#[derive(Default)]
+struct Said {
+    started: bool,
+    stdin_is_refused: bool,
+    end: bool,
 }
 
 /// One of the two output streams.
 struct Output {
     stream: Stream,
     file: Option<File>,
-    window: SendWindow,
+    kept: SendStream,
     /// After the main process's end: bytes that were in the pipe at that moment and are not read yet.
     owed: u64,
 }
@@ -74,32 +93,50 @@ impl Command {
         let output = |stream, fd: Option<_>| Output {
             stream,
             file: fd.map(File::from),
-            window: SendWindow::default(),
+            kept: SendStream::default(),
             owed: 0,
         };
         Self {
             id,
             pid: started.pid,
+            started_ns: sys::monotonic_ns(),
             has_terminal: started.stderr.is_none(),
             stdin: Some(started.stdin.into()),
             stdin_queue: VecDeque::new(),
-            stdin_window: ReceiveWindow::default(),
+            stdin_stream: ReceiveStream::default(),
             stdin_ends: false,
+            stdin_is_refused: false,
             outputs: [output(Stream::Stdout, Some(started.stdout)), output(Stream::Stderr, started.stderr)],
+            signal: 0,
             end: None,
+            said: Said::default(),
         }
     }
 
-    pub(crate) fn pid(&self) -> libc::pid_t {
-        self.pid
+    /// The process to wait for, while there is one.
+    pub(crate) fn pid(&self) -> Option<libc::pid_t> {
+        self.end.is_none().then_some(self.pid)
     }
 
-    /// What to wait for. Output is left alone without credit or room in `outbox`: the command then waits, as at
-    /// any full pipe.
-    pub(crate) fn interests(
-        &self,
-        outbox: &Outbox,
-    ) -> impl Iterator<Item = (Channel, BorrowedFd<'_>, Interest)> {
+    /// Where the command stands, for the host to go on from. It counts as said.
+    pub(crate) fn status(&mut self) -> CommandStatus {
+        let stdin = self.stdin_stream.resume();
+        let [stdout, stderr] = &self.outputs;
+        let kept = |output: &Output| Kept { from: output.kept.acked(), to: output.kept.end() };
+        CommandStatus { id: self.id, stdin, signal: self.signal, outputs: [kept(stdout), kept(stderr)] }
+    }
+
+    /// A new connection: the host stands here.
+    pub(crate) fn resume(&mut self, host: &Attached) -> Result<(), FlowError> {
+        self.said = Said::default();
+        for (output, position) in self.outputs.iter_mut().zip(host.outputs) {
+            output.kept.resume(position)?;
+        }
+        Ok(())
+    }
+
+    /// What to wait for. Output is left alone while no more of it can be kept.
+    pub(crate) fn interests(&self) -> impl Iterator<Item = (Channel, BorrowedFd<'_>, Interest)> {
         let stdin = self.stdin.as_ref().and_then(|file| {
             // A terminal's hang-up shows in its output, and would be reported here over and over.
             let interest = match (self.stdin_queue.is_empty(), self.has_terminal) {
@@ -109,8 +146,7 @@ impl Command {
             };
             Some((Channel::Stdin, file.as_fd(), interest))
         });
-        let has_room = outbox.len() < OUTBOX_FULL;
-        let outputs = self.outputs.iter().filter(move |output| has_room && output.window.available() > 0);
+        let outputs = self.outputs.iter().filter(|output| output.kept.room() > 0);
         stdin.into_iter().chain(
             outputs.filter_map(|o| {
                 o.file.as_ref().map(|f| (Channel::Output(o.stream), f.as_fd(), Interest::Read))
@@ -121,26 +157,61 @@ impl Command {
     /// When the command has to be looked at again, if ever without an event.
     pub(crate) fn deadline_ns(&self) -> Option<u64> {
         let end = self.end.as_ref()?;
-        self.outputs.iter().all(|output| output.owed == 0).then_some(end.deadline_ns)
+        let is_open = self.outputs.iter().any(|output| output.file.is_some());
+        (is_open && self.outputs.iter().all(|output| output.owed == 0)).then_some(end.deadline_ns)
     }
 
-    pub(crate) fn receive_stdin(
-        &mut self,
-        offset: u64,
-        bytes: &[u8],
-        outbox: &mut Outbox,
-    ) -> Result<(), FlowError> {
-        self.stdin_window.receive(offset, bytes.len())?;
+    /// Says what the host does not know yet, as far as there is room in `outbox`.
+    pub(crate) fn pump(&mut self, now_ns: u64, outbox: &mut Outbox) {
+        self.settle(now_ns);
+        let id = self.id;
+        if !std::mem::replace(&mut self.said.started, true) {
+            let pid = u32::try_from(self.pid).unwrap_or(0);
+            AgentMessage::Started { id, pid, at_ns: self.started_ns }.send(outbox);
+        }
+        for output in &mut self.outputs {
+            while outbox.len() < OUTBOX_FULL {
+                let Some((offset, bytes)) = output.kept.next_piece(DATA_MAX) else { break };
+                AgentMessage::Output { id, stream: output.stream, offset, bytes }.send(outbox);
+            }
+        }
+        if let Some(offset) = self.stdin_stream.ack_due() {
+            AgentMessage::StdinAck { id, offset }.send(outbox);
+        }
+        if self.stdin_is_refused && !std::mem::replace(&mut self.said.stdin_is_refused, true) {
+            AgentMessage::StdinClosed { id }.send(outbox);
+        }
+        let is_drained = self.outputs.iter().all(|output| output.file.is_none() && output.kept.is_sent());
+        if let Some(end) = self.end.as_ref().filter(|_| is_drained && !self.said.end) {
+            AgentMessage::Exited { id, status: end.status, usage: end.usage, at_ns: end.at_ns }.send(outbox);
+            self.said.end = true;
+        }
+    }
+
+    /// Closes the files of a command that is over.
+    pub(crate) fn settle(&mut self, now_ns: u64) {
+        let Some(end) = &self.end else { return };
+        let is_drained =
+            |output: &Output| output.file.is_none() || (output.owed == 0 && now_ns >= end.deadline_ns);
+        if self.outputs.iter().all(is_drained) {
+            self.outputs.iter_mut().for_each(Output::close);
+            self.stdin = None;
+            self.stdin_queue = VecDeque::new();
+        }
+    }
+
+    pub(crate) fn receive_stdin(&mut self, offset: u64, bytes: &[u8]) -> Result<(), FlowError> {
+        self.stdin_stream.receive(offset, bytes.len())?;
         if self.stdin.is_some() && !self.stdin_ends {
             self.stdin_queue.extend(bytes);
-            self.write_stdin(outbox);
+            self.write_stdin();
         } else {
-            self.stdin_window.dispose(bytes.len());
+            self.stdin_stream.dispose(bytes.len());
         }
         Ok(())
     }
 
-    pub(crate) fn end_stdin(&mut self, outbox: &mut Outbox) {
+    pub(crate) fn end_stdin(&mut self) {
         if std::mem::replace(&mut self.stdin_ends, true) {
             return;
         }
@@ -148,18 +219,18 @@ impl Command {
             // The first ends a line that was begun, the second the input.
             self.stdin_queue.extend([END_OF_TRANSMISSION; 2]);
         }
-        self.write_stdin(outbox);
+        self.write_stdin();
     }
 
     /// Writes as much queued input as the command takes, and closes its stdin after the last.
-    pub(crate) fn write_stdin(&mut self, outbox: &mut Outbox) {
+    pub(crate) fn write_stdin(&mut self) {
         let Some(file) = &mut self.stdin else { return };
         let mut refused = false;
         while !self.stdin_queue.is_empty() {
             match file.write(self.stdin_queue.as_slices().0) {
                 Ok(count) => {
                     self.stdin_queue.drain(..count.min(self.stdin_queue.len()));
-                    self.stdin_window.dispose(count);
+                    self.stdin_stream.dispose(count);
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
@@ -170,40 +241,33 @@ impl Command {
             }
         }
         if refused {
-            self.refuse_stdin(outbox);
-        } else {
-            if let Some(bytes) = self.stdin_window.credit_due() {
-                AgentMessage::StdinCredit { id: self.id, bytes }.send(outbox);
-            }
+            self.refuse_stdin();
+        } else if self.stdin_ends && self.stdin_queue.is_empty() && !self.has_terminal {
             // A terminal stays: its hang-up would end the command.
-            if self.stdin_ends && self.stdin_queue.is_empty() && !self.has_terminal {
-                self.stdin = None;
-            }
+            self.stdin = None;
         }
     }
 
-    /// The command reads no more: tell the host, once.
-    pub(crate) fn refuse_stdin(&mut self, outbox: &mut Outbox) {
-        self.stdin_window.dispose(self.stdin_queue.len());
+    /// The command reads no more.
+    pub(crate) fn refuse_stdin(&mut self) {
+        self.stdin_stream.dispose(self.stdin_queue.len());
         self.stdin_queue.clear();
         if self.stdin.take().is_some() && !self.stdin_ends {
-            AgentMessage::StdinClosed { id: self.id }.send(outbox);
+            self.stdin_is_refused = true;
         }
     }
 
-    /// Reads once from an output stream and sends what came.
-    pub(crate) fn read_output(&mut self, stream: Stream, scratch: &mut [u8], outbox: &mut Outbox) {
+    /// Reads once from an output stream and keeps what came.
+    pub(crate) fn read_output(&mut self, stream: Stream, scratch: &mut [u8]) {
         let [stdout, stderr] = &mut self.outputs;
         let output = if stream == Stream::Stdout { stdout } else { stderr };
         let Some(file) = &mut output.file else { return };
-        let room = output.window.available().min(DATA_MAX).min(scratch.len());
+        let room = output.kept.room().min(scratch.len());
         let Some(room) = scratch.get_mut(..room).filter(|room| !room.is_empty()) else { return };
         match file.read(room) {
             Ok(count @ 1..) => {
-                let offset = output.window.send(count);
                 output.owed = output.owed.saturating_sub(count as u64);
-                let bytes = room.get(..count).unwrap_or_default();
-                AgentMessage::Output { id: self.id, stream, offset, bytes }.send(outbox);
+                output.kept.push(room.get(..count).unwrap_or_default());
             }
             Err(error) if matches!(error.kind(), io::ErrorKind::Interrupted) => {}
             // There is nothing after all, whatever was owed.
@@ -213,9 +277,9 @@ impl Command {
         }
     }
 
-    pub(crate) fn credit(&mut self, stream: Stream, bytes: u32) -> Result<(), FlowError> {
+    pub(crate) fn ack(&mut self, stream: Stream, offset: u64) -> Result<(), FlowError> {
         let [stdout, stderr] = &mut self.outputs;
-        (if stream == Stream::Stdout { stdout } else { stderr }).window.credit(bytes)
+        (if stream == Stream::Stdout { stdout } else { stderr }).kept.ack(offset)
     }
 
     /// Nobody reads this stream any more. A pipe answers the command's next write with SIGPIPE, a terminal hangs up.
@@ -227,7 +291,16 @@ impl Command {
         }
     }
 
-    pub(crate) fn signal(&self, number: u8) {
+    /// Sends a signal, unless it was sent before; says that it is.
+    pub(crate) fn signal(&mut self, sequence: u32, number: u8, outbox: &mut Outbox) {
+        if sequence > self.signal {
+            self.signal = sequence;
+            self.kill(number);
+        }
+        AgentMessage::SignalAck { id: self.id, sequence }.send(outbox);
+    }
+
+    pub(crate) fn kill(&self, number: u8) {
         if self.end.is_none() {
             // It may have ended just now, and that is no failure.
             let _ = sys::kill_group(self.pid, number);
@@ -250,20 +323,6 @@ impl Command {
         for output in &mut self.outputs {
             output.owed = output.file.as_ref().and_then(|file| sys::readable_bytes(file).ok()).unwrap_or(0);
         }
-    }
-
-    /// Reports the end once all output is sent; the command is then over and has no files left.
-    pub(crate) fn report_end(&self, now_ns: u64, outbox: &mut Outbox) -> bool {
-        let Some(end) = &self.end else { return false };
-        let drained = self
-            .outputs
-            .iter()
-            .all(|output| output.file.is_none() || (output.owed == 0 && now_ns >= end.deadline_ns));
-        if drained {
-            AgentMessage::Exited { id: self.id, status: end.status, usage: end.usage, at_ns: end.at_ns }
-                .send(outbox);
-        }
-        drained
     }
 }
 

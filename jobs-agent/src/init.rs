@@ -5,29 +5,22 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::fd::AsRawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::time::Duration;
 
-use harrier_agent_protocol::{AGENT_PORT, BootTimes};
+use harrier_agent_protocol::BootTimes;
 use nix::errno::Errno;
 use nix::kmod::{ModuleInitFlags, finit_module};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::resource::{Resource, setrlimit};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, VsockAddr, connect, socket};
 use nix::unistd::sync;
 
+use crate::dial::{self, Dialer};
 use crate::root::{self, MachineRoot};
 use crate::session::{Ending, Place, Session};
 use crate::sys;
-
-/// The host's vsock address (virtio 1.2, 5.10.4).
-const HOST_CID: u32 = 2;
-
-/// How long the host is dialled before the agent gives up.
-const DIAL_LIMIT: Duration = Duration::from_secs(20);
 
 /// How long processes have between SIGTERM and SIGKILL when the machine goes down.
 const TERM_GRACE: Duration = Duration::from_millis(500);
@@ -105,9 +98,9 @@ fn serve(start_ns: u64) -> Result<(), String> {
         say(&format!("cannot raise the limit of open files: {errno}"));
     }
     let mounted_ns = sys::monotonic_ns();
-    let connection = dial()?;
+    let connection = dial::first()?;
     let times = BootTimes { agent_start_ns: start_ns, mounted_ns, connected_ns: sys::monotonic_ns() };
-    let mut session = Session::new(connection, Place::Machine(MachineRoot::default()), times)
+    let mut session = Session::new(connection, Dialer::Vsock, Place::Machine(MachineRoot::default()), times)
         .map_err(|error| error.to_string())?;
     let ending = session.run();
     end_processes();
@@ -117,7 +110,7 @@ fn serve(start_ns: u64) -> Result<(), String> {
             session.say_synced();
             Ok(())
         }
-        Ok(Ending::Disconnected) => Err("the host has hung up".into()),
+        Ok(Ending::Disconnected) => Err("the host is gone and has not come back".into()),
         Err(error) => Err(error.to_string()),
     }
 }
@@ -161,35 +154,6 @@ fn load_modules(list: &Path) {
 
 fn already_loaded(errno: Errno) -> nix::Result<()> {
     if errno == Errno::EEXIST { Ok(()) } else { Err(errno) }
-}
-
-/// Dials the host until it answers. The transport may still be on its way when this is first tried.
-fn dial() -> Result<File, String> {
-    let deadline_ns = sys::monotonic_ns().saturating_add(DIAL_LIMIT.as_nanos() as u64);
-    let mut pause = Duration::from_millis(1);
-    loop {
-        let attempt =
-            socket(AddressFamily::Vsock, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).and_then(|socket| {
-                connect(socket.as_raw_fd(), &VsockAddr::new(HOST_CID, AGENT_PORT)).map(|()| socket)
-            });
-        let errno = match attempt {
-            Ok(socket) => return Ok(File::from(socket)),
-            Err(errno) => errno,
-        };
-        if sys::monotonic_ns() >= deadline_ns {
-            let remedy = match errno {
-                Errno::EAFNOSUPPORT => "the kernel has no vsock: build it with VSOCKETS, or list its modules",
-                Errno::ENODEV | Errno::EADDRNOTAVAIL => {
-                    "there is no vsock device, or the kernel lacks VIRTIO_VSOCKETS or VIRTIO_MMIO, or their modules"
-                }
-                _ => "nobody answers on the host",
-            };
-            let limit = DIAL_LIMIT.as_secs();
-            return Err(format!("no connection to the host within {limit} s: {} ({remedy})", errno.desc()));
-        }
-        std::thread::sleep(pause);
-        pause = (pause * 2).min(Duration::from_millis(100));
-    }
 }
 
 /// Says a line where a person may see it: on the console, else in the kernel's log.

@@ -1,16 +1,18 @@
 //! The program that runs jobs inside a guest.
 //!
-//! As process 1 of the initramfs it prepares the machine ([`init`]), dials the host and serves the connection
+//! As process 1 of the initramfs it prepares the machine ([`init`]), dials the host ([`dial`]) and serves it
 //! ([`session`]): it runs commands ([`command`], [`spawn`]), streams their input and output, reaps every process that is
 //! left to it and switches the machine off in the end. The first command may name a disk as its root
 //! file system ([`root`]).
 //!
 //! Outside a machine, `harrier-jobs-agent --connect-unix PATH` or `--connect-fd N` serves one connection as an
-//! ordinary process: the same session without mounts, for tests and development.
+//! ordinary process, `--redial-unix PATH` dials again when it is lost: the same session without mounts, for tests and
+//! development.
 //!
 //! One thread, one poll loop. All unsafe code is in [`sys`]. The host's side is `harrier-jobs`.
 
 mod command;
+mod dial;
 mod init;
 mod root;
 mod session;
@@ -24,29 +26,37 @@ use std::process::ExitCode;
 
 use harrier_agent_protocol::BootTimes;
 
+use crate::dial::Dialer;
+
 fn main() -> ExitCode {
     let start_ns = sys::monotonic_ns();
     if std::process::id() == 1 {
         init::run(start_ns)
     }
     let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let mut dialer = Dialer::Given;
     let connection = match arguments.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
-        ["--connect-unix", path] => UnixStream::connect(path)
-            .map(|stream| File::from(OwnedFd::from(stream)))
-            .map_err(|error| format!("cannot connect to {path}: {error}")),
+        [option @ ("--connect-unix" | "--redial-unix"), path] => {
+            if *option == "--redial-unix" {
+                dialer = Dialer::Unix(path.into());
+            }
+            UnixStream::connect(path)
+                .map(|stream| File::from(OwnedFd::from(stream)))
+                .map_err(|error| format!("cannot connect to {path}: {error}"))
+        }
         ["--connect-fd", number] => number
             .parse()
             .map_err(|_| format!("{number:?} is not a file descriptor"))
             .and_then(|fd| sys::inherited_fd(fd).map_err(|error| format!("file descriptor {fd}: {error}")))
             .map(File::from),
         _ => {
-            Err("runs as process 1 of a machine; elsewhere use --connect-unix PATH or --connect-fd N".into())
+            Err("runs as process 1 of a machine; elsewhere use --connect-unix PATH, --redial-unix PATH or --connect-fd N".into())
         }
     };
     let ended = connection.and_then(|connection| {
         let times =
             BootTimes { agent_start_ns: start_ns, mounted_ns: start_ns, connected_ns: sys::monotonic_ns() };
-        session::Session::new(connection, session::Place::Process, times)
+        session::Session::new(connection, dialer, session::Place::Process, times)
             .and_then(|mut session| session.run())
             .map_err(|error| error.to_string())
     });

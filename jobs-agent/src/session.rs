@@ -1,14 +1,16 @@
-//! Serving one connection: the poll loop, the host's messages, and the reaping of processes.
+//! Serving the host: the poll loop, the host's messages, connections that go and come, and the reaping of processes.
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
+use std::time::Duration;
 
 use harrier_agent_protocol::flow::FlowError;
 use harrier_agent_protocol::{
-    AgentMessage, BootTimes, CommandSpec, DATA_MAX, DecodeError, FailureKind, FrameError, Hello, HostMessage,
-    Inbox, LogLevel, MAX_COMMANDS, MAX_SPEC, Outbox, VERSION,
+    AgentMessage, Attach, BootTimes, CommandSpec, CommandStatus, DATA_MAX, DecodeError, FailureKind,
+    FrameError, Hello, HostMessage, Inbox, LINGER_FOREVER, LogLevel, MAX_COMMANDS, MAX_SPEC, Outbox, Ready,
+    Reason, Role, VERSION,
 };
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -17,6 +19,7 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use crate::command::{Channel, Command, Interest};
+use crate::dial::{DIAL_LIMIT, Dialer, Redial};
 use crate::root::{self, MachineRoot};
 use crate::spawn::{self, StartError};
 use crate::sys;
@@ -34,15 +37,13 @@ pub(crate) enum Place {
 pub(crate) enum Ending {
     /// The host asked for the end.
     Shutdown,
-    /// The host has closed the connection.
+    /// The host is gone and has not come back.
     Disconnected,
 }
 
 /// Why a session cannot go on.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum SessionError {
-    #[error("the connection to the host failed: {0}")]
-    Connection(#[source] io::Error),
     #[error("cannot wait for events: {0}")]
     Wait(#[source] io::Error),
     #[error("the host sent {0}")]
@@ -55,46 +56,80 @@ pub(crate) enum SessionError {
     SpecTooLong,
     #[error("the host did not say hello first")]
     NoHello,
+    #[error("the host goes on with command {0}, which is not there")]
+    UnknownCommand(u32),
+    #[error("the host runs command {0}, which is there already")]
+    IdInUse(u32),
+    #[error("the host did not say with which commands it goes on")]
+    NoAttach,
     #[error(
         "the host speaks version {0} of the agent protocol, this agent {VERSION}: build the initramfs anew"
     )]
     Version(u16),
 }
 
-/// The state of one connection.
+/// The agent's half of everything.
 pub(crate) struct Session {
-    connection: File,
-    inbox: Inbox,
+    link: Link,
     state: State,
+}
+
+/// The way to the host.
+enum Link {
+    Up {
+        connection: File,
+        inbox: Inbox,
+        /// What it came of, until the host has attached.
+        redial: Option<Redial>,
+    },
+    Down(Redial),
 }
 
 /// All of it but the inbox, from which messages are borrowed.
 struct State {
     place: Place,
+    dialer: Dialer,
+    boot_id: [u8; 16],
     times: BootTimes,
+    /// Why the present connection was made.
+    reason: Reason,
     outbox: Outbox,
     signals: SignalFd,
-    commands: BTreeMap<u32, Command>,
+    commands: BTreeMap<u32, Entry>,
     /// A command's encoding of which the last piece is still to come.
     partial: Option<(u32, Vec<u8>)>,
     has_hello: bool,
+    is_attached: bool,
+    /// How long to go on without a host.
+    linger: Option<Duration>,
     ending: Option<Ending>,
     scratch: Box<[u8]>,
+}
+
+/// What an id stands for until the host releases it.
+enum Entry {
+    Command(Box<Command>),
+    /// It did not start; whether the host has been told on the present connection.
+    Failed(StartError, bool),
 }
 
 /// What a poll entry stands for.
 enum Source {
     Connection,
+    Redial,
     Signals,
     Command(u32, Channel),
 }
 
 impl Session {
-    /// Takes over a connected stream.
-    pub(crate) fn new(connection: File, place: Place, times: BootTimes) -> Result<Self, SessionError> {
+    /// Takes over a connected stream. `dialer` is where to get another one when it is lost.
+    pub(crate) fn new(
+        connection: File,
+        dialer: Dialer,
+        place: Place,
+        times: BootTimes,
+    ) -> Result<Self, SessionError> {
         let wait = |errno: Errno| SessionError::Wait(errno.into());
-        let flags = OFlag::from_bits_retain(fcntl(&connection, FcntlArg::F_GETFL).map_err(wait)?);
-        fcntl(&connection, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).map_err(wait)?;
         let mut mask = SigSet::empty();
         mask.add(Signal::SIGCHLD);
         mask.thread_block().map_err(wait)?;
@@ -103,23 +138,28 @@ impl Session {
         if matches!(place, Place::Process) {
             sys::become_subreaper().map_err(SessionError::Wait)?;
         }
-        let state = State {
+        let mut state = State {
             place,
+            dialer,
+            boot_id: sys::random_bytes(),
             times,
+            reason: Reason::Boot,
             outbox: Outbox::default(),
             signals,
             commands: BTreeMap::new(),
             partial: None,
             has_hello: false,
+            is_attached: false,
+            linger: Some(DIAL_LIMIT),
             ending: None,
             scratch: vec![0; DATA_MAX].into_boxed_slice(),
         };
-        Ok(Self { connection, inbox: Inbox::default(), state })
+        let link = state.connected(connection).map_err(SessionError::Wait)?;
+        Ok(Self { link, state })
     }
 
-    /// Serves the connection until the host ends it, one way or the other. Commands that still run then are killed.
+    /// Serves the host until it ends the machine, or is gone for too long. Commands that still run then are killed.
     pub(crate) fn run(&mut self) -> Result<Ending, SessionError> {
-        AgentMessage::Hello(Hello::OURS).send(&mut self.state.outbox);
         let ended = loop {
             match self.turn() {
                 Ok(None) => {}
@@ -129,13 +169,15 @@ impl Session {
                     let text = error.to_string();
                     AgentMessage::Log { level: LogLevel::Error, text: text.as_bytes() }
                         .send(&mut self.state.outbox);
-                    let _ = self.state.outbox.flush(&mut self.connection);
+                    if let Link::Up { connection, .. } = &mut self.link {
+                        let _ = self.state.outbox.flush(connection);
+                    }
                     break Err(error);
                 }
             }
         };
-        for command in self.state.commands.values() {
-            command.signal(libc::SIGKILL as u8);
+        for command in self.state.running() {
+            command.kill(libc::SIGKILL as u8);
         }
         if matches!((&ended, &self.state.place), (Ok(Ending::Shutdown), Place::Process)) {
             self.say_synced();
@@ -145,21 +187,21 @@ impl Session {
 
     /// Tells the host that the machine may go, and waits a moment for it to hang up.
     pub(crate) fn say_synced(&mut self) {
-        AgentMessage::Synced.send(&mut self.state.outbox);
+        let Link::Up { connection, .. } = &mut self.link else { return };
+        let outbox = &mut self.state.outbox;
+        AgentMessage::Synced.send(outbox);
         let deadline_ns = sys::monotonic_ns().saturating_add(1_000_000_000);
         loop {
-            let events = if self.state.outbox.is_empty() { PollFlags::POLLIN } else { PollFlags::POLLOUT };
-            let mut entries = [PollFd::new(self.connection.as_fd(), events)];
+            let events = if outbox.is_empty() { PollFlags::POLLIN } else { PollFlags::POLLOUT };
+            let mut entries = [PollFd::new(connection.as_fd(), events)];
             let ready = poll(&mut entries, timeout(Some(deadline_ns), sys::monotonic_ns()));
-            if !matches!(ready, Ok(1..) | Err(Errno::EINTR))
-                || self.state.outbox.flush(&mut self.connection).is_err()
-            {
+            if !matches!(ready, Ok(1..) | Err(Errno::EINTR)) || outbox.flush(connection).is_err() {
                 return;
             }
             // Anything more that the host says does not matter; only that it ends.
-            if self.state.outbox.is_empty() {
+            if outbox.is_empty() {
                 let mut discard = Inbox::default();
-                match discard.fill(&mut self.connection) {
+                match discard.fill(connection) {
                     Ok(0) => return,
                     Err(error) if error.kind() != io::ErrorKind::WouldBlock => return,
                     _ => {}
@@ -170,37 +212,88 @@ impl Session {
 
     /// Waits for events once and handles them.
     fn turn(&mut self) -> Result<Option<Ending>, SessionError> {
-        self.state.outbox.flush(&mut self.connection).map_err(SessionError::Connection)?;
+        self.flush();
+        let mut redial_is_ready = false;
         for (source, flags) in self.wait()? {
             match source {
                 Source::Connection => {
-                    if flags.intersects(PollFlags::POLLIN | PollFlags::POLLHUP | PollFlags::POLLERR)
-                        && !self.receive()?
-                    {
-                        return Ok(Some(Ending::Disconnected));
+                    if flags.intersects(PollFlags::POLLIN | PollFlags::POLLHUP | PollFlags::POLLERR) {
+                        self.receive()?;
                     }
                 }
+                Source::Redial => redial_is_ready = true,
                 Source::Signals => self.state.reap()?,
                 Source::Command(id, channel) => self.state.serve(id, channel, flags),
             }
         }
-        self.state.retire_commands();
+        if let Link::Down(redial) = &mut self.link {
+            if redial.is_over(self.state.linger) {
+                return Ok(Some(Ending::Disconnected));
+            }
+            if let Some(connection) = redial.advance(redial_is_ready) {
+                self.state.reason = Reason::Lost;
+                let mut link = self.state.connected(connection).map_err(SessionError::Wait)?;
+                std::mem::swap(&mut self.link, &mut link);
+                if let (Link::Up { redial, .. }, Link::Down(before)) = (&mut self.link, link) {
+                    *redial = Some(before);
+                }
+            }
+        }
         Ok(self.state.ending)
+    }
+
+    /// Sends what there is to say.
+    fn flush(&mut self) {
+        self.state.pump();
+        if let Link::Up { connection, .. } = &mut self.link
+            && self.state.outbox.flush(connection).is_err()
+        {
+            self.lost();
+        }
+    }
+
+    /// The connection is gone; the commands go on.
+    fn lost(&mut self) {
+        let state = &mut self.state;
+        let was_attached = std::mem::take(&mut state.is_attached);
+        state.outbox = Outbox::default();
+        state.partial = None;
+        if state.dialer.can_redial() {
+            let before = match &mut self.link {
+                Link::Up { redial, .. } => redial.take().filter(|_| !was_attached),
+                Link::Down(_) => None,
+            };
+            self.link = Link::Down(before.map_or_else(|| Redial::new(state.dialer.clone()), Redial::go_on));
+        } else {
+            state.ending = Some(Ending::Disconnected);
+        }
     }
 
     fn wait(&self) -> Result<Vec<(Source, PollFlags)>, SessionError> {
         let state = &self.state;
-        let mut events = PollFlags::POLLIN;
-        if !state.outbox.is_empty() {
-            events |= PollFlags::POLLOUT;
+        let mut sources = vec![Source::Signals];
+        let mut entries = vec![PollFd::new(state.signals.as_fd(), PollFlags::POLLIN)];
+        let mut wake_ns = state.running().filter_map(Command::deadline_ns).min();
+        match &self.link {
+            Link::Up { connection, .. } => {
+                let mut events = PollFlags::POLLIN;
+                if !state.outbox.is_empty() {
+                    events |= PollFlags::POLLOUT;
+                }
+                sources.push(Source::Connection);
+                entries.push(PollFd::new(connection.as_fd(), events));
+            }
+            Link::Down(redial) => {
+                if let Some(pending) = redial.pending() {
+                    sources.push(Source::Redial);
+                    entries.push(PollFd::new(pending, PollFlags::POLLOUT));
+                }
+                wake_ns = wake_ns.into_iter().chain(redial.wake_ns(state.linger)).min();
+            }
         }
-        let mut sources = vec![Source::Connection, Source::Signals];
-        let mut entries = vec![
-            PollFd::new(self.connection.as_fd(), events),
-            PollFd::new(state.signals.as_fd(), PollFlags::POLLIN),
-        ];
-        for (id, command) in &state.commands {
-            for (channel, fd, interest) in command.interests(&state.outbox) {
+        for (id, entry) in &state.commands {
+            let Entry::Command(command) = entry else { continue };
+            for (channel, fd, interest) in command.interests() {
                 sources.push(Source::Command(*id, channel));
                 entries.push(PollFd::new(
                     fd,
@@ -212,8 +305,11 @@ impl Session {
                 ));
             }
         }
-        let deadline_ns = state.commands.values().filter_map(Command::deadline_ns).min();
-        match poll(&mut entries, timeout(deadline_ns, sys::monotonic_ns())) {
+        let timeout = match state.ending {
+            None => timeout(wake_ns, sys::monotonic_ns()),
+            Some(_) => PollTimeout::ZERO,
+        };
+        match poll(&mut entries, timeout) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(errno) => return Err(SessionError::Wait(errno.into())),
         }
@@ -222,90 +318,177 @@ impl Session {
         Ok(sources.into_iter().zip(flags).filter(|(_, flags)| !flags.is_empty()).collect())
     }
 
-    /// Takes what the host has sent. False: it has ended the connection.
-    fn receive(&mut self) -> Result<bool, SessionError> {
-        match self.inbox.fill(&mut self.connection) {
-            Ok(0) => return Ok(false),
-            Ok(_) => {}
+    /// Takes what the host has sent.
+    fn receive(&mut self) -> Result<(), SessionError> {
+        let Link::Up { connection, inbox, .. } = &mut self.link else { return Ok(()) };
+        match inbox.fill(connection) {
+            Ok(1..) => {}
             Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
-            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(false),
-            Err(error) => return Err(SessionError::Connection(error)),
+            Ok(0) | Err(_) => {
+                self.lost();
+                return Ok(());
+            }
         }
-        while let Some(frame) = self.inbox.next_frame()? {
+        while let Some(frame) = inbox.next_frame()? {
             let message = HostMessage::decode(frame)?;
             self.state.handle(message)?;
         }
-        Ok(true)
+        Ok(())
     }
 }
 
 impl State {
-    fn handle(&mut self, message: HostMessage<'_>) -> Result<(), SessionError> {
-        if let HostMessage::Hello(hello) = message {
-            if hello.version != VERSION {
-                return Err(SessionError::Version(hello.version));
-            }
-            if !std::mem::replace(&mut self.has_hello, true) {
-                AgentMessage::Ready(self.times).send(&mut self.outbox);
-            }
-            return Ok(());
+    /// Opens a new connection.
+    fn connected(&mut self, connection: File) -> io::Result<Link> {
+        let flags = OFlag::from_bits_retain(fcntl(&connection, FcntlArg::F_GETFL)?);
+        fcntl(&connection, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+        self.has_hello = false;
+        AgentMessage::Hello(Hello::OURS).send(&mut self.outbox);
+        Ok(Link::Up { connection, inbox: Inbox::default(), redial: None })
+    }
+
+    fn running(&self) -> impl Iterator<Item = &Command> {
+        self.commands.values().filter_map(|entry| match entry {
+            Entry::Command(command) => Some(&**command),
+            Entry::Failed(..) => None,
+        })
+    }
+
+    fn command(&mut self, id: u32) -> Option<&mut Command> {
+        match self.commands.get_mut(&id) {
+            Some(Entry::Command(command)) => Some(command),
+            Some(Entry::Failed(..)) | None => None,
         }
-        if !self.has_hello {
-            return Err(SessionError::NoHello);
+    }
+
+    fn handle(&mut self, message: HostMessage<'_>) -> Result<(), SessionError> {
+        match message {
+            HostMessage::Hello(hello) => {
+                if hello.version != VERSION {
+                    return Err(SessionError::Version(hello.version));
+                }
+                if !std::mem::replace(&mut self.has_hello, true) {
+                    self.say_ready();
+                }
+                return Ok(());
+            }
+            _ if !self.has_hello => return Err(SessionError::NoHello),
+            HostMessage::Attach(attach) => return self.attach(&attach),
+            HostMessage::Shutdown => {
+                self.ending = Some(Ending::Shutdown);
+                return Ok(());
+            }
+            _ if !self.is_attached => return Err(SessionError::NoAttach),
+            _ => {}
         }
         // A message may cross the report of its command's end: what names no command is nothing to do.
         match message {
-            HostMessage::Hello(_) => {}
+            HostMessage::Hello(_) | HostMessage::Attach(_) | HostMessage::Shutdown => {}
             HostMessage::RunPart { id, bytes } => self.assemble(id, bytes)?,
             HostMessage::Run { id, bytes } => {
-                let failure = match self.partial.take_if(|(partial, _)| *partial == id) {
+                let spec = match self.partial.take_if(|(partial, _)| *partial == id) {
                     Some((_, mut encoded)) => {
                         if encoded.len() + bytes.len() > MAX_SPEC {
                             return Err(SessionError::SpecTooLong);
                         }
                         encoded.extend_from_slice(bytes);
-                        self.start(id, &CommandSpec::decode(&encoded)?)
+                        CommandSpec::decode(&encoded)?
                     }
-                    None => self.start(id, &CommandSpec::decode(bytes)?),
+                    None => CommandSpec::decode(bytes)?,
                 };
-                if let Err(StartError { kind, message }) = failure {
-                    AgentMessage::StartFailed { id, kind, message: message.as_bytes() }
-                        .send(&mut self.outbox);
-                }
+                self.run(id, &spec)?;
             }
             HostMessage::Stdin { id, offset, bytes } => {
-                if let Some(command) = self.commands.get_mut(&id) {
-                    command.receive_stdin(offset, bytes, &mut self.outbox)?;
+                if let Some(command) = self.command(id) {
+                    command.receive_stdin(offset, bytes)?;
                 }
             }
             HostMessage::StdinClose { id } => {
-                if let Some(command) = self.commands.get_mut(&id) {
-                    command.end_stdin(&mut self.outbox);
+                if let Some(command) = self.command(id) {
+                    command.end_stdin();
                 }
             }
-            HostMessage::Credit { id, stream, bytes } => {
-                if let Some(command) = self.commands.get_mut(&id) {
-                    command.credit(stream, bytes)?;
+            HostMessage::Ack { id, stream, offset } => {
+                if let Some(command) = self.command(id) {
+                    command.ack(stream, offset)?;
                 }
             }
             HostMessage::CloseOutput { id, stream } => {
-                if let Some(command) = self.commands.get_mut(&id) {
+                if let Some(command) = self.command(id) {
                     command.close_output(stream);
                 }
             }
-            HostMessage::Signal { id, number } => {
-                if let Some(command) = self.commands.get(&id) {
-                    command.signal(number);
+            HostMessage::Signal { id, sequence, number } => {
+                if let Some(Entry::Command(command)) = self.commands.get_mut(&id) {
+                    command.signal(sequence, number, &mut self.outbox);
                 }
             }
             HostMessage::Resize { id, size } => {
-                if let Some(command) = self.commands.get(&id) {
+                if let Some(command) = self.command(id) {
                     command.resize(size);
                 }
             }
-            HostMessage::Shutdown => self.ending = Some(Ending::Shutdown),
+            HostMessage::Release { id } => self.release(id),
         }
         Ok(())
+    }
+
+    fn say_ready(&mut self) {
+        let commands = self.commands.iter_mut().map(|(id, entry)| match entry {
+            Entry::Command(command) => command.status(),
+            Entry::Failed(..) => CommandStatus { id: *id, ..CommandStatus::default() },
+        });
+        AgentMessage::Ready(Ready {
+            boot_id: self.boot_id,
+            reason: self.reason,
+            times: self.times,
+            commands: commands.collect(),
+        })
+        .send(&mut self.outbox);
+    }
+
+    fn attach(&mut self, attach: &Attach) -> Result<(), SessionError> {
+        if attach.role != Role::Same && matches!(self.place, Place::Machine(_)) {
+            self.adjust(attach);
+        }
+        self.linger =
+            (attach.linger_ms != LINGER_FOREVER).then(|| Duration::from_millis(attach.linger_ms.into()));
+        let unwanted: Vec<u32> = (self.commands.keys().copied())
+            .filter(|id| !attach.commands.iter().any(|attached| attached.id == *id))
+            .collect();
+        unwanted.into_iter().for_each(|id| self.release(id));
+        for host in &attach.commands {
+            match self.commands.get_mut(&host.id) {
+                Some(Entry::Command(command)) => command.resume(host)?,
+                Some(Entry::Failed(_, is_said)) => *is_said = false,
+                None => return Err(SessionError::UnknownCommand(host.id)),
+            }
+        }
+        self.is_attached = true;
+        Ok(())
+    }
+
+    /// Makes a machine that was copied or moved its own: the time of day and the kernel's randomness.
+    fn adjust(&mut self, attach: &Attach) {
+        let mut warn = |what: &str, result: io::Result<()>| {
+            if let Err(error) = result {
+                let text = format!("after a restore, {what}: {error}");
+                AgentMessage::Log { level: LogLevel::Warn, text: text.as_bytes() }.send(&mut self.outbox);
+            }
+        };
+        if attach.wall_clock_ns != 0 {
+            warn("the wall clock cannot be set", sys::set_wall_clock(attach.wall_clock_ns));
+        }
+        if attach.entropy != [0; 32] {
+            warn("the kernel's randomness cannot be renewed", sys::reseed(&attach.entropy));
+        }
+    }
+
+    /// The host wants to hear no more of a command.
+    fn release(&mut self, id: u32) {
+        if let Some(Entry::Command(command)) = self.commands.remove(&id) {
+            command.kill(libc::SIGKILL as u8);
+        }
     }
 
     fn assemble(&mut self, id: u32, bytes: &[u8]) -> Result<(), SessionError> {
@@ -321,10 +504,20 @@ impl State {
         Ok(())
     }
 
-    fn start(&mut self, id: u32, spec: &CommandSpec) -> Result<(), StartError> {
+    /// Runs a command. What keeps it from running is its end, which the host is told.
+    fn run(&mut self, id: u32, spec: &CommandSpec) -> Result<(), SessionError> {
         if self.commands.contains_key(&id) {
-            return Err(StartError::other(format!("command {id} runs already")));
+            return Err(SessionError::IdInUse(id));
         }
+        let entry = match self.start(id, spec) {
+            Ok(command) => Entry::Command(Box::new(command)),
+            Err(error) => Entry::Failed(error, false),
+        };
+        self.commands.insert(id, entry);
+        Ok(())
+    }
+
+    fn start(&mut self, id: u32, spec: &CommandSpec) -> Result<Command, StartError> {
         if self.commands.len() >= MAX_COMMANDS {
             return Err(StartError::other(format!("{MAX_COMMANDS} commands run already")));
         }
@@ -349,11 +542,7 @@ impl State {
                 }
             }
         }
-        let started = spawn::spawn(spec)?;
-        let pid = u32::try_from(started.pid).unwrap_or(0);
-        AgentMessage::Started { id, pid, at_ns: sys::monotonic_ns() }.send(&mut self.outbox);
-        self.commands.insert(id, Command::new(id, started));
-        Ok(())
+        Ok(Command::new(id, spawn::spawn(spec)?))
     }
 
     /// Reaps every process that has ended: commands, and orphans that fell to the agent.
@@ -362,9 +551,11 @@ impl State {
         loop {
             match sys::reap() {
                 Ok(Some(reaped)) => {
-                    if let Some(command) =
-                        self.commands.values_mut().find(|command| command.pid() == reaped.pid)
-                    {
+                    let its_command = self.commands.values_mut().find_map(|entry| match entry {
+                        Entry::Command(command) if command.pid() == Some(reaped.pid) => Some(command),
+                        _ => None,
+                    });
+                    if let Some(command) = its_command {
                         command.main_ended(reaped.status, reaped.usage);
                     }
                 }
@@ -377,18 +568,29 @@ impl State {
     }
 
     fn serve(&mut self, id: u32, channel: Channel, flags: PollFlags) {
-        let Some(command) = self.commands.get_mut(&id) else { return };
+        let Some(Entry::Command(command)) = self.commands.get_mut(&id) else { return };
         match channel {
-            Channel::Output(stream) => command.read_output(stream, &mut self.scratch, &mut self.outbox),
-            Channel::Stdin if flags.contains(PollFlags::POLLERR) => command.refuse_stdin(&mut self.outbox),
-            Channel::Stdin => command.write_stdin(&mut self.outbox),
+            Channel::Output(stream) => command.read_output(stream, &mut self.scratch),
+            Channel::Stdin if flags.contains(PollFlags::POLLERR) => command.refuse_stdin(),
+            Channel::Stdin => command.write_stdin(),
         }
     }
 
-    fn retire_commands(&mut self) {
+    /// Says what the host does not know yet about each command.
+    fn pump(&mut self) {
         let now_ns = sys::monotonic_ns();
-        let outbox = &mut self.outbox;
-        self.commands.retain(|_, command| !command.report_end(now_ns, outbox));
+        for (id, entry) in &mut self.commands {
+            match entry {
+                Entry::Command(command) if self.is_attached => command.pump(now_ns, &mut self.outbox),
+                Entry::Command(command) => command.settle(now_ns),
+                Entry::Failed(StartError { kind, message }, is_said) if self.is_attached && !*is_said => {
+                    *is_said = true;
+                    AgentMessage::StartFailed { id: *id, kind: *kind, message: message.as_bytes() }
+                        .send(&mut self.outbox);
+                }
+                Entry::Failed(..) => {}
+            }
+        }
     }
 }
 

@@ -153,3 +153,44 @@ pub(crate) fn inherited_fd(fd: RawFd) -> io::Result<OwnedFd> {
     // before anything else is opened.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
+
+/// Random bytes, as good as the kernel has them; never waits.
+pub(crate) fn random_bytes<const N: usize>() -> [u8; N] {
+    /// `GRND_INSECURE` of linux/random.h: do not wait for the kernel to be seeded.
+    const INSECURE: libc::c_uint = 4;
+    let mut bytes = [0; N];
+    // SAFETY: the pointer is valid for writes of N bytes.
+    let count = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), N, INSECURE) };
+    if count != N as isize {
+        // A kernel before 5.6: different from run to run, which is what callers need.
+        let noise = u128::from(monotonic_ns()) << 64 | u128::from(std::process::id());
+        bytes.iter_mut().zip(noise.to_le_bytes()).for_each(|(slot, byte)| *slot = byte);
+    }
+    bytes
+}
+
+/// Sets CLOCK_REALTIME, in nanoseconds since 1970.
+pub(crate) fn set_wall_clock(unix_ns: u64) -> io::Result<()> {
+    let time = nix::sys::time::TimeSpec::from(std::time::Duration::from_nanos(unix_ns));
+    nix::time::clock_settime(ClockId::CLOCK_REALTIME, time).map_err(Into::into)
+}
+
+/// Mixes fresh randomness into the kernel's and has it used from now on (random(4)).
+pub(crate) fn reseed(entropy: &[u8; 32]) -> io::Result<()> {
+    /// `struct rand_pool_info` of linux/random.h.
+    #[repr(C)]
+    struct PoolInfo {
+        entropy_bits: libc::c_int,
+        size_bytes: libc::c_int,
+        bytes: [u8; 32],
+    }
+    /// `_IOW('R', 3, int[2])` and `_IO('R', 7)`.
+    const RNDADDENTROPY: u64 = 0x4008_5203;
+    const RNDRESEEDCRNG: u64 = 0x5207;
+    let device = std::fs::OpenOptions::new().write(true).open("/dev/urandom")?;
+    let info = PoolInfo { entropy_bits: 256, size_bytes: 32, bytes: *entropy };
+    // SAFETY: RNDADDENTROPY reads a rand_pool_info and as many bytes behind it as its second field says.
+    check(unsafe { libc::ioctl(device.as_raw_fd(), RNDADDENTROPY as _, &raw const info) })?;
+    // SAFETY: RNDRESEEDCRNG takes no argument.
+    check(unsafe { libc::ioctl(device.as_raw_fd(), RNDRESEEDCRNG as _) }).map(drop)
+}

@@ -84,14 +84,19 @@ impl Cache {
 
     /// Makes `<cache>/<kind>/current` lead to the artifact `key` of the same kind, replacing it in one step.
     pub(crate) fn set_current(&self, kind: &str, key: &str) -> Result<PathBuf> {
+        self.set_link(kind, "current", key)
+    }
+
+    /// The same with a link of another name.
+    pub(crate) fn set_link(&self, kind: &str, name: &str, key: &str) -> Result<PathBuf> {
         let folder = self.root.join(kind);
-        let current = folder.join("current");
+        let current = folder.join(name);
         if fs::read_link(&current).is_ok_and(|target| target == Path::new(key)) {
             return Ok(current);
         }
         let _lock = lock(&folder.join(".lock"), kind)?;
         let staging = self.scratch(kind)?;
-        let link = staging.path().join("current");
+        let link = staging.path().join(name);
         std::os::unix::fs::symlink(key, &link).map_err(|error| explain(error, &link))?;
         fs::rename(&link, &current).map_err(|error| explain(error, &current))?;
         sync_dir(&folder).map_err(|error| explain(error, &folder))?;

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
+use harrier_agent_protocol::VERSION_TAG;
 
 use crate::bzimage;
 use crate::cache::{self, Cache, Key};
@@ -34,7 +35,7 @@ const WANTED_MODULES: &[&str] = &[
     "pvpanic_mmio",
 ];
 
-/// Builds `<cache>/debian-kernel/current`.
+/// Builds `<cache>/debian-kernel/<agent version>`.
 pub(crate) fn build(cache: &Cache, root: &Path) -> Result<PathBuf> {
     packages::require(&[packages::DEBIAN_KERNEL])?;
     let (package, version) = newest_package()?;
@@ -66,7 +67,7 @@ pub(crate) fn build(cache: &Cache, root: &Path) -> Result<PathBuf> {
         bzimage::extract(&image, &dir.join("vmlinux"))?;
         link_or_copy(&initramfs.file, &dir.join("initramfs.cpio"))
     })?;
-    cache.set_current("debian-kernel", &key)
+    cache.set_link("debian-kernel", VERSION_TAG, &key)
 }
 
 /// The package that the meta package depends on, and its version.

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
+use harrier_agent_protocol::VERSION_TAG;
 use serde::Serialize;
 
 use crate::cache::{self, Cache, Key};
@@ -20,7 +21,7 @@ struct Manifest {
     initramfs_hash: String,
 }
 
-/// Builds what is missing and points `<cache>/guest/current` at it.
+/// Builds what is missing and points `<cache>/guest/<agent version>` at it.
 pub(crate) fn set_up(cache: &Cache, root: &Path, kernel_source: Option<&Path>) -> Result<PathBuf> {
     let kernel = guest_kernel::build(cache, root, kernel_source)?;
     let initramfs = initramfs::build(cache, root, &[])?;
@@ -39,7 +40,7 @@ pub(crate) fn set_up(cache: &Cache, root: &Path, kernel_source: Option<&Path>) -
         let path = dir.join("manifest.json");
         fs::write(&path, serde_json::to_vec_pretty(&manifest)?).map_err(|error| cache::explain(error, &path))
     })?;
-    cache.set_current("guest", &key)
+    cache.set_link("guest", VERSION_TAG, &key)
 }
 
 /// Cache entries are never written to, so two of them may share a file.

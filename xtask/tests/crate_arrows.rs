@@ -51,7 +51,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "harrier-engine-soft",
         ],
     ),
-    ("xtask", &[]),
+    ("xtask", &["harrier-agent-protocol"]),
 ];
 
 /// Crates of others that belong to some of ours only.

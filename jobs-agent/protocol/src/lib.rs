@@ -1,7 +1,9 @@
 //! The connection between the host and the jobs agent inside a guest.
 //!
 //! The agent dials the host ([`AGENT_PORT`]), both sides say [`Hello`] and from then on exchange frames: the
-//! host sends [`HostMessage`]s, the agent [`AgentMessage`]s. A frame is a header of [`HEADER_LEN`] bytes and at most
+//! host sends [`HostMessage`]s, the agent [`AgentMessage`]s. The agent says [`Ready`], the host answers [`Attach`], and
+//! with that both know what runs and where its streams stand, on the first connection as on every later one: a
+//! connection that is lost loses nothing, and the agent dials again. A frame is a header of [`HEADER_LEN`] bytes and at most
 //! [`MAX_PAYLOAD`] bytes; every message of a command carries the command's id, so that several commands share
 //! one connection.
 //!
@@ -14,7 +16,7 @@
 //! ```
 //!
 //! Each of a command's three byte streams has a window ([`flow`]): a sender never has more than [`WINDOW`] bytes
-//! under way that the receiver has not yet disposed of. A receiver can thus always take what arrives off the
+//! under way that the receiver has not yet disposed of, and keeps those to send them again. A receiver can thus always take what arrives off the
 //! connection, and one stream that stands still never holds up the others or the control messages.
 //!
 //! Neither side trusts the other: every decode function is total, every count is checked against the bytes that are
@@ -29,8 +31,8 @@ mod wire;
 
 pub use frame::{Frame, FrameError, HEADER_LEN, Inbox, MAX_PAYLOAD, Outbox};
 pub use message::{
-    AgentMessage, BootTimes, DATA_MAX, FailureKind, Hello, HostMessage, LOG_MAX, LogLevel, Status, Stream,
-    Usage, decode_any,
+    AgentMessage, Attach, Attached, BootTimes, CommandStatus, DATA_MAX, FailureKind, Hello, HostMessage,
+    Kept, LINGER_FOREVER, LOG_MAX, LogLevel, Ready, Reason, Role, Status, Stream, Usage, decode_any,
 };
 pub use spec::{CommandSpec, MAX_SPEC, Root, SpecError, User, WindowSize};
 pub use wire::DecodeError;
@@ -43,10 +45,21 @@ pub const ROOT_DISK_SERIAL: &str = "harrier-root";
 
 /// The version of the protocol that this crate speaks. It changes whenever a frame's meaning does; only the layout
 /// of [`Hello`] never changes, so that two sides of different versions can name each other's.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
+
+/// Names what holds an agent of this [`VERSION`]: builds for different versions lie side by side in one cache.
+pub const VERSION_TAG: &str = "agent-2";
 
 /// How many bytes of one stream may be under way: sent, but not yet disposed of by the receiver.
 pub const WINDOW: u32 = 256 * 1024;
 
 /// How many commands may run at the same time on one connection.
 pub const MAX_COMMANDS: usize = 64;
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_tag_names_the_version() {
+        assert_eq!(super::VERSION_TAG, format!("agent-{}", super::VERSION));
+    }
+}

@@ -3,6 +3,7 @@
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
+use harrier_jobs::protocol::VERSION_TAG;
 use thiserror::Error;
 
 /// The default guest's kernel command line.
@@ -43,7 +44,7 @@ pub(crate) fn find() -> Result<GuestFiles, GuestFilesError> {
 }
 
 fn find_in(cache: &Path) -> Result<GuestFiles, GuestFilesError> {
-    let link = cache.join("guest").join("current");
+    let link = cache.join("guest").join(VERSION_TAG);
     let dir = link.canonicalize().map_err(|err| match err.kind() {
         ErrorKind::NotFound | ErrorKind::NotADirectory => {
             GuestFilesError::NotBuilt(link.display().to_string())
@@ -74,7 +75,7 @@ mod tests {
         assert!(text().ends_with("is missing): run `cargo xtask setup`"), "{}", text());
         let build = cache.path().join("guest").join("abc");
         std::fs::create_dir_all(&build).unwrap();
-        std::os::unix::fs::symlink("abc", cache.path().join("guest/current")).unwrap();
+        std::os::unix::fs::symlink("abc", cache.path().join("guest").join(VERSION_TAG)).unwrap();
         assert!(text().contains("vmlinux' is missing"), "{}", text());
         std::fs::write(build.join("vmlinux"), "k").unwrap();
         std::fs::write(build.join("initramfs.cpio"), "i").unwrap();

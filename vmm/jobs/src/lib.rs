@@ -1,14 +1,14 @@
 //! The host's side of jobs, in four parts that know only those before them:
 //!
-//! - the executor runs commands in one machine through the machine's agent;
+//! - [`session`] runs commands in one machine through the machine's agent;
 //! - [`queue`] is what a job is: its specification, states, reasons, and the language of requirements;
 //! - [`store`] keeps jobs: one trait, and a SQLite file behind it;
 //! - [`worker`] takes jobs from a store and runs each in a monitor process of its own.
 //!
-//! [`execute`] takes the connection that the agent has opened, a [`CommandSpec`], the endpoints of the command's
-//! streams ([`Stdio`]) and a [`ControlReceiver`], and gives the command's [`Outcome`]. What the agent may say and when is
-//! [`session`]'s, without any I/O; threads, files and the connection are the executor's. The guest is not
-//! trusted: it cannot make the host keep more than the streams' windows, and its texts are made printable.
+//! A [`session::Session`] runs several commands, each a [`CommandSpec`] with the endpoints of its streams ([`Stdio`]), a
+//! [`Controller`] and an [`Outcome`], over whichever connection the agent has opened last. [`execute`] runs a single
+//! one and ends the machine. The guest is not trusted: it cannot make the host keep more than the streams'
+//! windows, and its texts are made printable.
 //!
 //! Neighbours: `harrier-agent-protocol` below, the agent on the other end, the command line above. How a machine is
 //! started and how its connection comes about is not known here.
@@ -30,4 +30,5 @@ pub use harrier_agent_protocol::{
     AGENT_PORT, CommandSpec, ROOT_DISK_SERIAL, Root, SpecError, Usage, User, WindowSize,
 };
 pub use outcome::{ExecuteError, Outcome, Status, Timings};
+pub use session::{Command, Session, SessionOptions, SessionState};
 pub use stdio::{FdOutput, Output, Stdin, Stdio};

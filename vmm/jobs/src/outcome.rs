@@ -1,9 +1,11 @@
 //! What comes of running a command: its [`Outcome`], or an [`ExecuteError`].
 
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
-use harrier_agent_protocol::{SpecError, Usage, VERSION};
+use crate::session::StateError;
+use harrier_agent_protocol::{MAX_COMMANDS, SpecError, Usage, VERSION};
 
 /// How a command ended, or why it did not start.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,7 +47,7 @@ impl Status {
 }
 
 /// When things happened. Guest times are its CLOCK_MONOTONIC, about zero at its kernel's entry; host times count from
-/// the call of [`execute`](crate::execute). What did not happen is zero.
+/// the call that ran the command. What did not happen is zero.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Timings {
     /// The agent was started by the guest's kernel, in guest nanoseconds.
@@ -88,14 +90,14 @@ pub struct Outcome {
 }
 
 /// Why a command has no outcome. Each is one line.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum ExecuteError {
     /// The specification cannot be sent.
     #[error(transparent)]
     Spec(#[from] SpecError),
     /// The host lacks a file descriptor, a thread or the like.
     #[error("cannot set up the connection to the guest's agent: {0}")]
-    Setup(#[source] io::Error),
+    Setup(#[source] Arc<io::Error>),
     /// The agent connected, and then did not say anything in time.
     #[error("the guest's agent did not answer within {0:?}")]
     NoAnswer(Duration),
@@ -115,7 +117,19 @@ pub enum ExecuteError {
     Agent(String),
     /// The connection failed.
     #[error("the connection to the guest's agent failed: {0}")]
-    Connection(#[source] io::Error),
+    Connection(#[source] Arc<io::Error>),
+    /// The guest was started anew, and the command with it is gone.
+    #[error("the guest has started anew, and the command is lost")]
+    Lost,
+    /// Too many commands at a time.
+    #[error("{MAX_COMMANDS} commands run in this machine already: wait until one has ended")]
+    TooMany,
+    /// What was saved of a session cannot be resumed.
+    #[error(transparent)]
+    State(StateError),
+    /// The session was given up before, or its thread has ended.
+    #[error("the session with the guest's agent is over")]
+    Over,
     /// The caller cancelled it.
     #[error("cancelled")]
     Cancelled,

@@ -11,7 +11,7 @@ use std::thread;
 use harrier_agent_protocol::{DATA_MAX, Stream};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
-use crate::control::{Event, EventSender};
+use crate::control::{CommandEvent as Event, CommandSender};
 
 /// Where output goes. It is written on a thread of its own.
 pub type Output = Box<dyn Write + Send>;
@@ -92,7 +92,7 @@ pub(crate) struct Sink {
 }
 
 impl Sink {
-    pub(crate) fn start(stream: Stream, output: Output, events: EventSender) -> io::Result<Self> {
+    pub(crate) fn start(stream: Stream, output: Output, events: CommandSender) -> io::Result<Self> {
         let (chunks, queue) = channel();
         let name = if stream == Stream::Stdout { "stdout" } else { "stderr" };
         thread::Builder::new().name(name.into()).spawn(move || {
@@ -122,7 +122,7 @@ fn write_chunks(
     stream: Stream,
     mut output: Output,
     queue: &Receiver<Vec<u8>>,
-    events: &EventSender,
+    events: &CommandSender,
 ) -> io::Result<()> {
     while let Ok(chunk) = queue.recv() {
         output.write_all(&chunk)?;
@@ -139,7 +139,7 @@ pub(crate) struct Source {
 }
 
 impl Source {
-    pub(crate) fn start(stdin: Stdin, events: EventSender) -> io::Result<Self> {
+    pub(crate) fn start(stdin: Stdin, events: CommandSender) -> io::Result<Self> {
         let (credits, queue) = channel();
         let mut stop = None;
         let mut input = match stdin {
@@ -177,11 +177,16 @@ impl Drop for Source {
 }
 
 /// Reads until the input ends (`Some`) or nobody wants it any more (`None`).
-fn read_chunks(input: &mut Input, credits: &Receiver<usize>, events: &EventSender) -> Option<io::Result<()>> {
+fn read_chunks(
+    input: &mut Input,
+    credits: &Receiver<usize>,
+    events: &CommandSender,
+) -> Option<io::Result<()>> {
     let mut buffer = vec![0; DATA_MAX];
     let mut credit = 0_usize;
     loop {
-        if credit == 0 {
+        // Reading nothing would look like the end.
+        while credit == 0 {
             credit = credits.recv().ok()?;
         }
         credit = credits.try_iter().fold(credit, usize::saturating_add);

@@ -7,7 +7,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use harrier_jobs::protocol::{
-    AgentMessage, BootTimes, Hello, LogLevel, Outbox, Status as WireStatus, Stream, Usage, VERSION,
+    AgentMessage, BootTimes, Hello, LogLevel, Outbox, Ready, Status as WireStatus, Stream, Usage, VERSION,
 };
 use harrier_jobs::{CommandSpec, ExecuteError, Options, Outcome, Status, Stdin, Stdio, control, execute};
 
@@ -52,7 +52,10 @@ const EXITED: AgentMessage<'_> = AgentMessage::Exited {
 fn transcript() -> Vec<AgentMessage<'static>> {
     vec![
         AgentMessage::Hello(Hello::OURS),
-        AgentMessage::Ready(BootTimes { agent_start_ns: 1, mounted_ns: 2, connected_ns: 3 }),
+        AgentMessage::Ready(Ready {
+            times: BootTimes { agent_start_ns: 1, mounted_ns: 2, connected_ns: 3 },
+            ..Ready::default()
+        }),
         AgentMessage::Started { id: 1, pid: 9, at_ns: 10 },
         AgentMessage::Output { id: 1, stream: Stream::Stdout, offset: 0, bytes: b"some output" },
         EXITED,
@@ -129,8 +132,7 @@ fn an_agent_that_is_silent_is_given_up() {
 
 #[test]
 fn an_agent_that_never_finishes_the_shutdown_does_not_cost_the_outcome() {
-    let (mut agent, executor) =
-        start(Options { shutdown: Some(Duration::from_millis(30)), ..Options::default() });
+    let (mut agent, executor) = start(Options { shutdown: Duration::from_millis(30), ..Options::default() });
     agent.write_all(&bytes_of(&transcript())).unwrap();
     let (result, _) = executor.join().unwrap();
     assert_eq!(result.unwrap().status, Status::Exited(3));

@@ -1,5 +1,6 @@
 use super::*;
-use crate::Inbox;
+use crate::flow::Position;
+use crate::{Inbox, MAX_COMMANDS, WindowSize};
 
 fn host_messages() -> Vec<HostMessage<'static>> {
     vec![
@@ -8,9 +9,20 @@ fn host_messages() -> Vec<HostMessage<'static>> {
         HostMessage::Run { id: 3, bytes: b"rest" },
         HostMessage::Stdin { id: 3, offset: 1 << 40, bytes: b"\0\xff" },
         HostMessage::StdinClose { id: 3 },
-        HostMessage::Credit { id: 3, stream: Stream::Stderr, bytes: 99 },
+        HostMessage::Attach(Attach::default()),
+        HostMessage::Attach(Attach {
+            role: Role::Forked,
+            generation: 1,
+            clone_index: 2,
+            linger_ms: 3,
+            wall_clock_ns: 4,
+            entropy: [5; 32],
+            commands: vec![Attached { id: 6, outputs: [Position { received: 8, disposed: 7 }; 2] }; 3],
+        }),
+        HostMessage::Ack { id: 3, stream: Stream::Stderr, offset: 99 },
         HostMessage::CloseOutput { id: 3, stream: Stream::Stdout },
-        HostMessage::Signal { id: 3, number: 15 },
+        HostMessage::Signal { id: 3, sequence: 8, number: 15 },
+        HostMessage::Release { id: 3 },
         HostMessage::Resize { id: 3, size: WindowSize { rows: 1, cols: 2 } },
         HostMessage::Shutdown,
     ]
@@ -19,11 +31,25 @@ fn host_messages() -> Vec<HostMessage<'static>> {
 fn agent_messages() -> Vec<AgentMessage<'static>> {
     vec![
         AgentMessage::Hello(Hello::OURS),
-        AgentMessage::Ready(BootTimes { agent_start_ns: 1, mounted_ns: 2, connected_ns: 3 }),
+        AgentMessage::Ready(Ready {
+            boot_id: [1; 16],
+            reason: Reason::Lost,
+            times: BootTimes { agent_start_ns: 1, mounted_ns: 2, connected_ns: 3 },
+            commands: vec![
+                CommandStatus {
+                    id: 9,
+                    stdin: Position { received: 2, disposed: 1 },
+                    signal: 3,
+                    outputs: [Kept { from: 4, to: 5 }; 2],
+                };
+                MAX_COMMANDS
+            ],
+        }),
         AgentMessage::Started { id: 9, pid: 77, at_ns: 4 },
         AgentMessage::StartFailed { id: 9, kind: FailureKind::NotExecutable, message: b"no" },
         AgentMessage::Output { id: 9, stream: Stream::Stdout, offset: 5, bytes: b"out" },
-        AgentMessage::StdinCredit { id: 9, bytes: 6 },
+        AgentMessage::StdinAck { id: 9, offset: 6 },
+        AgentMessage::SignalAck { id: 9, sequence: 7 },
         AgentMessage::StdinClosed { id: 9 },
         AgentMessage::Exited {
             id: 9,
@@ -206,4 +232,28 @@ fn damaged_specifications_decode_to_an_error_or_to_exactly_themselves() {
             assert_eq!(decoded.encode().as_deref(), Ok(bytes.as_slice()));
         }
     }
+}
+
+#[test]
+fn positions_and_lists_that_cannot_be_are_refused() {
+    let damaged = |message: &HostMessage<'_>, at: usize, byte: u8| {
+        let mut found = None;
+        with_frame(
+            |outbox| message.send(outbox),
+            |frame| {
+                let mut payload = frame.payload.to_vec();
+                payload[at] = byte;
+                found = HostMessage::decode(Frame { payload: &payload, ..frame }).err();
+            },
+        );
+        found
+    };
+    let attach = HostMessage::Attach(Attach { commands: vec![Attached::default()], ..Attach::default() });
+    let count_at = 1 + 12 + 8 + 32;
+    let too_many = MAX_COMMANDS as u8 + 1;
+    let refused = |field, value| Some(DecodeError::InvalidField { field, value });
+    assert_eq!(damaged(&attach, count_at, too_many), refused("command count", too_many.into()));
+    // The first output's `disposed`, beyond its `received`.
+    assert_eq!(damaged(&attach, count_at + 1 + 4 + 8, 1), refused("position", 1));
+    assert_eq!(damaged(&attach, 0, 9), refused("role", 9));
 }

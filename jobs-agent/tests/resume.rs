@@ -1,0 +1,326 @@
+//! The real agent as an ordinary process whose connection is cut, at every point and again and again: the session goes on
+//! as if nothing had happened, nothing is lost and nothing comes twice.
+
+use std::collections::VecDeque;
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::process::{Child, Command, Stdio as ProcessStdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use harrier_jobs::session::Restored;
+use harrier_jobs::{CommandSpec, Outcome, Session, SessionOptions, SessionState, Status, Stdin, Stdio};
+use proptest::prelude::*;
+
+/// After how many bytes a connection is cut, from the agent and to it.
+#[derive(Clone, Copy, Debug)]
+struct Cut {
+    from_agent: u64,
+    to_agent: u64,
+}
+
+const NEVER: Cut = Cut { from_agent: u64::MAX, to_agent: u64::MAX };
+
+/// An agent that dials through a relay which cuts its connections as planned; the last one stays.
+struct Relay {
+    agent: Child,
+    _folder: tempfile::TempDir,
+    is_over: Arc<AtomicBool>,
+    path: std::path::PathBuf,
+    /// Where connections go at present.
+    session: Arc<Mutex<Option<Session>>>,
+    /// The last connection's agent end.
+    last: Arc<Mutex<Option<UnixStream>>>,
+}
+
+impl Relay {
+    fn new(session: &Session, cuts: impl IntoIterator<Item = Cut>) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("host");
+        let listener = UnixListener::bind(&path).unwrap();
+        let agent = start_agent(&path);
+        let is_over = Arc::new(AtomicBool::new(false));
+        let session = Arc::new(Mutex::new(Some(session.clone())));
+        let last = Arc::new(Mutex::new(None));
+        let mut cuts: VecDeque<Cut> = cuts.into_iter().collect();
+        thread::spawn({
+            let (is_over, session, last) = (Arc::clone(&is_over), Arc::clone(&session), Arc::clone(&last));
+            move || {
+                while let Ok((agent, _)) = listener.accept() {
+                    if is_over.load(Ordering::Relaxed) {
+                        return;
+                    }
+                    let cut = cuts.pop_front().unwrap_or(NEVER);
+                    *last.lock().unwrap() = Some(agent.try_clone().unwrap());
+                    if let Some(session) = &*session.lock().unwrap() {
+                        relay(agent, session, cut);
+                    }
+                }
+            }
+        });
+        Self { agent, _folder: folder, is_over, path, session, last }
+    }
+
+    /// Ends the agent as a host does, and waits for it.
+    fn end(mut self, session: &Session) {
+        // The owner of a machine sees it end; here that is the agent's process.
+        thread::scope(|scope| {
+            let agent = &mut self.agent;
+            scope.spawn(move || {
+                assert!(agent.wait().unwrap().success());
+                session.machine_ended();
+            });
+            session.shut_down(Duration::from_secs(60)).unwrap();
+        });
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        // Where a test has failed; otherwise it has ended.
+        let _ = self.agent.kill();
+        let _ = self.agent.wait();
+        // Its thread ends with the next connection, or with the test.
+        self.is_over.store(true, Ordering::Relaxed);
+        drop(UnixStream::connect(&self.path));
+    }
+}
+
+fn start_agent(path: &Path) -> Child {
+    Command::new(env!("CARGO_BIN_EXE_harrier-jobs-agent"))
+        .arg("--redial-unix")
+        .arg(path)
+        .stdin(ProcessStdio::null())
+        .spawn()
+        .unwrap()
+}
+
+/// Connects the agent to the session until the cut.
+fn relay(agent: UnixStream, session: &Session, cut: Cut) {
+    let (near, host) = UnixStream::pair().unwrap();
+    session.connect(host);
+    for (from, to, limit) in [(&agent, &near, cut.from_agent), (&near, &agent, cut.to_agent)] {
+        let (from, to) = (from.try_clone().unwrap(), to.try_clone().unwrap());
+        thread::spawn(move || pump(from, to, limit));
+    }
+}
+
+fn pump(mut from: UnixStream, mut to: UnixStream, mut limit: u64) {
+    let mut buffer = vec![0; 64 * 1024];
+    while limit > 0 {
+        let room = buffer.len().min(usize::try_from(limit).unwrap_or(usize::MAX));
+        match from.read(&mut buffer[..room]) {
+            Ok(count @ 1..) if to.write_all(&buffer[..count]).is_ok() => limit -= count as u64,
+            _ => break,
+        }
+    }
+    // Both ends see that it is over, whatever is still under way.
+    let _ = from.shutdown(Shutdown::Both);
+    let _ = to.shutdown(Shutdown::Both);
+}
+
+#[derive(Clone, Default)]
+struct Capture(Arc<Mutex<Vec<u8>>>);
+
+impl Write for Capture {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Capture {
+    fn len(&self) -> usize {
+        self.0.lock().unwrap().len()
+    }
+
+    fn text(&self) -> String {
+        String::from_utf8_lossy(&self.0.lock().unwrap()).into_owned()
+    }
+}
+
+/// Bytes of all values without a short period.
+fn pattern(length: usize) -> Vec<u8> {
+    (0..length as u64).map(|index| (index.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8).collect()
+}
+
+struct Ended {
+    outcome: Outcome,
+    stdout: Vec<u8>,
+    stderr: Vec<u8>,
+}
+
+/// Runs a command with this input over connections that are cut.
+fn run(spec: &CommandSpec, input: Vec<u8>, cuts: &[Cut]) -> Ended {
+    let session = Session::new(SessionOptions::default()).unwrap();
+    let relay = Relay::new(&session, cuts.iter().copied());
+    let (stdout, stderr) = (Capture::default(), Capture::default());
+    let stdio = Stdio {
+        stdin: Stdin::Reader(Box::new(io::Cursor::new(input))),
+        stdout: Box::new(stdout.clone()),
+        stderr: Box::new(stderr.clone()),
+    };
+    let outcome = session.run(spec, stdio).unwrap().wait().unwrap();
+    relay.end(&session);
+    let take = |capture: &Capture| std::mem::take(&mut *capture.0.lock().unwrap());
+    Ended { outcome, stdout: take(&stdout), stderr: take(&stderr) }
+}
+
+fn sh(script: &str) -> CommandSpec {
+    CommandSpec::new(["sh", "-c", script])
+}
+
+#[test]
+fn a_short_command_survives_a_cut_at_every_byte() {
+    let script = "read line; echo \"got $line\"; echo told >&2; exit 3";
+    let whole = 360;
+    let workers: Vec<_> = (0..8)
+        .map(|worker| {
+            thread::spawn(move || {
+                for at in (worker..whole).step_by(8) {
+                    for cut in [Cut { from_agent: at, ..NEVER }, Cut { to_agent: at, ..NEVER }] {
+                        let ended = run(&sh(script), b"input\n".to_vec(), &[cut]);
+                        let found = (ended.outcome.status, &*ended.stdout, &*ended.stderr);
+                        let expected = (Status::Exited(3), b"got input\n".as_slice(), b"told\n".as_slice());
+                        assert_eq!(found, expected, "{cut:?}");
+                    }
+                }
+            })
+        })
+        .collect();
+    workers.into_iter().for_each(|worker| worker.join().unwrap());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn streams_arrive_whole_over_any_number_of_cuts(
+        length in 0_usize..1_500_000,
+        cuts in prop::collection::vec((0_u64..400_000, 0_u64..400_000), 0..8),
+    ) {
+        let data = pattern(length);
+        let cuts: Vec<Cut> =
+            cuts.into_iter().map(|(from_agent, to_agent)| Cut { from_agent, to_agent }).collect();
+        // Everything goes through stdin and comes back on both outputs.
+        let ended = run(&sh("tee /proc/self/fd/2"), data.clone(), &cuts);
+        prop_assert_eq!(ended.outcome.status, Status::Exited(0));
+        prop_assert!(ended.stdout == data, "stdout: {} of {} bytes", ended.stdout.len(), data.len());
+        prop_assert!(ended.stderr == data, "stderr: {} of {} bytes", ended.stderr.len(), data.len());
+        prop_assert_eq!(ended.outcome.stdin_bytes, length as u64);
+    }
+}
+
+#[test]
+fn signals_are_sent_once_however_often_the_connection_is_cut() {
+    let session = Session::new(SessionOptions::default()).unwrap();
+    // Each cut falls among the signals.
+    let relay = Relay::new(&session, (0..20).map(|index| Cut { from_agent: 300 + 7 * index, ..NEVER }));
+    let stdout = Capture::default();
+    let stdio = Stdio { stdin: Stdin::Empty, stdout: Box::new(stdout.clone()), stderr: Box::new(io::sink()) };
+    let script =
+        "n=0; trap 'n=$((n+1)); echo $n' USR1; echo ready; while [ $n -lt 12 ]; do sleep 0.01; done; exit 0";
+    let command = session.run(&sh(script), stdio).unwrap();
+    let wait_for = |lines: usize| {
+        while stdout.text().lines().count() < lines {
+            thread::sleep(Duration::from_millis(1));
+        }
+    };
+    wait_for(1);
+    for sent in 1..=12 {
+        command.controller().signal(10);
+        wait_for(1 + sent);
+    }
+    assert_eq!(command.wait().unwrap().status, Status::Exited(0));
+    assert_eq!(stdout.text(), "ready\n1\n2\n3\n4\n5\n6\n7\n8\n9\n10\n11\n12\n");
+    relay.end(&session);
+}
+
+/// Waits for a condition that another thread or process brings about.
+fn until(condition: impl Fn() -> bool) {
+    while !condition() {
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn commands_go_on_without_a_host_and_another_process_takes_over_where_output_was_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let mark = folder.path().join("mark");
+    let original = Session::new(SessionOptions::default()).unwrap();
+    let relay = Relay::new(&original, []);
+    let before = Capture::default();
+    let stdio = |capture: &Capture| Stdio {
+        stdin: Stdin::Empty,
+        stdout: Box::new(capture.clone()),
+        stderr: Box::new(io::sink()),
+    };
+    let script = format!(
+        "echo first; while ! [ -e {0} ]; do sleep 0.01; done; seq 300000; rm {0}; exit 4",
+        mark.display()
+    );
+    let command = original.run(&sh(&script), stdio(&before)).unwrap();
+    until(|| before.text() == "first\n");
+    let state = loop {
+        let state = original.state().unwrap();
+        if state.commands[0].stdout.offset == 6 {
+            break state;
+        }
+    };
+    let state: SessionState = serde_json::from_str(&serde_json::to_string(&state).unwrap()).unwrap();
+    // The host goes away, without a word to the agent; the agent finds nobody.
+    *relay.session.lock().unwrap() = None;
+    drop((original, command));
+    relay.last.lock().unwrap().take().unwrap().shutdown(Shutdown::Both).unwrap();
+    std::fs::write(&mark, "").unwrap();
+    // It has written all that fits the window and the pipe, and ends only when someone reads.
+    thread::sleep(Duration::from_millis(50));
+    assert!(mark.exists() && before.len() == 6);
+
+    let after = Capture::default();
+    let (session, mut commands) =
+        Session::resume(&state, &Restored::default(), SessionOptions::default(), |_| stdio(&after)).unwrap();
+    *relay.session.lock().unwrap() = Some(session.clone());
+    if let Some(waiting) = relay.last.lock().unwrap().take() {
+        // An attempt of the agent's that nobody took.
+        let _ = waiting.shutdown(Shutdown::Both);
+    }
+    let outcome = commands.remove(0).wait().unwrap();
+    assert_eq!(outcome.status, Status::Exited(4));
+    let expected: String = (1..=300_000).map(|line| format!("{line}\n")).collect();
+    assert!(after.text() == expected, "{} of {} bytes", after.len(), expected.len());
+    assert_eq!(outcome.stdout_bytes, 6 + expected.len() as u64);
+    relay.session.lock().unwrap().take();
+    relay.end(&session);
+}
+
+#[test]
+fn an_agent_without_a_host_ends_when_its_time_is_over() {
+    let options = SessionOptions { linger: Some(Duration::from_millis(30)), ..SessionOptions::default() };
+    let session = Session::new(options).unwrap();
+    let mut relay = Relay::new(&session, []);
+    let stdout = Capture::default();
+    let stdio = Stdio { stdin: Stdin::Empty, stdout: Box::new(stdout.clone()), stderr: Box::new(io::sink()) };
+    let command = session.run(&sh("echo $$; sleep 1000"), stdio).unwrap();
+    until(|| stdout.len() > 0);
+    // No more connections, and the present one is gone.
+    std::fs::remove_file(&relay.path).unwrap();
+    relay.last.lock().unwrap().take().unwrap().shutdown(Shutdown::Both).unwrap();
+    assert!(relay.agent.wait().unwrap().success());
+    session.machine_ended();
+    assert!(command.wait().is_err());
+    let process = format!("/proc/{}/stat", stdout.text().trim());
+    let is_gone = || {
+        let state = std::fs::read_to_string(&process).unwrap_or_default();
+        state.is_empty() || state.contains(") Z ") || state.contains(") X ")
+    };
+    until(is_gone);
+}
