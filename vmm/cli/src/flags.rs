@@ -36,8 +36,8 @@ pub(crate) enum Command {
     Logs(LogsFlags),
     /// Make machines stand still; their memory stays.
     Pause(NamesFlags),
-    /// Let paused machines go on.
-    Resume(NamesFlags),
+    /// Let suspended jobs or paused machines go on.
+    Resume(ResumeFlags),
     /// Ask machines to end, and end them if they do not.
     Stop(StopFlags),
     /// End machines at once, or send their commands a signal.
@@ -208,6 +208,18 @@ pub(crate) struct LogsFlags {
     /// A job's number, or a machine's name, id or beginning of an id.
     #[arg(value_name = "ID")]
     pub(crate) target: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ResumeFlags {
+    #[command(flatten)]
+    pub(crate) place: QueuePlace,
+    /// For jobs: print one JSON array of what was done.
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Jobs: ID, ID,ID or ID-ID. Or machines: names, ids or beginnings of ids.
+    #[arg(required = true, value_name = "ID")]
+    pub(crate) targets: Vec<String>,
 }
 
 #[derive(Debug, Args)]

@@ -90,6 +90,9 @@ fn machines_or_jobs(command: Command, runtime_dir: Option<&Path>) -> Result<u8, 
     match command {
         Command::Logs(flags) if jobs::is_job(&flags.target) => jobs::logs(&flags),
         Command::Wait(flags) if flags.targets.iter().all(|target| jobs::is_job(target)) => jobs::wait(&flags),
+        Command::Resume(flags) if flags.targets.iter().all(|target| jobs::is_job(target)) => {
+            jobs::resume(flags)
+        }
         other => machines::run(other, runtime_dir),
     }
 }

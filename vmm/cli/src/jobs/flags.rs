@@ -10,13 +10,40 @@ pub(crate) enum JobCommand {
     Submit(Box<SubmitFlags>),
     /// List the jobs that have not ended.
     Queue(QueueFlags),
+    /// List the jobs that have ended, the latest first.
+    History(HistoryFlags),
     /// Show everything about jobs.
-    Status(StatusFlags),
+    Status(JobsFlags),
+    /// Say why jobs are where they are.
+    Why(JobsFlags),
+    /// Show what has happened to a job, or to all.
+    Events(EventsFlags),
+    /// End jobs.
+    Cancel(JobsFlags),
+    /// Keep jobs from running; those that run are given back first.
+    Hold(JobsFlags),
+    /// Undo a hold.
+    Release(JobsFlags),
+    /// Run jobs from their beginning again.
+    Requeue(JobsFlags),
+    /// Let the machines of running jobs stand still.
+    Suspend(JobsFlags),
+    /// Save the state of running jobs.
+    #[command(hide = true)]
+    Checkpoint(JobsFlags),
+    /// Take jobs from their hosts; they go on elsewhere.
+    Vacate(VacateFlags),
+    /// Give jobs another priority.
+    Prio(PrioFlags),
+    /// List the hosts that run jobs.
+    Hosts(HostsFlags),
+    /// Show the queue in numbers.
+    Stats(StatsFlags),
     /// Run jobs on this host.
     ///
     /// One signal lets the worker give its jobs back and end; a second ends it at once, and what it ran ends with its
     /// leases.
-    Worker(WorkerFlags),
+    Worker(Box<WorkerFlags>),
 }
 
 /// Which queue.
@@ -140,8 +167,9 @@ pub(crate) struct QueueFlags {
     pub(crate) json: bool,
 }
 
+/// Jobs and how they are shown.
 #[derive(Debug, Args)]
-pub(crate) struct StatusFlags {
+pub(crate) struct JobsFlags {
     #[command(flatten)]
     pub(crate) place: QueuePlace,
     /// Print one JSON array.
@@ -153,7 +181,97 @@ pub(crate) struct StatusFlags {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct HistoryFlags {
+    #[command(flatten)]
+    pub(crate) place: QueuePlace,
+    #[command(flatten)]
+    pub(crate) filter: FilterFlags,
+    /// Print one JSON array.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct EventsFlags {
+    #[command(flatten)]
+    pub(crate) place: QueuePlace,
+    /// Go on until the job ends; without a job, for ever.
+    #[arg(long, short)]
+    pub(crate) follow: bool,
+    /// Print one JSON object a line.
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// The job; else all.
+    #[arg(value_name = "ID")]
+    pub(crate) job: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct VacateFlags {
+    #[command(flatten)]
+    pub(crate) place: QueuePlace,
+    /// Print one JSON array.
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Jobs: ID, ID,ID or ID-ID. Or a host: all of its jobs.
+    #[arg(required = true, value_name = "ID|HOST")]
+    pub(crate) targets: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PrioFlags {
+    #[command(flatten)]
+    pub(crate) place: QueuePlace,
+    /// Print one JSON array.
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Jobs: ID, ID,ID or ID-ID.
+    #[arg(value_name = "ID")]
+    pub(crate) jobs: String,
+    /// Higher goes first.
+    #[arg(value_name = "N", allow_negative_numbers = true)]
+    pub(crate) priority: i64,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct HostsFlags {
+    #[command(flatten)]
+    pub(crate) place: QueuePlace,
+    /// Print one JSON array.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct StatsFlags {
+    #[command(flatten)]
+    pub(crate) place: QueuePlace,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// The owner's word to a worker.
+#[derive(Debug, Subcommand)]
+pub(crate) enum WorkerCommand {
+    /// Say that the host is wanted: jobs stand still.
+    Busy(OwnerFlags),
+    /// Say that jobs may run.
+    Idle(OwnerFlags),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct OwnerFlags {
+    /// The worker's folder, as it was given to the worker.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) state: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub(crate) struct WorkerFlags {
+    #[command(subcommand)]
+    pub(crate) command: Option<WorkerCommand>,
     #[command(flatten)]
     pub(crate) place: QueuePlace,
     /// The worker's name, unique in the queue; else the host's name.
@@ -171,6 +289,9 @@ pub(crate) struct WorkerFlags {
     /// Memory for jobs; else what is available now.
     #[arg(long, value_name = "SIZE")]
     pub(crate) memory: Option<String>,
+    /// What the owner allows: a TOML file, or 'dedicated' (the default: busy and idle decide) or 'desktop'.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) policy: Option<PathBuf>,
     /// A word that requirements can ask for, as labels.NAME. Repeatable.
     #[arg(long, value_name = "NAME=VALUE")]
     pub(crate) label: Vec<String>,

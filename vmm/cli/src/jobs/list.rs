@@ -1,13 +1,12 @@
-//! `harrier queue` and `harrier status`.
+//! Lists: jobs, hosts, and the queue in numbers.
 
-use harrier_jobs::queue::{Attempt, Dependency, Event, Job, State};
-use harrier_jobs::store::{EventQuery, JobFilter};
-use serde::Serialize;
+use harrier_jobs::queue::{Host, Job, State};
+use harrier_jobs::store::{JobFilter, Stats};
 
-use super::flags::{FilterFlags, QueueFlags, StatusFlags};
+use super::flags::{FilterFlags, HistoryFlags, HostsFlags, QueueFlags, StatsFlags};
 use super::submit::pairs;
 use super::table::Table;
-use super::{ids, place, print, print_json, text};
+use super::{place, print, print_json, text};
 use crate::exit::Failure;
 
 fn filter(flags: &FilterFlags) -> Result<JobFilter, Failure> {
@@ -65,110 +64,122 @@ pub(super) fn name(job: &Job) -> String {
     }
 }
 
-#[derive(Serialize)]
-struct Status {
-    #[serde(flatten)]
-    job: Job,
-    dependencies: Vec<Dependency>,
-    attempts: Vec<Attempt>,
-    events: Vec<Event>,
-}
+/// Jobs that `harrier history` shows unless it is told otherwise.
+const HISTORY: u64 = 50;
 
-pub(super) fn status(flags: &StatusFlags) -> Result<u8, Failure> {
-    let store = place::open(&flags.place)?;
-    let mut all = Vec::new();
-    for id in ids::parse(&flags.jobs)? {
-        let query = EventQuery { job: Some(id), ..EventQuery::default() };
-        all.push(Status {
-            job: store.job(id)?,
-            dependencies: store.dependencies(id)?,
-            attempts: store.attempts(id)?,
-            events: store.events(&query)?,
-        });
+pub(super) fn history(flags: &HistoryFlags) -> Result<u8, Failure> {
+    let mut filter = filter(&flags.filter)?;
+    if filter.states.is_none() {
+        filter.states = Some(State::ALL.iter().copied().filter(|state| state.is_final()).collect());
     }
+    filter.newest_first = true;
+    filter.limit = filter.limit.or(Some(HISTORY));
+    let jobs = place::open(&flags.place)?.jobs(&filter)?;
     if flags.json {
-        print_json(&all)?;
+        print_json(&jobs)?;
         return Ok(0);
     }
-    for (index, status) in all.iter().enumerate() {
-        if index > 0 {
-            print("\n")?;
-        }
-        print(&describe(status))?;
+    let mut table = Table::new(&["ID", "USER", "STATE", "EXIT", "TRIES", "ENDED", "TOOK", "COMMAND"]);
+    for job in &jobs {
+        let took = job.started_ms.zip(job.ended_ms).map(|(from, to)| text::span(to.saturating_sub(from)));
+        table.row(vec![
+            job.id.to_string(),
+            job.user.clone(),
+            job.state.to_string(),
+            job.exit_code.map_or("-".to_owned(), |code| code.to_string()),
+            job.epoch.to_string(),
+            job.ended_ms.map_or("-".to_owned(), text::time),
+            took.unwrap_or_else(|| "-".to_owned()),
+            name(job),
+        ]);
     }
+    print(&table.text())?;
     Ok(0)
 }
 
-fn describe(status: &Status) -> String {
-    let job = &status.job;
-    let mut lines: Vec<(&str, String)> = Vec::new();
-    let mut line = |name: &'static str, value: String| lines.push((name, value));
-    line("job", job.id.to_string());
-    if let Some(name) = &job.spec.name {
-        line("name", name.clone());
+pub(super) fn hosts(flags: &HostsFlags) -> Result<u8, Failure> {
+    let hosts = place::open(&flags.place)?.hosts()?;
+    if flags.json {
+        print_json(&hosts)?;
+        return Ok(0);
     }
-    line("command", text::command(&job.spec.command));
-    line("user", job.user.clone());
-    let reason = match &job.detail {
-        Some(detail) => format!("{} ({}: {detail})", job.state, job.reason),
-        None => format!("{} ({})", job.state, job.reason),
+    let now = text::now_ms();
+    let mut table =
+        Table::new(&["HOST", "STATE", "JOBS", "SLOTS", "CPUS", "MEMORY", "ENGINES", "SEEN", "LABELS"]);
+    for host in &hosts {
+        let ad = &host.ad;
+        let labels: Vec<String> = ad.labels.iter().map(|(name, value)| format!("{name}={value}")).collect();
+        table.row(vec![
+            ad.host.clone(),
+            host_state(host),
+            host.jobs.to_string(),
+            ad.slots.to_string(),
+            ad.cpus.to_string(),
+            text::size(ad.memory_bytes),
+            ad.engines.join(","),
+            format!("{} ago", text::span(now.saturating_sub(host.seen_ms))),
+            labels.join(","),
+        ]);
+    }
+    print(&table.text())?;
+    Ok(0)
+}
+
+fn host_state(host: &Host) -> String {
+    let state = if !host.alive {
+        "silent"
+    } else if host.ad.closed.is_some() {
+        "closed"
+    } else if host.ad.free.slots == 0 {
+        "full"
+    } else {
+        "open"
     };
-    line("state", reason);
-    if let Some(code) = job.exit_code {
-        line("exit code", code.to_string());
+    state.to_owned()
+}
+
+pub(super) fn stats(flags: &StatsFlags) -> Result<u8, Failure> {
+    let stats = place::open(&flags.place)?.stats()?;
+    if flags.json {
+        let mut value = serde_json::to_value(&stats)?;
+        if let Some(object) = value.as_object_mut() {
+            object.insert("goodput".to_owned(), stats.goodput().into());
+        }
+        print_json(&value)?;
+        return Ok(0);
     }
-    if let Some(array) = job.array {
-        line("array", format!("index {} of the array of job {}", array.index, array.first));
-    }
-    line("priority", job.priority.to_string());
-    line("wants", format!("{} cpus, {}", job.spec.cpus, text::size(job.spec.memory_bytes)));
-    if let Some(requirements) = &job.spec.requirements {
-        line("requirements", requirements.clone());
-    }
-    if !status.dependencies.is_empty() {
-        let needs: Vec<String> = status.dependencies.iter().map(|needs| needs.job.to_string()).collect();
-        line("after", needs.join(", "));
-    }
-    line("submitted", text::time(job.submitted_ms));
-    if let Some(at) = job.not_before_ms {
-        line("not before", text::time(at));
-    }
-    if let Some(at) = job.started_ms {
-        line("started", text::time(at));
-    }
-    if let Some(at) = job.ended_ms {
-        line("ended", text::time(at));
-    }
-    if let Some(host) = &job.host {
-        line("host", host.clone());
-    }
-    if !job.wanted.is_empty() {
-        line("asked for", job.wanted.to_string());
-    }
+    print(&describe(&stats))?;
+    Ok(0)
+}
+
+fn describe(stats: &Stats) -> String {
     let mut out = String::new();
-    for (name, value) in lines {
-        out.push_str(&format!("{:<14}{value}\n", format!("{name}:")));
+    let mut line = |name: &str, value: String| out.push_str(&format!("{:<14}{value}\n", format!("{name}:")));
+    let words = |pairs: Vec<String>| if pairs.is_empty() { "none".to_owned() } else { pairs.join(", ") };
+    line("jobs", words(stats.states.iter().map(|(state, count)| format!("{count} {state}")).collect()));
+    line("attempts", stats.attempts.to_string());
+    line("ends", words(stats.ends.iter().map(|(reason, count)| format!("{count} {reason}")).collect()));
+    line("hosts", format!("{} of {} heard of lately", stats.hosts.0, stats.hosts.1));
+    let times = &stats.times;
+    for (name, ms) in [
+        ("allocated", times.allocated_ms),
+        ("committed", times.committed_ms),
+        ("lost", times.lost_ms),
+        ("suspended", times.suspended_ms),
+        ("checkpoint", times.checkpoint_ms),
+        ("restore", times.restore_ms),
+        ("transfer", times.transfer_ms),
+    ] {
+        line(name, format!("{:.1} s", ms as f64 / 1000.0));
     }
-    if !status.attempts.is_empty() {
-        let mut table = Table::new(&["ATTEMPT", "HOST", "ENGINE", "CLAIMED", "TOOK", "KEPT", "END"]);
-        for attempt in &status.attempts {
-            let end = match (attempt.reason, attempt.exit_code) {
-                (Some(reason), Some(code)) => format!("{reason} {code}"),
-                (Some(reason), None) => reason.to_string(),
-                (None, _) => "-".to_owned(),
-            };
-            let ended = |span: u64| attempt.ended_ms.map_or("-".to_owned(), |_| text::span(span));
+    line("goodput", stats.goodput().map_or("-".to_owned(), |share| format!("{:.1} %", share * 100.0)));
+    if !stats.users.is_empty() {
+        let mut table = Table::new(&["USER", "RUNNING", "RECENT CPU SECONDS"]);
+        for user in &stats.users {
             table.row(vec![
-                attempt.epoch.to_string(),
-                attempt.host.clone(),
-                attempt.engine.clone().unwrap_or_else(|| "-".to_owned()),
-                text::time(attempt.claimed_ms),
-                ended(attempt.times.allocated_ms),
-                ended(attempt.times.committed_ms),
-                match &attempt.detail {
-                    Some(detail) => format!("{end}: {detail}"),
-                    None => end,
-                },
+                user.user.clone(),
+                user.running.to_string(),
+                format!("{:.0}", user.recent_cpu_seconds),
             ]);
         }
         out.push('\n');

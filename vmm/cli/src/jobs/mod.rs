@@ -1,9 +1,11 @@
 //! The commands around the queue: each opens a [`Store`] and says what came of it.
 
+mod act;
 pub(crate) mod flags;
 mod ids;
 mod list;
 mod place;
+mod status;
 mod submit;
 mod table;
 mod text;
@@ -12,11 +14,13 @@ mod worker;
 
 use std::io::{self, Write};
 
+use harrier_jobs::store::Action;
 use serde::Serialize;
 
 use self::flags::JobCommand;
 use crate::exit::Failure;
 
+pub(crate) use act::resume;
 pub(crate) use ids::is_job;
 pub(crate) use watch::{logs, wait};
 
@@ -25,8 +29,21 @@ pub(crate) fn run(command: JobCommand) -> Result<u8, Failure> {
     match command {
         JobCommand::Submit(flags) => submit::run(*flags),
         JobCommand::Queue(flags) => list::queue(&flags),
-        JobCommand::Status(flags) => list::status(&flags),
-        JobCommand::Worker(flags) => worker::run(flags),
+        JobCommand::History(flags) => list::history(&flags),
+        JobCommand::Status(flags) => status::status(&flags),
+        JobCommand::Why(flags) => status::why(&flags),
+        JobCommand::Events(flags) => watch::events(&flags),
+        JobCommand::Cancel(flags) => act::act(&Action::Cancel, &flags),
+        JobCommand::Hold(flags) => act::act(&Action::Hold, &flags),
+        JobCommand::Release(flags) => act::act(&Action::Release, &flags),
+        JobCommand::Requeue(flags) => act::act(&Action::Requeue, &flags),
+        JobCommand::Suspend(flags) => act::act(&Action::Suspend, &flags),
+        JobCommand::Checkpoint(flags) => act::act(&Action::Checkpoint, &flags),
+        JobCommand::Vacate(flags) => act::vacate(&flags),
+        JobCommand::Prio(flags) => act::prio(&flags),
+        JobCommand::Hosts(flags) => list::hosts(&flags),
+        JobCommand::Stats(flags) => list::stats(&flags),
+        JobCommand::Worker(flags) => worker::run(*flags),
     }
 }
 
@@ -37,12 +54,11 @@ fn print_json<T: Serialize>(value: &T) -> Result<(), Failure> {
     print(&text)
 }
 
-/// Prints text; a reader that has gone away wants no more.
+/// Prints text. A reader that has gone away wants no more: then the program ends, as in any pipe.
 fn print(text: &str) -> Result<(), Failure> {
     match io::stdout().write_all(text.as_bytes()) {
-        Err(err) if err.kind() != io::ErrorKind::BrokenPipe => {
-            Err(Failure::new(format!("stdout cannot be written ({err}): give it another place")))
-        }
+        Err(err) if err.kind() == io::ErrorKind::BrokenPipe => std::process::exit(0),
+        Err(err) => Err(Failure::new(format!("stdout cannot be written ({err}): give it another place"))),
         _ => Ok(()),
     }
 }

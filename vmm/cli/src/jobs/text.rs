@@ -40,18 +40,10 @@ pub(super) fn now_ms() -> u64 {
 
 /// A point in time, in UTC: `2026-11-26T11:05:07Z`.
 pub(super) fn time(ms: u64) -> String {
-    // Howard Hinnant's days-to-date, as in "chrono-Compatible Low-Level Date Algorithms".
-    let (days, second) = (ms / 86_400_000, ms / 1000 % 86400);
-    let shifted = days + 719_468;
-    let era = shifted / 146_097;
-    let day_of_era = shifted % 146_097;
-    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let shifted_month = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
-    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
-    let year = year_of_era + era * 400 + u64::from(month <= 2);
-    format!("{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}Z", second / 3600, second / 60 % 60, second % 60)
+    // Its last year; a number from elsewhere may be anything.
+    let ms = ms.min(253_402_300_799_000);
+    let time = std::time::UNIX_EPOCH + std::time::Duration::from_millis(ms);
+    humantime::format_rfc3339_seconds(time).to_string()
 }
 
 /// A command as one would type it, roughly.

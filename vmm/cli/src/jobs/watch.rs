@@ -1,12 +1,13 @@
-//! `harrier wait` and `harrier logs`: waiting for jobs and showing their output.
+//! `harrier wait`, `logs` and `events`: following jobs.
 
 use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, Instant};
 
 use harrier_jobs::queue::{Job, JobId, State};
-use harrier_jobs::store::{JobFilter, OutputQuery, Store};
+use harrier_jobs::store::{EventQuery, JobFilter, OutputQuery, Store};
 
-use super::{ids, place, print_json};
+use super::flags::EventsFlags;
+use super::{ids, place, print, print_json, text};
 use crate::exit::{Failure, HARRIER_FAILED, TIMED_OUT};
 use crate::flags::{LogsFlags, WaitFlags};
 use crate::units::parse_time;
@@ -222,4 +223,53 @@ fn follow(
 fn is_last(store: &dyn Store, job: JobId, epoch: u64) -> Result<bool, Failure> {
     Ok(store.job(job)?.state.is_final()
         && store.attempts(job)?.last().is_none_or(|attempt| attempt.epoch == epoch || epoch == 0))
+}
+
+/// Events that are read at a time.
+const EVENTS: u64 = 1000;
+
+pub(super) fn events(flags: &EventsFlags) -> Result<u8, Failure> {
+    let store = place::open(&flags.place)?;
+    let job = match &flags.job {
+        None => None,
+        Some(word) => {
+            let [job] = ids::parse(std::slice::from_ref(word))?
+                .try_into()
+                .map_err(|_| Failure::new(format!("'{word}' is more than one job: name one")))?;
+            Some(job)
+        }
+    };
+    let mut query = EventQuery { job, after_seq: 0, limit: Some(EVENTS) };
+    let mut patience = Patience::new();
+    loop {
+        // Looked at before the events: what is there then is all there is.
+        let over = match job {
+            Some(job) => store.job(job)?.state.is_final(),
+            None => false,
+        };
+        let news = store.events(&query)?;
+        for event in &news {
+            query.after_seq = event.seq;
+            if flags.json {
+                print(&format!("{}\n", serde_json::to_string(event)?))?;
+            } else {
+                let detail = event.detail.as_ref().map(|detail| format!("  {detail}")).unwrap_or_default();
+                let place = format!("job {} attempt {}", event.job, event.epoch);
+                print(&format!(
+                    "{}  {place:<18}  {:<9}  {}{detail}\n",
+                    text::time(event.at_ms),
+                    event.state,
+                    event.reason
+                ))?;
+            }
+        }
+        if news.is_empty() {
+            if !flags.follow || over {
+                return Ok(0);
+            }
+            patience.sleep();
+        } else {
+            patience = Patience::new();
+        }
+    }
 }

@@ -2,15 +2,16 @@
 
 use std::ffi::OsString;
 use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use harrier_engine::{CpuModel, Engine};
-use harrier_jobs::worker::{self, Config};
+use harrier_jobs::worker::{self, Config, Policy};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-use super::flags::WorkerFlags;
+use super::flags::{OwnerFlags, WorkerCommand, WorkerFlags};
 use super::place;
 use super::submit::pairs;
 use crate::engines::{self, EngineChoice};
@@ -21,6 +22,11 @@ use crate::units::parse_size;
 const KEPT_SHARE: u64 = 16;
 
 pub(super) fn run(flags: WorkerFlags) -> Result<u8, Failure> {
+    match &flags.command {
+        Some(WorkerCommand::Busy(owner)) => return set_busy(owner, true),
+        Some(WorkerCommand::Idle(owner)) => return set_busy(owner, false),
+        None => {}
+    }
     let store = place::open(&flags.place)?;
     let processors = std::thread::available_parallelism().map_or(1, |count| count.get());
     let processors = u32::try_from(processors).unwrap_or(u32::MAX);
@@ -36,10 +42,7 @@ pub(super) fn run(flags: WorkerFlags) -> Result<u8, Failure> {
     let found = engines();
     let config = Config {
         name: flags.name.unwrap_or_else(place::host_name),
-        state: match flags.state {
-            Some(folder) => std::path::absolute(folder)?,
-            None => place::state_dir()?.join("worker"),
-        },
+        state: state(flags.state.as_deref())?,
         program: std::env::current_exe()?,
         run_flags: if flags.no_seccomp { vec![OsString::from("--no-seccomp")] } else { Vec::new() },
         slots: flags.slots.unwrap_or(processors),
@@ -48,6 +51,7 @@ pub(super) fn run(flags: WorkerFlags) -> Result<u8, Failure> {
         engines: found.iter().map(|engine| engine.name().to_owned()).collect(),
         cpu_models: models(&found),
         labels: pairs("label", &flags.label)?.into_iter().collect(),
+        policy: policy(flags.policy.as_deref())?,
         drain: flags.drain,
         jobs: flags.jobs,
     };
@@ -73,6 +77,42 @@ pub(super) fn run(flags: WorkerFlags) -> Result<u8, Failure> {
     let _ = listener.join();
     result?;
     Ok(0)
+}
+
+fn state(folder: Option<&Path>) -> Result<PathBuf, Failure> {
+    Ok(match folder {
+        Some(folder) => std::path::absolute(folder)?,
+        None => place::state_dir()?.join("worker"),
+    })
+}
+
+/// Sets or removes the owner's flag; a worker sees it at once.
+fn set_busy(flags: &OwnerFlags, busy: bool) -> Result<u8, Failure> {
+    let folder = state(flags.state.as_deref())?;
+    let flag = worker::busy_flag(&folder);
+    let done = if busy {
+        std::fs::create_dir_all(&folder).and_then(|()| std::fs::write(&flag, ""))
+    } else {
+        match std::fs::remove_file(&flag) {
+            Err(err) if err.kind() == std::io::ErrorKind::NotFound => Ok(()),
+            done => done,
+        }
+    };
+    done.map_err(|err| {
+        Failure::new(format!("'{}' cannot be written ({err}): give another --state", flag.display()))
+    })?;
+    Ok(0)
+}
+
+fn policy(file: Option<&Path>) -> Result<Policy, Failure> {
+    let Some(file) = file else { return Ok(Policy::default()) };
+    if let Some(policy) = file.to_str().and_then(Policy::named) {
+        return Ok(policy);
+    }
+    let name = file.display();
+    let text = std::fs::read_to_string(file)
+        .map_err(|err| Failure::new(format!("the policy '{name}' cannot be read ({err}): check its name")))?;
+    Policy::parse(&text).map_err(|err| Failure::new(format!("the policy '{name}', {err}")))
 }
 
 /// The engines that can run here, the one that `auto` takes first.

@@ -7,7 +7,7 @@ use harrier_control::{ClientError, Entry, Life, Registry, RegistryError};
 
 use super::{about, client, for_each, print_line, refuse};
 use crate::exit::{Failure, HARRIER_FAILED};
-use crate::flags::{KillFlags, NamesFlags, RmFlags, StopFlags, WaitFlags};
+use crate::flags::{KillFlags, NamesFlags, ResumeFlags, RmFlags, StopFlags, WaitFlags};
 use crate::units::parse_time;
 
 /// How long a monitor may take to end after its machine has been ended.
@@ -19,8 +19,11 @@ pub(super) fn pause(flags: &NamesFlags, registry: &Registry) -> Result<u8, Failu
     })
 }
 
-pub(super) fn resume(flags: &NamesFlags, registry: &Registry) -> Result<u8, Failure> {
-    for_each(registry, &flags.machines, |entry| {
+pub(super) fn resume(flags: &ResumeFlags, registry: &Registry) -> Result<u8, Failure> {
+    let for_jobs = [("--json", flags.json), ("--queue", flags.place.place.is_some())];
+    let machine = flags.targets.iter().find(|target| !crate::jobs::is_job(target));
+    refuse(&for_jobs, machine.map_or("", String::as_str))?;
+    for_each(registry, &flags.targets, |entry| {
         client(entry).resume().map(drop).map_err(|err| about(entry, not_alive(entry, err)))
     })
 }

@@ -6,6 +6,7 @@
 pub mod expr;
 mod job;
 mod job_file;
+mod matching;
 mod spec;
 mod state;
 
@@ -13,5 +14,6 @@ pub use job::{
     ArrayPlace, Attempt, Checkpoint, Event, Free, Host, HostAd, Job, JobId, LeaseKey, Times, Wanted,
 };
 pub use job_file::{JobFile, JobFileError, parse_range};
+pub use matching::{AdScope, unsuitable, unsuitable_for};
 pub use spec::{Dependency, DependencyKind, JobSpec, MAX_ARRAY, NewJob, SpecProblem};
 pub use state::{Activity, Reason, ReasonKind, State};

@@ -7,9 +7,12 @@ use thiserror::Error;
 
 use super::expr::Expr;
 use super::job::JobId;
+use super::matching;
 
 /// Jobs in one array.
 pub const MAX_ARRAY: u64 = 100_000;
+/// A memory that no host has.
+const MAX_MEMORY: u64 = 1 << 50;
 /// Arguments, environment and names together.
 const MAX_TEXT: usize = 128 << 10;
 
@@ -161,6 +164,12 @@ impl NewJob {
                 format!("{} bytes are too little for a guest: give 16M or more", spec.memory_bytes),
             );
         }
+        if spec.memory_bytes > MAX_MEMORY {
+            return problem(
+                "memory",
+                format!("{} bytes are more than any host has: give less", spec.memory_bytes),
+            );
+        }
         if !["auto", "kvm", "soft"].contains(&spec.engine.as_str()) {
             return problem("engine", format!("'{}' is unknown: use auto, kvm or soft", spec.engine));
         }
@@ -171,7 +180,7 @@ impl NewJob {
         }
         for (key, text) in [("requirements", &spec.requirements), ("rank", &spec.rank)] {
             if let Some(text) = text
-                && let Err(err) = Expr::parse(text)
+                && let Err(err) = Expr::parse_with(text, matching::NAMES)
             {
                 return problem(key, err.to_string());
             }

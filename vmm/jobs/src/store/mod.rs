@@ -12,6 +12,7 @@
 mod error;
 pub mod output;
 mod sqlite;
+mod why;
 
 use std::path::PathBuf;
 
@@ -25,6 +26,7 @@ use crate::queue::{
 
 pub use error::StoreError;
 pub use sqlite::{Clock, SqliteStore, SystemClock};
+pub use why::{HostVerdict, Why, why};
 
 /// What a store's methods answer.
 pub type Result<T> = std::result::Result<T, StoreError>;

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use super::Say;
 use super::lease_file::now_ns;
 use super::monitor::{AttemptRecord, Monitor, RunResult};
-use crate::queue::{Job, LeaseKey, Reason, State, Times};
+use crate::queue::{Job, LeaseKey, Reason, State, Times, Wanted};
 use crate::store::{Ended, Report, Store, StoreError};
 
 /// How often the thread looks around.
@@ -26,6 +26,8 @@ const RETRY: Duration = Duration::from_millis(500);
 pub(super) enum Desired {
     /// Let it run.
     Run,
+    /// Let it stand still.
+    Pause(Reason),
     /// End it and give it back.
     Return(Reason),
     /// End it for good.
@@ -39,6 +41,8 @@ struct Control {
     desired: Desired,
     /// The lease's end, by [`now_ns`].
     until_ns: u64,
+    /// The monitor's process.
+    pid: Option<u32>,
     over: bool,
 }
 
@@ -48,6 +52,11 @@ pub(super) struct Attempt {
     pub(super) key: LeaseKey,
     pub(super) cpus: u32,
     pub(super) memory_bytes: u64,
+    /// What users want of it, as the store last said.
+    pub(super) wanted: Wanted,
+    /// When the lease was last renewed.
+    pub(super) renewed: Instant,
+    lease: Duration,
     control: Arc<Mutex<Control>>,
 }
 
@@ -57,6 +66,8 @@ pub(super) struct Surroundings {
     pub(super) store: Arc<dyn Store>,
     pub(super) program: PathBuf,
     pub(super) attempts: PathBuf,
+    /// The registry of this worker's machines.
+    pub(super) machines: PathBuf,
     pub(super) run_flags: Vec<OsString>,
     pub(super) say: Say,
     /// Wakes the worker when an attempt is over.
@@ -98,11 +109,15 @@ impl Attempt {
         monitor: Option<Monitor>,
         until_ns: u64,
     ) -> std::io::Result<Self> {
-        let control = Arc::new(Mutex::new(Control { desired: Desired::Run, until_ns, over: false }));
+        let control =
+            Arc::new(Mutex::new(Control { desired: Desired::Run, until_ns, pid: None, over: false }));
         let attempt = Self {
             key: record.key.clone(),
             cpus: record.job.spec.cpus,
             memory_bytes: record.job.spec.memory_bytes,
+            wanted: Wanted::default(),
+            renewed: Instant::now(),
+            lease: Duration::from_nanos(until_ns.saturating_sub(now_ns())),
             control: control.clone(),
         };
         let runner = Runner {
@@ -112,6 +127,10 @@ impl Attempt {
             lease_written: until_ns,
             started: None,
             running: Duration::ZERO,
+            suspended: Duration::ZERO,
+            paused: None,
+            told: None,
+            retry_at: Instant::now(),
             looked: Instant::now(),
             timed_out: false,
             stopping_since: None,
@@ -127,8 +146,21 @@ impl Attempt {
     }
 
     /// The lease has been renewed until then.
-    pub(super) fn renewed(&self, until_ns: u64) {
+    pub(super) fn renew(&mut self, until_ns: u64, wanted: Wanted) {
+        self.renewed = Instant::now();
+        self.lease = Duration::from_nanos(until_ns.saturating_sub(now_ns()));
+        self.wanted = wanted;
         lock(&self.control).until_ns = until_ns;
+    }
+
+    /// Whether the lease nears its end without having been renewed.
+    pub(super) fn is_endangered(&self) -> bool {
+        self.renewed.elapsed() > self.lease * 2 / 3
+    }
+
+    /// The monitor's process, while it runs.
+    pub(super) fn pid(&self) -> Option<u32> {
+        lock(&self.control).pid
     }
 
     /// Whether its lease has ended by this host's clock.
@@ -136,16 +168,16 @@ impl Attempt {
         lock(&self.control).until_ns <= now_ns()
     }
 
-    /// Wants something of it. What ends it is not taken back.
+    /// Wants something of it. A pause is taken back; what ends it is not.
     pub(super) fn want(&self, desired: Desired) {
         let mut control = lock(&self.control);
         let weight = |desired: Desired| match desired {
-            Desired::Run => 0,
+            Desired::Run | Desired::Pause(_) => 0,
             Desired::Return(_) => 1,
             Desired::Cancel => 2,
             Desired::Abandon => 3,
         };
-        if weight(desired) > weight(control.desired) {
+        if weight(desired) > weight(control.desired) || weight(control.desired) == 0 {
             control.desired = desired;
         }
     }
@@ -172,6 +204,14 @@ struct Runner {
     started: Option<String>,
     /// Running time so far, and up to when it is counted.
     running: Duration,
+    /// Time that the machine stood still.
+    suspended: Duration,
+    /// The machine stands still, and why.
+    paused: Option<Reason>,
+    /// The pause that the store knows of.
+    told: Option<Reason>,
+    /// When the store or the machine is tried again after a refusal.
+    retry_at: Instant,
     looked: Instant,
     timed_out: bool,
     stopping_since: Option<Instant>,
@@ -199,6 +239,7 @@ impl Runner {
             },
         };
         self.looked = Instant::now();
+        lock(&self.control).pid = monitor.pid();
         loop {
             monitor.wait(TICK);
             let ended = monitor.has_ended();
@@ -207,13 +248,19 @@ impl Runner {
                 break;
             }
             let now = Instant::now();
-            if self.started.is_some() {
+            if self.paused.is_some() {
+                self.suspended += now - self.looked;
+            } else if self.started.is_some() {
                 self.running += now - self.looked;
             }
             self.looked = now;
             self.steer(&monitor);
         }
-        let desired = lock(&self.control).desired;
+        let desired = {
+            let mut control = lock(&self.control);
+            control.pid = None;
+            control.desired
+        };
         if desired == Desired::Abandon {
             self.say("given up: its lease is over");
         } else {
@@ -239,9 +286,10 @@ impl Runner {
         let until_ns = lock(&self.control).until_ns;
         self.lease_written = until_ns;
         let around = &self.around;
-        Monitor::start(&around.program, &folder, &self.record, until_ns, &around.run_flags).map_err(|err| {
-            ended(Reason::MachineFailed, Some(format!("the monitor cannot be started: {err}")), None)
-        })
+        Monitor::start(&around.program, &folder, &around.machines, &self.record, until_ns, &around.run_flags)
+            .map_err(|err| {
+                ended(Reason::MachineFailed, Some(format!("the monitor cannot be started: {err}")), None)
+            })
     }
 
     /// Tells the store when the guest is up.
@@ -276,21 +324,56 @@ impl Runner {
         {
             self.timed_out = true;
         }
-        if desired != Desired::Run || self.timed_out {
-            match self.stopping_since {
-                None => {
-                    self.stopping_since = Some(Instant::now());
-                    let reason = match desired {
-                        Desired::Run => Reason::TimedOut,
-                        Desired::Return(reason) => reason,
-                        Desired::Cancel | Desired::Abandon => Reason::Cancelled,
-                    };
-                    // The end that follows says the same.
-                    let _ = self.around.store.report(&self.record.key, &Report::Stopping { reason });
-                    monitor.terminate();
+        let wish = match desired {
+            Desired::Pause(reason) => Some(reason),
+            _ => None,
+        };
+        if !self.timed_out && matches!(desired, Desired::Run | Desired::Pause(_)) {
+            return self.pause(monitor, wish);
+        }
+        match self.stopping_since {
+            None => {
+                self.stopping_since = Some(Instant::now());
+                let reason = match desired {
+                    Desired::Run | Desired::Pause(_) => Reason::TimedOut,
+                    Desired::Return(reason) => reason,
+                    Desired::Cancel | Desired::Abandon => Reason::Cancelled,
+                };
+                // The end that follows says the same.
+                let _ = self.around.store.report(&self.record.key, &Report::Stopping { reason });
+                monitor.terminate();
+            }
+            Some(since) if since.elapsed() > TERMINATION => monitor.kill(),
+            Some(_) => {}
+        }
+    }
+
+    /// Brings the machine to stand still or to go on, then tells the store.
+    fn pause(&mut self, monitor: &Monitor, wish: Option<Reason>) {
+        let now = Instant::now();
+        if now < self.retry_at {
+            return;
+        }
+        if self.paused.is_some() != wish.is_some() {
+            match monitor.pause(wish.is_some()) {
+                Ok(()) => {
+                    self.paused = wish;
+                    self.say(wish.map_or("goes on", |_| "stands still"));
                 }
-                Some(since) if since.elapsed() > TERMINATION => monitor.kill(),
-                Some(_) => {}
+                // It has no control socket yet, or ends.
+                Err(_) => self.retry_at = now + TICK,
+            }
+        } else {
+            self.paused = wish;
+        }
+        if self.told != self.paused && self.started.is_some() {
+            let report = match self.paused {
+                Some(reason) => Report::Paused { reason, detail: None },
+                None => Report::Continued,
+            };
+            match self.around.store.report(&self.record.key, &report) {
+                Ok(()) => self.told = self.paused,
+                Err(_) => self.retry_at = now + RETRY,
             }
         }
     }
@@ -304,7 +387,7 @@ impl Runner {
         match desired {
             Desired::Cancel => return ended(Reason::Cancelled, None, None),
             Desired::Return(reason) => return ended(reason, None, None),
-            Desired::Run | Desired::Abandon => {}
+            Desired::Run | Desired::Pause(_) | Desired::Abandon => {}
         }
         if self.timed_out {
             let limit = Duration::from_millis(self.record.job.spec.timeout_ms.unwrap_or_default());
@@ -318,7 +401,8 @@ impl Runner {
     }
 
     /// Tells the store of the end, for as long as that takes and the lease is ours.
-    fn report_end(&self, ended: Ended) {
+    fn report_end(&self, mut ended: Ended) {
+        ended.times.suspended_ms = u64::try_from(self.suspended.as_millis()).unwrap_or(u64::MAX);
         for path in &self.record.output {
             // A stream that was never opened has nothing to keep.
             if let Ok(file) = File::open(path)

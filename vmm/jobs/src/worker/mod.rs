@@ -7,6 +7,8 @@
 mod attempt;
 pub mod lease_file;
 mod monitor;
+mod owner;
+pub mod policy;
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -23,8 +25,12 @@ use thiserror::Error;
 use self::attempt::{Attempt, Desired, Surroundings};
 use self::lease_file::now_ns;
 use self::monitor::Monitor;
+use self::owner::OwnerWatch;
 use crate::queue::{Free, HostAd, LeaseKey, Reason, Wanted};
 use crate::store::{ClaimRequest, Store, StoreError, random_word};
+
+pub use owner::busy_flag;
+pub use policy::Policy;
 
 pub use monitor::{RunResult, names, write_durably};
 
@@ -62,6 +68,8 @@ pub struct Config {
     pub cpu_models: Vec<String>,
     /// Words that requirements can ask for.
     pub labels: BTreeMap<String, String>,
+    /// What the host's owner allows.
+    pub policy: Policy,
     /// End when nothing is left that can run here.
     pub drain: bool,
     /// End after so many jobs.
@@ -108,6 +116,7 @@ pub fn run(store: Arc<dyn Store>, config: &Config, say: Say, stop: &Stop) -> Res
         store,
         program: config.program.clone(),
         attempts,
+        machines: config.state.join("machines"),
         run_flags: config.run_flags.clone(),
         say,
         wake,
@@ -125,6 +134,10 @@ pub fn run(store: Arc<dyn Store>, config: &Config, say: Say, stop: &Stop) -> Res
         next_look: Instant::now(),
         pause: LOOKS.0,
         silent: false,
+        owner: OwnerWatch::new(&config.state),
+        suspended: None,
+        evicting: None,
+        closed: None,
     };
     worker.run(stop)
 }
@@ -144,6 +157,13 @@ struct Worker<'a> {
     pause: Duration,
     /// The store does not answer, and that has been said.
     silent: bool,
+    owner: OwnerWatch,
+    /// Since when the owner wants the host.
+    suspended: Option<Instant>,
+    /// Since when jobs are given back for the owner.
+    evicting: Option<Instant>,
+    /// Why no jobs are taken.
+    closed: Option<String>,
 }
 
 impl Worker<'_> {
@@ -158,6 +178,7 @@ impl Worker<'_> {
             }
             self.renew();
             self.reap();
+            self.obey();
             let mut idle = false;
             if stopping == 1 {
                 for attempt in &self.running {
@@ -166,7 +187,7 @@ impl Worker<'_> {
                 idle = true;
             } else if self.config.jobs.is_some_and(|jobs| self.claimed >= jobs) {
                 idle = true;
-            } else if Instant::now() >= self.next_look {
+            } else if self.closed.is_none() && Instant::now() >= self.next_look {
                 idle = !self.claim() && self.config.drain && !self.silent;
             }
             if idle && self.running.is_empty() {
@@ -215,7 +236,7 @@ impl Worker<'_> {
             labels: config.labels.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             free: self.free(),
-            closed: None,
+            closed: self.closed.clone(),
         };
         self.around.store.advertise(&ad)?;
         self.advertised = Some(Instant::now());
@@ -238,7 +259,7 @@ impl Worker<'_> {
         let state_error = |err| WorkerError::State(self.config.state.display().to_string(), err);
         for entry in fs::read_dir(&self.around.attempts).map_err(state_error)? {
             let folder = entry.map_err(state_error)?.path();
-            let Some((mut monitor, record)) = Monitor::adopt(&folder) else {
+            let Some((mut monitor, record)) = Monitor::adopt(&folder, &self.around.machines) else {
                 attempt::remove_leftover(&folder);
                 continue;
             };
@@ -284,25 +305,79 @@ impl Worker<'_> {
         let answer = self.around.store.renew(&self.config.name, &keys);
         self.heard(&answer);
         for renewal in answer.unwrap_or_default() {
-            let Some(attempt) = self.running.iter().find(|attempt| attempt.key == renewal.key) else {
+            let Some(attempt) = self.running.iter_mut().find(|attempt| attempt.key == renewal.key) else {
                 continue;
             };
             match renewal.lease {
                 None if attempt.is_over() => {}
                 None => attempt.want(Desired::Abandon),
                 Some(lease) => {
-                    attempt.renewed(asked.saturating_add(lease.lease_ms.saturating_mul(1_000_000)));
-                    if let Some(desired) = desired(lease.wanted) {
-                        attempt.want(desired);
-                    }
+                    let until_ns = asked.saturating_add(lease.lease_ms.saturating_mul(1_000_000));
+                    attempt.renew(until_ns, lease.wanted);
                 }
             }
         }
+    }
+
+    /// Tells every attempt what users, the owner and the state of its lease want of it.
+    fn obey(&mut self) {
+        self.follow_owner();
         for attempt in &self.running {
-            if attempt.is_past() {
-                attempt.want(Desired::Abandon);
+            let evicted = self.evicting.map(|_| Desired::Return(Reason::Evicted));
+            let pause = if attempt.wanted.has(Wanted::SUSPEND) {
+                Some(Reason::SuspendedByUser)
+            } else if self.suspended.is_some() {
+                Some(Reason::Owner)
+            } else if attempt.is_endangered() {
+                Some(Reason::StoreUnreachable)
+            } else {
+                None
+            };
+            let past = attempt.is_past().then_some(Desired::Abandon);
+            let wish = past.or_else(|| desired(attempt.wanted)).or(evicted);
+            attempt.want(wish.or(pause.map(Desired::Pause)).unwrap_or(Desired::Run));
+        }
+    }
+
+    /// Looks at the host and follows its owner's rules.
+    fn follow_owner(&mut self) {
+        let pids: Vec<u32> = self.running.iter().filter_map(Attempt::pid).collect();
+        let mut owner = self.owner.look(&pids);
+        let seconds = |since: Option<Instant>| since.map(|since| since.elapsed().as_secs_f64());
+        owner.suspended_for = seconds(self.suspended);
+        owner.evicting_for = seconds(self.evicting);
+        let policy = &self.config.policy;
+        if self.suspended.is_none() && policy.suspend.is_true(&owner) {
+            self.suspended = Some(Instant::now());
+            self.say(&format!("the owner wants the host: {}", policy.suspend.text()));
+        } else if self.suspended.is_some() && self.evicting.is_none() && policy.resume.is_true(&owner) {
+            self.suspended = None;
+            self.say(&format!("the owner leaves the host to jobs: {}", policy.resume.text()));
+        } else if self.suspended.is_some() && self.evicting.is_none() && policy.evict.is_true(&owner) {
+            self.evicting = Some(Instant::now());
+            if !self.running.is_empty() {
+                self.say(&format!("the jobs are given back: {}", policy.evict.text()));
             }
         }
+        if self.evicting.is_some() && self.running.is_empty() {
+            self.evicting = None;
+        }
+        let closed = if self.suspended.is_some() {
+            Some("its owner wants it".to_owned())
+        } else if policy.start.is_true(&owner) {
+            None
+        } else {
+            Some(format!("start is not true: {}", policy.start.unmet(&owner).join(", ")))
+        };
+        if closed.is_some() != self.closed.is_some() {
+            // The pool hears of it at once.
+            self.advertised = None;
+            match &closed {
+                Some(why) => self.say(&format!("takes no jobs: {why}")),
+                None => self.say("takes jobs"),
+            }
+        }
+        self.closed = closed;
     }
 
     fn reap(&mut self) {

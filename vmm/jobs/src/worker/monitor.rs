@@ -9,6 +9,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
+use harrier_control::{Client, Registry};
 use serde::{Deserialize, Serialize};
 
 use super::lease_file::LeaseFile;
@@ -51,6 +52,9 @@ pub(super) struct Monitor {
     folder: PathBuf,
     child: Option<Child>,
     lease: LeaseFile,
+    /// Where its machine is registered, and under which name.
+    registry: PathBuf,
+    name: String,
 }
 
 impl Monitor {
@@ -58,6 +62,7 @@ impl Monitor {
     pub(super) fn start(
         program: &Path,
         folder: &Path,
+        registry: &Path,
         record: &AttemptRecord,
         until_ns: u64,
         run_flags: &[OsString],
@@ -79,8 +84,17 @@ impl Monitor {
         };
         // Made here already, so that they are there for readers.
         File::create(stderr)?;
+        let name = machine_name(&record.key);
         let mut command = Command::new(program);
-        command.arg("run").arg("--quiet").arg("--attempt").arg(folder).arg("--stderr").arg(stderr);
+        command.arg("--runtime-dir").arg(registry);
+        command
+            .arg("run")
+            .args(["--name", &name])
+            .arg("--quiet")
+            .arg("--attempt")
+            .arg(folder)
+            .arg("--stderr")
+            .arg(stderr);
         command.args(run_flags);
         command.args(["--engine", &spec.engine]);
         command.args(["--cpus", &spec.cpus.to_string(), "--memory", &spec.memory_bytes.to_string()]);
@@ -100,14 +114,37 @@ impl Monitor {
         let log = File::options().create(true).append(true).open(folder.join(names::LOG))?;
         let child =
             command.stdin(stdin).stdout(File::create(stdout)?).stderr(log).current_dir("/").spawn()?;
-        Ok(Self { folder: folder.to_owned(), child: Some(child), lease })
+        let (folder, registry) = (folder.to_owned(), registry.to_owned());
+        Ok(Self { folder, child: Some(child), lease, registry, name })
     }
 
     /// Takes over what an earlier worker has left in a folder; `None` if it is no attempt.
-    pub(super) fn adopt(folder: &Path) -> Option<(Self, AttemptRecord)> {
-        let record = serde_json::from_slice(&fs::read(folder.join(names::ATTEMPT)).ok()?).ok()?;
+    pub(super) fn adopt(folder: &Path, registry: &Path) -> Option<(Self, AttemptRecord)> {
+        let record: AttemptRecord =
+            serde_json::from_slice(&fs::read(folder.join(names::ATTEMPT)).ok()?).ok()?;
         let lease = LeaseFile::open(&folder.join(names::LEASE)).ok()?;
-        Some((Self { folder: folder.to_owned(), child: None, lease }, record))
+        let (folder, registry) = (folder.to_owned(), registry.to_owned());
+        let name = machine_name(&record.key);
+        Some((Self { folder, child: None, lease, registry, name }, record))
+    }
+
+    /// Our child's process id.
+    pub(super) fn pid(&self) -> Option<u32> {
+        self.child.as_ref().map(Child::id)
+    }
+
+    /// The machine's control socket; an error while it has none.
+    fn control(&self) -> Result<Client, String> {
+        let registry = Registry::open(&self.registry).map_err(|err| err.to_string())?;
+        let entry = registry.find(&self.name).map_err(|err| err.to_string())?;
+        Ok(Client::new(&entry.folder))
+    }
+
+    /// Makes the machine stand still, or lets it go on. Both may be said again.
+    pub(super) fn pause(&self, pause: bool) -> Result<(), String> {
+        let client = self.control()?;
+        let changed = if pause { client.pause() } else { client.resume() };
+        changed.map(drop).map_err(|err| err.to_string())
     }
 
     /// Lets it run until then.
@@ -184,6 +221,12 @@ impl Monitor {
     pub(super) fn remove(self) -> io::Result<()> {
         fs::remove_dir_all(&self.folder)
     }
+}
+
+/// The machine's name in the worker's registry.
+fn machine_name(key: &LeaseKey) -> String {
+    let token: String = key.token.chars().filter(char::is_ascii_alphanumeric).take(16).collect();
+    format!("job-{}-{}-{token}", key.job, key.epoch)
 }
 
 /// The job's environment: its own variables and those that say which job it is.

@@ -114,6 +114,12 @@ impl Expr {
         }
     }
 
+    /// One that is never true.
+    pub fn never() -> Self {
+        let root = Node { op: Op::Literal(Value::Bool(false)), children: Vec::new(), span: (0, 5) };
+        Self { text: "false".to_owned(), root }
+    }
+
     /// The text it was read from.
     pub fn text(&self) -> &str {
         &self.text

@@ -11,8 +11,7 @@ use rusqlite::{OptionalExtension, Result, Row, Transaction, params};
 use super::ends::decayed;
 use super::rows::{add_event, find_job};
 use super::{Moment, Refusal, lease};
-use crate::queue::expr::{Expr, Scope, Value};
-use crate::queue::{Free, HostAd, JobId, LeaseKey, Reason, State};
+use crate::queue::{Free, HostAd, JobId, LeaseKey, Reason, State, unsuitable};
 use crate::store::{Claim, ClaimRequest, StoreError};
 
 /// One claim in so many takes the oldest job that fits.
@@ -307,61 +306,4 @@ fn take(tx: &Transaction<'_>, moment: Moment, host: &str, id: JobId) -> std::res
     let key = LeaseKey { job: id, epoch: job.epoch, token };
     let checkpoints = super::read::checkpoints(tx, id)?;
     Ok(Claim { key, lease_ms: moment.lease_ms, job, checkpoints })
-}
-
-/// What keeps a job with these wishes from a host for good; nothing if the host suits it.
-pub(crate) fn unsuitable(
-    ad: &HostAd,
-    engine: &str,
-    cpu_model: Option<&str>,
-    requirements: Option<&str>,
-) -> Vec<String> {
-    let mut reasons = Vec::new();
-    if engine != "auto" && !ad.engines.iter().any(|offered| offered == engine) {
-        reasons.push(format!("engine '{engine}' is not one of {}", ad.engines.join(", ")));
-    }
-    if let Some(model) = cpu_model
-        && !ad.cpu_models.iter().any(|offered| offered == model)
-    {
-        reasons.push(format!("cpu model '{model}' is not one of {}", ad.cpu_models.join(", ")));
-    }
-    if let Some(text) = requirements {
-        match Expr::parse(text) {
-            Ok(expr) if expr.is_true(&AdScope(ad)) => {}
-            Ok(expr) => reasons.extend(expr.unmet(&AdScope(ad))),
-            Err(err) => reasons.push(format!("its requirements cannot be read: {err}")),
-        }
-    }
-    reasons
-}
-
-/// The names that requirements and rank may use.
-pub(crate) struct AdScope<'a>(pub(crate) &'a HostAd);
-
-impl Scope for AdScope<'_> {
-    fn value(&self, name: &str) -> Value {
-        let ad = self.0;
-        match name {
-            "host" => Value::Text(ad.host.clone()),
-            "slots" => Value::Number(f64::from(ad.slots)),
-            "cpus" => Value::Number(f64::from(ad.cpus)),
-            "memory" => Value::Number(ad.memory_bytes as f64),
-            "engine" => ad.engines.first().cloned().map_or(Value::Undefined, Value::Text),
-            "kvm" => Value::Bool(ad.engines.iter().any(|engine| engine == "kvm")),
-            // The best of the models that are the same everywhere.
-            "cpu_model" => {
-                let best = ad.cpu_models.iter().filter(|model| model.as_str() != "host").max();
-                best.cloned().map_or(Value::Undefined, Value::Text)
-            }
-            "version" => Value::Text(ad.version.clone()),
-            "free_slots" => Value::Number(f64::from(ad.free.slots)),
-            "free_cpus" => Value::Number(f64::from(ad.free.cpus)),
-            "free_memory" => Value::Number(ad.free.memory_bytes as f64),
-            _ => name
-                .strip_prefix("labels.")
-                .and_then(|label| ad.labels.get(label))
-                .cloned()
-                .map_or(Value::Undefined, Value::Text),
-        }
-    }
 }
