@@ -1,17 +1,23 @@
 //! Hypercalls as the machine's owner sees them, on every engine: ends by EXIT, marks, events from the host, and a storm of
 //! calls. What the guest sees, it checks itself (`hypercalls` among the bare-metal guests).
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use harrier_conformance::{DEADLINE, HYPERCALLS, check, engines, run, run_with};
+use harrier_conformance::{DEADLINE, Guest, HYPERCALLS, check, engines, run, run_with};
 use harrier_engine::{Engine, Probe};
+use harrier_engine_kvm::KvmEngine;
+use harrier_engine_soft::SoftEngine;
 use harrier_hypercall_abi::port::event;
 use harrier_machine::{MachineEnd, MachineHandle};
 use libtest_mimic::{Arguments, Failed, Trial};
 
 type Test = fn(&dyn Engine) -> Result<(), Failed>;
 
+const HELLO: Guest = Guest { name: "hello", cpus: 1, checks: 0 };
+
 const TESTS: &[(&str, Test)] = &[
+    ("the_smallest_guest_says_hello_and_gives_its_code", hello),
     ("exit_carries_code_reason_and_words_after_the_console", exit),
     ("marks_parks_and_released_memory_are_reported", report),
     ("an_event_of_the_host_wakes_a_parked_guest", event_wakes),
@@ -35,11 +41,32 @@ fn main() {
             trials.push(trial.with_ignored_flag(!available));
         }
     }
+    trials.push(kvm_alone());
     libtest_mimic::run(&Arguments::from_args(), trials).exit();
+}
+
+/// Where KVM emulates kernel mode, the software processor has it in the tests above. Here KVM keeps it, with its own local
+/// APIC, as on hardware: a wait that a device asks for is KVM's to make.
+fn kvm_alone() -> Trial {
+    let engine = KvmEngine::default().with_assistant(Arc::new(SoftEngine));
+    let available = matches!(engine.probe(), Probe::Available { .. });
+    let run = move || {
+        check(&engine, &HYPERCALLS)?;
+        Ok(())
+    };
+    Trial::test("kvm-alone::every_call_and_every_error", run).with_ignored_flag(!available)
 }
 
 fn expect<T: PartialEq + std::fmt::Debug>(found: T, expected: T) -> Result<(), Failed> {
     if found == expected { Ok(()) } else { Err(format!("found {found:?}, expected {expected:?}").into()) }
+}
+
+fn hello(engine: &dyn Engine) -> Result<(), Failed> {
+    let outcome = run(engine, &HELLO, "code=3", DEADLINE)?;
+    let end = MachineEnd::GuestExit { code: 3, reason: 0, message: String::new() };
+    expect((outcome.report.end, outcome.transcript.text.as_str()), (end, "hello\n"))?;
+    let marks = &outcome.report.hypercalls.marks;
+    expect((marks.len(), marks.first().map(|mark| mark.label())), (1, Some("kernel".to_owned())))
 }
 
 fn exit(engine: &dyn Engine) -> Result<(), Failed> {

@@ -25,8 +25,9 @@ pub(crate) enum Command {
     ///
     /// Without a command and with --kernel, the kernel boots with its serial console on the terminal.
     ///
-    /// Exit codes: the command's own; 128+n if signal n ended it; 124 after --timeout; 125 if Harrier or the guest
-    /// failed; 126 if the command is not executable; 127 if it is not found.
+    /// Exit codes: the command's own, or the one that a kernel without a command gives by hypercall; 128+n if signal n
+    /// ended it; 124 after --timeout; 125 if Harrier or the guest failed; 126 if the command is not executable; 127 if it
+    /// is not found.
     Run(Box<RunFlags>),
     /// List machines.
     Ps(PsFlags),
