@@ -136,7 +136,9 @@ pub const FEATURES: &[FeatureBit] = {
         row(Features::LM, "lm", V1, AMD, EDX, 29),
         row(Features::LAHF, "lahf_lm", V1, AMD, ECX, 0),
         row(Features::TOPOEXT, "topoext", V1, AMD, ECX, 22),
-        row(Features::INVARIANT_TSC, "constant_tsc", V1, 0x8000_0007, EDX, 8),
+        // A machine may go on where the TSC has another frequency that cannot be scaled: a guest that takes the counter for
+        // invariant would take its time from it instead of from the paravirtual clock (Linux, arch/x86/kernel/kvmclock.c).
+        row(Features::INVARIANT_TSC, "constant_tsc", Host, 0x8000_0007, EDX, 8),
         row(Features::FP_ERROR_POINTERS, "xsaveerptr", V1, 0x8000_0008, EBX, 2),
         row(Features::LFENCE_SERIALIZES, "lfence_rdtsc", V1, 0x8000_0021, EAX, 2),
         row(Features::NULL_CLEARS_BASE, "null_sel_clr_base", V1, 0x8000_0021, EAX, 6),
