@@ -59,7 +59,8 @@ pub struct SnapshotWriter<'a> {
     parent: Option<ParentEntry>,
     memory: Option<MemoryEntry>,
     sections: Vec<Section>,
-    files: Vec<FileEntry>,
+    /// Further files, by name.
+    files: Vec<(String, File)>,
     producer: String,
     watch: Watch<'a>,
     finished: bool,
@@ -164,24 +165,27 @@ impl<'a> SnapshotWriter<'a> {
         self.sections.push(section);
     }
 
-    /// Creates a further file, to be handed back to [`SnapshotWriter::finish_file`].
+    /// Creates a further file of the snapshot, to be filled before [`SnapshotWriter::commit`].
     ///
     /// # Errors
     /// The host's.
-    pub fn create_file(&self, name: &str) -> Result<File, SnapshotError> {
-        Ok(self.file(name)?.0)
+    pub fn create_file(&mut self, name: &str) -> Result<File, SnapshotError> {
+        let (file, path) = self.file(name)?;
+        let handle = file.try_clone().map_err(host("create", &path))?;
+        self.files.push((name.to_owned(), file));
+        Ok(handle)
     }
 
-    /// Makes a further file durable and enters it into the table of contents.
-    ///
-    /// # Errors
-    /// The host's.
-    pub fn finish_file(&mut self, name: &str, file: &File) -> Result<(), SnapshotError> {
-        let path = self.partial.join(name);
-        let (bytes, sha256) = file_checksum(file).map_err(host("read", &path))?;
-        file.sync_all().map_err(host("write", &path))?;
-        self.files.push(FileEntry { name: name.to_owned(), bytes, sha256 });
-        Ok(())
+    /// Makes the further files durable.
+    fn finish_files(&mut self) -> Result<Vec<FileEntry>, SnapshotError> {
+        let mut entries = Vec::new();
+        for (name, file) in std::mem::take(&mut self.files) {
+            let path = self.partial.join(&name);
+            let (bytes, sha256) = file_checksum(&file).map_err(host("read", &path))?;
+            file.sync_all().map_err(host("write", &path))?;
+            entries.push(FileEntry { name, bytes, sha256 });
+        }
+        Ok(entries)
     }
 
     fn write_state(&self) -> Result<(u64, Vec<SectionEntry>), SnapshotError> {
@@ -215,6 +219,7 @@ impl<'a> SnapshotWriter<'a> {
         };
         let (state_bytes, sections) = self.write_state()?;
         (self.watch)(Step::State);
+        let files = self.finish_files()?;
         (self.watch)(Step::Files);
         let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let manifest = Manifest {
@@ -225,7 +230,7 @@ impl<'a> SnapshotWriter<'a> {
             state_bytes,
             sections,
             memory,
-            files: std::mem::take(&mut self.files),
+            files,
         };
         let bytes = manifest.encode();
         // What cannot be read back must not be called a snapshot.

@@ -1,0 +1,349 @@
+//! Snapshots as files: written, read, damaged in every way, and their writers killed at every step.
+
+use std::fs::{self, File};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use harrier_snapshot::{
+    Chain, PageKind, Section, Snapshot, SnapshotError, SnapshotWriter, Step, list, remove, sweep, verify,
+};
+
+const PAGE: usize = 4096;
+const PAGES: u64 = 1000;
+
+fn section(name: &str, bytes: &[u8]) -> Section {
+    Section { name: name.to_owned(), version: 3, bytes: bytes.to_vec() }
+}
+
+fn page(value: u8) -> Vec<u8> {
+    vec![value; PAGE]
+}
+
+/// A snapshot with data at `pages`, whose bytes are `value`.
+fn write(
+    target: &Path,
+    parent: Option<&Snapshot>,
+    pages: &[u64],
+    value: u8,
+) -> Result<Snapshot, SnapshotError> {
+    let mut writer = SnapshotWriter::create(target, parent, "test")?;
+    let mut memory = writer.memory(PAGES)?;
+    for at in pages {
+        memory.write(*at, &page(value))?;
+    }
+    writer.finish_memory(memory)?;
+    writer.add_section(section("machine", b"{}"));
+    writer.add_section(section("cpu-0", &[value; 100]));
+    let file = writer.create_file("disk-0").unwrap();
+    file.write_all_at(b"disk", 0).unwrap();
+    writer.commit()
+}
+
+fn names(folder: &Path) -> Vec<String> {
+    let mut names: Vec<String> = fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    names
+}
+
+fn read_page(chain: &Chain, at: u64) -> u8 {
+    let mut bytes = page(99);
+    chain.read(at, &mut bytes).unwrap();
+    assert!(bytes.iter().all(|byte| *byte == bytes[0]));
+    bytes[0]
+}
+
+#[test]
+fn what_was_written_is_read_and_holes_cost_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("base");
+    let written = write(&target, None, &[0, 3, 4, 999], 7).unwrap();
+    assert_eq!(names(folder.path()), ["base"]);
+    assert_eq!(names(&target), ["disk-0", "manifest.json", "memory", "state"]);
+    let chain = Chain::open(&target).unwrap();
+    assert_eq!(chain.snapshot().manifest(), written.manifest());
+    assert_eq!(chain.snapshot().section("cpu-0").unwrap(), section("cpu-0", &[7; 100]));
+    assert_eq!([0, 1, 2, 3, 4, 998, 999].map(|at| read_page(&chain, at)), [7, 0, 0, 7, 7, 0, 7]);
+    let memory = fs::metadata(target.join("memory")).unwrap();
+    assert!(memory.blocks() * 512 < 64 << 10, "{} blocks", memory.blocks());
+    assert_eq!(memory.permissions().mode() & 0o777, 0o400);
+    assert_eq!(chain.runs().len(), 5);
+    assert_eq!(verify(&target).unwrap(), []);
+}
+
+#[test]
+fn a_page_that_becomes_zero_again_is_a_hole() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("s");
+    let mut writer = SnapshotWriter::create(&target, None, "test").unwrap();
+    let mut memory = writer.memory(4).unwrap();
+    memory.write(0, &[page(1), page(2), page(3), page(4)].concat()).unwrap();
+    memory.write(1, &[page(0), page(5)].concat()).unwrap();
+    assert!(memory.write(3, &[page(1), page(1)].concat()).is_err(), "beyond the end");
+    writer.finish_memory(memory).unwrap();
+    let snapshot = writer.commit().unwrap();
+    let image = snapshot.memory().unwrap();
+    assert_eq!(
+        [0, 1, 2, 3].map(|at| image.map.get(at)),
+        [PageKind::Data, PageKind::Zero, PageKind::Data, PageKind::Data]
+    );
+    let chain = Chain::from_snapshot(snapshot).unwrap();
+    assert_eq!([0, 1, 2, 3].map(|at| read_page(&chain, at)), [1, 0, 5, 4]);
+    assert_eq!(verify(&target).unwrap(), []);
+}
+
+#[test]
+fn a_chain_has_of_each_page_the_youngest() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let base = write(&at("a"), None, &[1, 2, 3, 4], 1).unwrap();
+    let second = write(&at("b"), Some(&base), &[2, 5], 2).unwrap();
+    let mut writer = SnapshotWriter::create(&at("c"), Some(&second), "test").unwrap();
+    let mut memory = writer.memory(PAGES).unwrap();
+    memory.write(3, &page(0)).unwrap();
+    memory.write(4, &page(3)).unwrap();
+    writer.finish_memory(memory).unwrap();
+    writer.commit().unwrap();
+    let chain = Chain::open(&at("c")).unwrap();
+    assert_eq!([0, 1, 2, 3, 4, 5, 6].map(|page| read_page(&chain, page)), [0, 1, 2, 0, 3, 2, 0]);
+    assert_eq!((chain.depth(), chain.is_full()), (3, false));
+    // A renamed parent is found by its id.
+    fs::rename(at("a"), at("renamed")).unwrap();
+    assert_eq!(read_page(&Chain::open(&at("c")).unwrap(), 1), 1);
+    // One that is needed stays; those that nobody needs go.
+    let needed = remove(&at("b")).unwrap_err();
+    assert!(matches!(&needed, SnapshotError::Needed { children, .. } if children == &["c"]), "{needed}");
+    assert!(remove(&at("renamed")).is_err());
+    assert_eq!(names(folder.path()), ["b", "c", "renamed"]);
+    for name in ["c", "b", "renamed"] {
+        remove(&at(name)).unwrap();
+    }
+    assert!(names(folder.path()).is_empty());
+}
+
+#[test]
+fn a_difference_stands_beside_its_parent_and_misses_it_when_it_is_gone() {
+    let folder = tempfile::tempdir().unwrap();
+    let elsewhere = tempfile::tempdir().unwrap();
+    let base = write(&folder.path().join("a"), None, &[1], 1).unwrap();
+    let refused = write(&elsewhere.path().join("b"), Some(&base), &[2], 2).unwrap_err();
+    assert!(matches!(refused, SnapshotError::NotBesideParent { .. }), "{refused}");
+    write(&folder.path().join("b"), Some(&base), &[2], 2).unwrap();
+    fs::rename(folder.path().join("a"), elsewhere.path().join("a")).unwrap();
+    let missing = Chain::open(&folder.path().join("b")).unwrap_err().to_string();
+    assert!(missing.contains("needs its parent") && missing.contains("'a'"), "{missing}");
+    // Another snapshot under the parent's name is not taken for it.
+    write(&folder.path().join("a"), None, &[1], 9).unwrap();
+    assert!(matches!(Chain::open(&folder.path().join("b")), Err(SnapshotError::MissingParent { .. })));
+    let damage = verify(&folder.path().join("b")).unwrap();
+    assert!(damage.len() == 1 && damage[0].reason.contains("parent"), "{damage:?}");
+}
+
+#[test]
+fn existing_folders_are_never_touched() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("a");
+    write(&target, None, &[1], 1).unwrap();
+    assert!(matches!(write(&target, None, &[1], 2), Err(SnapshotError::Exists(_))));
+    // Even one that appears while the snapshot is being written.
+    let late = folder.path().join("late");
+    let writer = SnapshotWriter::create(&late, None, "test").unwrap();
+    fs::create_dir(&late).unwrap();
+    assert!(matches!(writer.commit(), Err(SnapshotError::Exists(_))));
+    assert_eq!(names(folder.path()), ["a", "late"]);
+    assert!(names(&late).is_empty());
+    for bad in ["/", "..", "", "/nowhere/at/all"] {
+        assert!(SnapshotWriter::create(Path::new(bad), None, "test").is_err(), "{bad}");
+    }
+}
+
+#[test]
+fn a_writer_that_gives_up_leaves_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let writer = SnapshotWriter::create(&folder.path().join("a"), None, "test").unwrap();
+    let mut memory = writer.memory(PAGES).unwrap();
+    memory.write(0, &page(1)).unwrap();
+    assert_eq!(names(folder.path()).len(), 1);
+    // A writer that lives is not swept away.
+    sweep(folder.path()).unwrap();
+    assert_eq!(names(folder.path()).len(), 1);
+    drop(memory);
+    drop(writer);
+    assert!(names(folder.path()).is_empty());
+}
+
+/// Opens a file of a snapshot for damaging it.
+fn damaged(folder: &Path, file: &str, change: impl FnOnce(&File)) {
+    let path = folder.join(file);
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+    change(&File::options().read(true).write(true).open(path).unwrap());
+}
+
+fn flip(file: &File, at: u64) {
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, at).unwrap();
+    file.write_all_at(&[byte[0] ^ 0x10], at).unwrap();
+}
+
+#[test]
+fn every_flipped_byte_is_found_in_its_part_and_at_its_place() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("a");
+    let snapshot = write(&target, None, &[0, 300, 301, 999], 5).unwrap();
+    let state_bytes = snapshot.manifest().state_bytes;
+    let memory_bytes = fs::metadata(target.join("memory")).unwrap().len();
+    drop(snapshot);
+    let mut checked = 0;
+    let pages_end = PAGES * PAGE as u64;
+    let memory_offsets = [0, 1, 4095, 5000, 300 * 4096, 302 * 4096 + 7, pages_end - 1];
+    let trailer = (pages_end..memory_bytes).step_by(7);
+    for at in memory_offsets.into_iter().chain(trailer) {
+        damaged(&target, "memory", |file| flip(file, at));
+        let found = verify(&target).unwrap();
+        assert_eq!(found.len(), 1, "memory at {at}: {found:?}");
+        let place = found[0].offset..found[0].offset + found[0].bytes.max(1);
+        assert!(found[0].part == "memory" && (at >= pages_end || place.contains(&at)), "{at}: {found:?}");
+        damaged(&target, "memory", |file| flip(file, at));
+        checked += 1;
+    }
+    assert!(checked > 40);
+    for at in 0..state_bytes {
+        damaged(&target, "state", |file| flip(file, at));
+        let found = verify(&target).unwrap();
+        // Four bytes between the sections are nobody's.
+        let expected = usize::from(!(34..40).contains(&at) && at < 140);
+        assert_eq!(found.len(), expected, "state at {at}: {found:?}");
+        damaged(&target, "state", |file| flip(file, at));
+    }
+    damaged(&target, "disk-0", |file| flip(file, 2));
+    assert_eq!(verify(&target).unwrap()[0].part, "disk-0");
+    damaged(&target, "disk-0", |file| flip(file, 2));
+    assert_eq!(verify(&target).unwrap(), []);
+}
+
+#[test]
+fn truncated_lengthened_swapped_and_missing_files_are_refused_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let fresh = |name: &str, value: u8| -> PathBuf {
+        let target = folder.path().join(name);
+        write(&target, None, &[0, 1], value).unwrap();
+        target
+    };
+    for (index, file) in ["memory", "state", "manifest.json"].into_iter().enumerate() {
+        let short = fresh(&format!("short-{index}"), 1);
+        damaged(&short, file, |file| file.set_len(file.metadata().unwrap().len() - 1).unwrap());
+        let refused = Chain::open(&short).map(|_| ());
+        // The line end of the manifest is nobody's.
+        assert_eq!(refused.is_err(), file != "manifest.json", "{file}");
+        damaged(&short, file, |file| file.set_len(3).unwrap());
+        assert!(Chain::open(&short).is_err(), "{file}");
+        let long = fresh(&format!("long-{index}"), 1);
+        damaged(&long, file, |file| file.set_len(file.metadata().unwrap().len() + 1).unwrap());
+        assert!(Chain::open(&long).is_err(), "{file}");
+        let gone = fresh(&format!("gone-{index}"), 1);
+        fs::remove_file(gone.join(file)).unwrap();
+        let text = Chain::open(&gone).unwrap_err().to_string();
+        assert!(text.contains(file), "{text}");
+        // The same file of another snapshot, of the same length.
+        let (one, two) = (fresh(&format!("one-{index}"), 1), fresh(&format!("two-{index}"), 1));
+        fs::rename(two.join(file), one.join(file)).unwrap();
+        let text = Chain::open(&one).unwrap_err().to_string();
+        assert!(text.contains("belongs to another snapshot") || text.contains("checksum"), "{text}");
+    }
+    assert!(matches!(Chain::open(Path::new("/")), Err(SnapshotError::NotASnapshot { .. })));
+    assert!(matches!(Chain::open(Path::new("/nowhere")), Err(SnapshotError::NotASnapshot { .. })));
+}
+
+const TARGET: &str = "HARRIER_TEST_SNAPSHOT_TARGET";
+const KILL_AT: &str = "HARRIER_TEST_KILL_AT";
+
+/// Not a test of its own: the process that the tests below start.
+#[test]
+#[ignore = "is started by other tests"]
+fn writer_process() {
+    let Some(target) = std::env::var_os(TARGET) else { return };
+    let target = PathBuf::from(target);
+    let kill_at: usize = std::env::var(KILL_AT).unwrap().parse().unwrap();
+    let mut steps = 0;
+    let mut step = |_: Step| {
+        if steps == kill_at {
+            // As hard as kill -9.
+            let pid = std::process::id().to_string();
+            let _ = Command::new("kill").args(["-KILL", &pid]).status();
+            std::thread::sleep(std::time::Duration::from_secs(60));
+        }
+        steps += 1;
+    };
+    let base = Snapshot::open(&target.with_file_name("base")).unwrap();
+    let mut run = || -> Result<(), SnapshotError> {
+        let mut writer = SnapshotWriter::create(&target, Some(&base), "test")?;
+        step(Step::Created);
+        let mut memory = writer.memory(PAGES)?;
+        for at in 0..500 {
+            memory.write(at, &page(8))?;
+        }
+        step(Step::Memory);
+        writer.finish_memory(memory)?;
+        writer.add_section(section("machine", b"{}"));
+        writer.watched_by(&mut step).commit()?;
+        Ok(())
+    };
+    if let Err(error) = run() {
+        println!("refused: {error}");
+    }
+}
+
+fn writer(target: &Path, kill_at: usize, limit_blocks: Option<u32>) -> String {
+    let exe = std::env::current_exe().unwrap();
+    let limit = limit_blocks.map_or(String::new(), |blocks| format!("ulimit -f {blocks}; "));
+    let script = format!("trap '' XFSZ; {limit}exec \"$0\" --ignored --exact writer_process --nocapture");
+    let output = Command::new("sh")
+        .args(["-c", &script])
+        .arg(exe)
+        .env(TARGET, target)
+        .env(KILL_AT, kill_at.to_string())
+        .output()
+        .unwrap();
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+#[test]
+fn a_writer_that_is_killed_leaves_all_or_nothing_and_the_others_intact() {
+    let folder = tempfile::tempdir().unwrap();
+    write(&folder.path().join("base"), None, &[0, 7], 3).unwrap();
+    let mut complete = 0;
+    for kill_at in 0..10 {
+        let target = folder.path().join(format!("new-{kill_at}"));
+        writer(&target, kill_at, None);
+        match Chain::open(&target) {
+            Ok(chain) => {
+                complete += 1;
+                assert_eq!([0, 7, 499, 500].map(|at| read_page(&chain, at)), [8, 8, 8, 0]);
+                assert_eq!(verify(&target).unwrap(), []);
+            }
+            Err(SnapshotError::NotASnapshot { .. }) => assert!(!target.exists(), "{kill_at}"),
+            Err(error) => panic!("{kill_at}: {error}"),
+        }
+        assert_eq!(verify(&folder.path().join("base")).unwrap(), []);
+        assert_eq!(list(folder.path()).unwrap().len(), 1 + complete);
+        // The next writer clears up what is left.
+        sweep(folder.path()).unwrap();
+        assert_eq!(names(folder.path()).len(), 1 + complete, "{kill_at}");
+    }
+    // Killed before the name there is none, after it there is one; the last ones were not killed at all.
+    assert!((3..9).contains(&complete), "{complete}");
+}
+
+#[test]
+fn a_full_disk_is_an_error_and_leaves_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    write(&folder.path().join("base"), None, &[0, 7], 3).unwrap();
+    // A limit on the size of files fails writes as a full disk does.
+    let said = writer(&folder.path().join("new"), usize::MAX, Some(1000));
+    assert!(said.contains("refused: snapshot: cannot write "), "{said}");
+    assert_eq!(names(folder.path()), ["base"]);
+    assert_eq!(verify(&folder.path().join("base")).unwrap(), []);
+}
