@@ -85,7 +85,7 @@ fn run(
             difference: leg % 2 == 0,
             stay_paused: true,
             producer: "relay",
-            owner_sections: &mut || Ok(Vec::new()),
+            owner: &mut |_| Ok(()),
             progress: &mut |_| true,
         }) else {
             // It was faster.

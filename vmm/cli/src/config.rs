@@ -38,8 +38,20 @@ pub(crate) struct CommandConfig {
     pub(crate) rootfs: Option<PathBuf>,
 }
 
+/// An opened snapshot.
+#[derive(Debug, Clone)]
+pub(crate) struct Restored(pub(crate) std::sync::Arc<harrier_snapshot::Chain>);
+
+impl PartialEq for Restored {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.snapshot().manifest() == other.0.snapshot().manifest()
+    }
+}
+
+impl Eq for Restored {}
+
 /// A disk besides the root file system.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct DiskConfig {
     pub(crate) path: PathBuf,
     pub(crate) read_only: bool,
@@ -57,6 +69,8 @@ pub(crate) struct OutputConfig {
 /// Everything about one run.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct RunConfig {
+    /// The snapshot that the machine is made of, instead of booting.
+    pub(crate) restore: Option<Restored>,
     pub(crate) engine: EngineChoice,
     pub(crate) vcpu_count: u32,
     pub(crate) memory_bytes: u64,
@@ -159,6 +173,7 @@ impl RunConfig {
             }
         }
         Ok(RunConfig {
+            restore: None,
             engine,
             vcpu_count,
             memory_bytes,

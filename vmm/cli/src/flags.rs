@@ -39,6 +39,15 @@ pub(crate) enum Command {
     Pause(NamesFlags),
     /// Let suspended jobs or paused machines go on.
     Resume(ResumeFlags),
+    /// Take a snapshot of a machine; it goes on as it was, after a short pause.
+    Snapshot(SnapshotFlags),
+    /// Make a machine of a snapshot, on any engine; it goes on where it was.
+    ///
+    /// Exit codes are those of 'harrier run'.
+    Restore(Box<RestoreFlags>),
+    /// List, check, show and remove snapshots.
+    #[command(subcommand)]
+    Snapshots(SnapshotsCommand),
     /// Ask machines to end, and end them if they do not.
     Stop(StopFlags),
     /// End machines at once, or send their commands a signal.
@@ -130,6 +139,9 @@ pub(crate) struct RunFlags {
     /// Where the command's stderr goes, for workers.
     #[arg(long, value_name = "FILE", hide = true)]
     pub(crate) stderr: Option<PathBuf>,
+    /// The snapshot that the machine is made of; set by `harrier restore`.
+    #[arg(skip)]
+    pub(crate) restore: Option<PathBuf>,
     /// Entry of an ELF kernel: auto, pvh or linux64.
     #[arg(long, default_value = "auto", value_name = "ENTRY", hide = true)]
     pub(crate) elf_entry: String,
@@ -278,4 +290,124 @@ pub(crate) struct MonitorFlags {
     /// The command line of the machine.
     #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
     pub(crate) args: Vec<OsString>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SnapshotFlags {
+    /// The machine: its name or id.
+    pub(crate) machine: String,
+    /// The folder that the snapshot is to be; the default is a new one where snapshots are kept.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) to: Option<PathBuf>,
+    /// Only what changed since the machine's last snapshot, beside which it will stand.
+    #[arg(long)]
+    pub(crate) diff: bool,
+    /// Let a machine that is paused go on afterwards.
+    #[arg(long)]
+    pub(crate) resume: bool,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RestoreFlags {
+    /// The snapshot's folder, or the name of one where snapshots are kept.
+    pub(crate) snapshot: PathBuf,
+    /// Name of the machine, by which the other commands find it.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) name: Option<String>,
+    /// Run in the background, print the machine's id and keep its output for 'harrier logs'.
+    #[arg(long, short)]
+    pub(crate) detach: bool,
+    /// Remove a detached machine when it ends, with its output.
+    #[arg(long, requires = "detach")]
+    pub(crate) rm: bool,
+    /// Processor: auto, kvm or soft.
+    #[arg(long, default_value = "auto", value_name = "ENGINE")]
+    pub(crate) engine: String,
+    /// End the machine after this time; suffixes ms, s, m, h.
+    #[arg(long, value_name = "TIME", allow_hyphen_values = true)]
+    pub(crate) timeout: Option<String>,
+    /// Write what the guest prints on its serial console to a file.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) console: Option<PathBuf>,
+    /// Print one JSON object on stdout, with the output in it, instead of streaming.
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Print on stderr how long each phase took.
+    #[arg(long)]
+    pub(crate) timings: bool,
+    /// Run without system-call filters, for kernels that lack them and for debugging.
+    #[arg(long)]
+    pub(crate) no_seccomp: bool,
+    /// No remarks on stderr, only errors.
+    #[arg(long, short)]
+    pub(crate) quiet: bool,
+    /// Log more: -v what Harrier does, -vv all details.
+    #[arg(long, short, action = clap::ArgAction::Count)]
+    pub(crate) verbose: u8,
+}
+
+impl RestoreFlags {
+    /// The run that goes on.
+    pub(crate) fn into_run(self, snapshot: PathBuf) -> RunFlags {
+        RunFlags {
+            restore: Some(snapshot),
+            name: self.name,
+            detach: self.detach,
+            rm: self.rm,
+            engine: self.engine,
+            cpus: "1".to_owned(),
+            memory: "512M".to_owned(),
+            timeout: self.timeout,
+            console: self.console,
+            json: self.json,
+            timings: self.timings,
+            no_seccomp: self.no_seccomp,
+            quiet: self.quiet,
+            verbose: self.verbose,
+            elf_entry: "auto".to_owned(),
+            ..RunFlags::default()
+        }
+    }
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum SnapshotsCommand {
+    /// List snapshots, with their parents.
+    Ls(SnapshotsLsFlags),
+    /// Remove snapshots that no other one needs.
+    Rm(SnapshotNamesFlags),
+    /// Check every checksum; damage is told by part and offset.
+    Verify(SnapshotsVerifyFlags),
+    /// Show everything about snapshots, as JSON.
+    Inspect(SnapshotNamesFlags),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SnapshotsLsFlags {
+    /// The folder that the snapshots are in; the default is where they are kept.
+    #[arg(value_name = "DIR")]
+    pub(crate) folder: Option<PathBuf>,
+    /// Print a JSON array.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SnapshotNamesFlags {
+    /// Snapshots: folders, or names where they are kept.
+    #[arg(required = true, value_name = "SNAPSHOT")]
+    pub(crate) snapshots: Vec<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SnapshotsVerifyFlags {
+    /// Snapshots: folders, or names where they are kept.
+    #[arg(required = true, value_name = "SNAPSHOT")]
+    pub(crate) snapshots: Vec<PathBuf>,
+    /// Print a JSON array of what is damaged.
+    #[arg(long)]
+    pub(crate) json: bool,
 }

@@ -25,7 +25,9 @@ mod run_console;
 mod runtime_dir;
 mod sandbox;
 mod signals;
+mod snapshots;
 mod stdout_check;
+mod table;
 mod terminal;
 
 use std::io::{IsTerminal, Write};
@@ -64,6 +66,14 @@ fn dispatch(started: Instant) -> u8 {
         Command::Run(run_flags) => {
             logging::init(run_flags.verbose);
             run::run(*run_flags, runtime_dir, started)
+        }
+        Command::Restore(restore_flags) => {
+            logging::init(restore_flags.verbose);
+            snapshots::restore(*restore_flags, runtime_dir, started)
+        }
+        Command::Snapshots(command) => {
+            logging::init(0);
+            snapshots::run(command)
         }
         Command::Monitor(monitor_flags) => monitor::detached(monitor_flags, started),
         Command::Doctor(doctor_flags) => {

@@ -11,7 +11,9 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use clap::Parser;
-use harrier_control::api::{ApiError, KillRequest, MachineInfo, MachineState, StopRequest, Usage};
+use harrier_control::api::{
+    ApiError, KillRequest, MachineInfo, MachineState, SnapshotInfo, SnapshotRequest, StopRequest, Usage,
+};
 use harrier_control::output::{OutputLog, OutputWriter, Stream};
 use harrier_control::{
     ExitRecord, Machine, MachineName, MachineRecord, NewMachine, Registry, Seat, Server, StartError, unix_ms,
@@ -24,6 +26,7 @@ use crate::config::{RunConfig, Workload};
 use crate::exit::{Failure, HARRIER_FAILED};
 use crate::flags::{Command, Flags, MonitorFlags, RunFlags};
 use crate::signals::{Interrupter, Interruption};
+use crate::snapshots::{KeptByHost, Snapshots};
 
 /// The registry's view of a run that is to be.
 fn new_machine(flags: &RunFlags) -> Result<NewMachine, Failure> {
@@ -37,7 +40,10 @@ pub(crate) fn start_detached(flags: RunFlags, registry: &Registry) -> Result<u8,
     let new = new_machine(&flags)?;
     let json = flags.json;
     // What can be seen to be wrong from here is said at once.
-    RunConfig::from_flags(flags, |name| std::env::var_os(name), false)?;
+    match flags.restore.clone() {
+        Some(folder) => drop(crate::snapshots::restored_config(flags, &folder, false)?),
+        None => drop(RunConfig::from_flags(flags, |name| std::env::var_os(name), false)?),
+    }
     let program = std::env::current_exe().map_err(|err| {
         Failure::new(format!("the program's own file cannot be found ({err}): mount /proc"))
     })?;
@@ -74,6 +80,11 @@ pub(crate) fn detached(flags: MonitorFlags, started: Instant) -> Result<u8, Fail
             crate::logging::init(run_flags.verbose);
             crate::run::run_seated(*run_flags, started, seat)
         }
+        Command::Restore(flags) => {
+            crate::logging::init(flags.verbose);
+            let folder = crate::snapshots::find(&flags.snapshot)?;
+            crate::run::run_seated(flags.into_run(folder), started, seat)
+        }
         _ => Err(Failure::new("a monitor runs machines only: use 'harrier run --detach'")),
     }
 }
@@ -108,6 +119,7 @@ struct Running {
     interrupter: Interrupter,
     description: OnceLock<Description>,
     machine: OnceLock<MachineHandle>,
+    snapshots: OnceLock<Snapshots>,
     /// Whether the machine is paused; held while that changes.
     paused: Mutex<bool>,
     is_paused: AtomicBool,
@@ -148,6 +160,7 @@ impl Monitor {
             interrupter,
             description: OnceLock::new(),
             machine: OnceLock::new(),
+            snapshots: OnceLock::new(),
             paused: Mutex::new(false),
             is_paused: AtomicBool::new(false),
             is_stopping: AtomicBool::new(false),
@@ -181,8 +194,16 @@ impl Monitor {
     }
 
     /// Serves the control socket for a machine that has started.
-    pub(crate) fn serve(&self, machine: MachineHandle, seccomp: bool) -> Result<(), Failure> {
+    pub(crate) fn serve(
+        &self,
+        machine: MachineHandle,
+        kept: KeptByHost,
+        seccomp: bool,
+    ) -> Result<(), Failure> {
         let refused = |err| Failure::new(format!("the control socket cannot be served ({err})"));
+        let snapshots = Snapshots::start(machine.clone(), kept).map_err(refused)?;
+        // Called once.
+        let _ = self.running.snapshots.set(snapshots);
         // Called once.
         let _ = self.running.machine.set(machine);
         let listener = self.seat.listen().map_err(refused)?;
@@ -355,6 +376,24 @@ impl Machine for Running {
             }
         }
         Ok(self.state())
+    }
+
+    fn snapshot(&self, request: SnapshotRequest) -> Result<SnapshotInfo, ApiError> {
+        self.take_snapshot(request)
+    }
+}
+
+impl Running {
+    fn take_snapshot(&self, request: SnapshotRequest) -> Result<SnapshotInfo, ApiError> {
+        let snapshots =
+            self.snapshots.get().ok_or_else(|| ApiError::conflict("the machine has not started yet"))?;
+        let resume = request.resume;
+        let mut taken = snapshots.take(request)?;
+        if resume {
+            self.resume()?;
+        }
+        taken.state = self.state();
+        Ok(taken)
     }
 }
 

@@ -25,6 +25,7 @@ use crate::flags::RunFlags;
 use crate::monitor::{self, Monitor};
 use crate::report::{self, RunRecord};
 use crate::signals::{Interrupter, Interruption, SignalThread};
+use crate::snapshots::{self, KeptByHost};
 use crate::{disks, engines, guest_files, run_command, run_console, runtime_dir};
 
 /// The context id of the guest; 0 to 2 have meanings of their own (virtio 1.2, section 5.10.4).
@@ -36,6 +37,8 @@ pub(crate) struct Prepared {
     pub(crate) console: ConsoleTail,
     /// Where the agent will connect, for a command.
     pub(crate) agent: Option<VsockListener>,
+    /// What a snapshot keeps beside the machine.
+    pub(crate) kept: Option<KeptByHost>,
 }
 
 /// What goes around with a run besides its configuration: who may end it, who is told, what is noted.
@@ -86,7 +89,10 @@ fn run_in(flags: RunFlags, started: Instant, seat: Option<Seat>) -> Result<u8, F
 
 fn run_recorded(flags: RunFlags, run: &mut Run<'_>) -> Result<u8, Failure> {
     let remarks = crate::remarks_wanted(flags.quiet, flags.verbose);
-    let config = RunConfig::from_flags(flags, |name| std::env::var_os(name), remarks)?;
+    let config = match flags.restore.clone() {
+        Some(folder) => snapshots::restored_config(flags, &folder, remarks)?,
+        None => RunConfig::from_flags(flags, |name| std::env::var_os(name), remarks)?,
+    };
     let interrupter = run.interrupter.clone();
     let signals = SignalThread::start(interrupter.clone()).map_err(|err| {
         Failure::new(format!("signals cannot be handled ({err}): raise the limit of open files"))
@@ -123,30 +129,46 @@ pub(crate) fn prepare(
     console_input: Option<OwnedFd>,
 ) -> Result<Prepared, Failure> {
     let is_command = matches!(config.workload, Workload::Command(_));
-    let default_files = if is_command && (config.kernel.is_none() || config.initrd.is_none()) {
-        Some(guest_files::find()?)
-    } else {
-        None
-    };
+    let default_files =
+        if config.restore.is_none() && is_command && (config.kernel.is_none() || config.initrd.is_none()) {
+            Some(guest_files::find()?)
+        } else {
+            None
+        };
     let kernel_path = config.kernel.as_deref().or(default_files.as_ref().map(|files| files.kernel.as_path()));
     let initrd_path =
         config.initrd.as_deref().or(default_files.as_ref().map(|files| files.initramfs.as_path()));
     let kernel = kernel_path.map(FileImage::open).transpose().map_err(KernelError::Image)?;
-    let kernel = kernel.ok_or_else(|| Failure::new("no kernel: give one with --kernel"))?;
     let initrd = initrd_path.map(open_initrd).transpose()?;
     let mut blocks = Vec::new();
+    let mut kept = KeptByHost::new(config);
     if let Workload::Command(command) = &config.workload
         && let Some(path) = &command.rootfs
     {
         blocks.push(disks::open_root(path, ROOT_DISK_SERIAL)?);
     }
-    for disk in &config.disks {
-        blocks.push(disks::open(disk)?);
+    for (index, disk) in config.disks.iter().enumerate() {
+        match &config.restore {
+            Some(restored) if !disk.read_only => {
+                let (block, file) = snapshots::open_own_disk(&restored.0, index, disk)?;
+                kept.keep_disk(index, file);
+                blocks.push(block);
+            }
+            _ => {
+                if !disk.read_only {
+                    kept.keep_disk(index, snapshots::open_for_copies(disk)?);
+                }
+                blocks.push(disks::open(disk)?);
+            }
+        }
     }
 
     let machine_config =
         MachineConfig { vcpu_count: config.vcpu_count, memory_bytes: config.memory_bytes, cpu_model: model };
-    let mut builder = MachineBuilder::new(engine, &machine_config)?;
+    let mut builder = match &config.restore {
+        Some(restored) => MachineBuilder::restoring(engine, &restored.0)?,
+        None => MachineBuilder::new(engine, &machine_config)?,
+    };
     builder.add_platform_devices()?;
     for block in blocks {
         builder.add_virtio(Box::new(block))?;
@@ -165,14 +187,17 @@ pub(crate) fn prepare(
     let sink = ConsoleSink { file, stream: console_stream, tail: console.clone() };
     builder.add_serial(Box::new(sink), console_input)?;
     builder.add_doorbell()?;
-    let boot = Boot::Kernel {
-        kernel: &kernel,
-        initrd: initrd.as_ref().map(|image| image as &dyn Image),
-        command_line: &config.command_line,
-        elf_entry: config.elf_entry,
+    let machine = match (&config.restore, &kernel) {
+        (Some(restored), _) => builder.restore(&restored.0)?,
+        (None, Some(kernel)) => builder.build(&Boot::Kernel {
+            kernel,
+            initrd: initrd.as_ref().map(|image| image as &dyn Image),
+            command_line: &config.command_line,
+            elf_entry: config.elf_entry,
+        })?,
+        (None, None) => return Err(Failure::new("no kernel: give one with --kernel")),
     };
-    let machine = builder.build(&boot)?;
-    Ok(Prepared { machine, console, agent })
+    Ok(Prepared { machine, console, agent, kept: Some(kept) })
 }
 
 fn open_initrd(path: &Path) -> Result<FileImage, InitrdError> {
@@ -198,7 +223,8 @@ fn create_console_file(path: &Path) -> Result<File, Failure> {
 }
 
 /// Starts the machine; the interrupter can end it from here on, --timeout does, and others can find it.
-pub(crate) fn start(config: &RunConfig, machine: &mut Machine, run: &mut Run<'_>) -> Result<(), Failure> {
+pub(crate) fn start(config: &RunConfig, prepared: &mut Prepared, run: &mut Run<'_>) -> Result<(), Failure> {
+    let machine = &mut prepared.machine;
     if config.seccomp {
         crate::sandbox::enter(machine)?;
     }
@@ -207,8 +233,8 @@ pub(crate) fn start(config: &RunConfig, machine: &mut Machine, run: &mut Run<'_>
     let handle = machine.handle();
     let interrupter = &run.interrupter;
     interrupter.set_machine(handle.clone());
-    if let Some(monitor) = run.monitor {
-        monitor.serve(handle.clone(), config.seccomp)?;
+    if let (Some(monitor), Some(kept)) = (run.monitor, prepared.kept.take()) {
+        monitor.serve(handle.clone(), kept, config.seccomp)?;
     }
     if let Some(timeout) = config.timeout {
         // A time beyond the clock's end never comes.

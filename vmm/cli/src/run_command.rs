@@ -46,7 +46,7 @@ pub(crate) fn run(
     let detached = run.monitor.is_some_and(Monitor::is_detached);
     let tty = terminal::is_interactive() && !config.output.json && !detached;
     let stdio = open_streams(config, tty, run)?;
-    start(config, &mut prepared.machine, run)?;
+    start(config, &mut prepared, run)?;
     let interrupter = run.interrupter.clone();
     if tty {
         terminal::set_raw().map_err(|err| {

@@ -52,7 +52,7 @@ pub(crate) fn run(
         // A remark that nobody can read is no failure.
         let _ = writeln!(io::stderr(), "harrier: Ctrl-A x ends the machine");
     }
-    start(config, &mut prepared.machine, run)?;
+    start(config, &mut prepared, run)?;
     if let Some(monitor) = run.monitor {
         monitor.on_running()();
     }

@@ -122,6 +122,39 @@ pub struct KillRequest {
     pub signal: Option<u8>,
 }
 
+/// What snapshot is to be taken.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotRequest {
+    /// The folder that it is to be: an absolute path.
+    pub target: String,
+    /// Only what changed since the machine's last snapshot.
+    #[serde(default)]
+    pub diff: bool,
+    /// Let a machine go on afterwards that was paused before.
+    #[serde(default)]
+    pub resume: bool,
+}
+
+/// What a snapshot was.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotInfo {
+    /// Its folder.
+    pub path: String,
+    /// Its id.
+    pub id: String,
+    /// How long the machine stood still for it, in microseconds.
+    pub pause_us: u64,
+    /// From the request until it was durable, in microseconds.
+    pub total_us: u64,
+    /// Pages of memory that were copied.
+    pub pages: u64,
+    /// Those of them that were copied while the machine stood still.
+    pub pages_in_pause: u64,
+    /// What the machine does now.
+    pub state: MachineState,
+}
+
 /// An answer that is not the one that was hoped for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ErrorBody {

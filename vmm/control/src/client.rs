@@ -7,7 +7,10 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::api::{ErrorBody, KillRequest, MachineInfo, MachineState, StateChange, StopRequest};
+use crate::api::{
+    ErrorBody, KillRequest, MachineInfo, MachineState, SnapshotInfo, SnapshotRequest, StateChange,
+    StopRequest,
+};
 use crate::http::{HttpError, read_response};
 use crate::registry::MachineFolder;
 use crate::server::Timed;
@@ -98,6 +101,14 @@ impl Client {
     /// [`ClientError`].
     pub fn kill(&self, request: KillRequest) -> Result<MachineState, ClientError> {
         self.change("/v1/machine/kill", &request)
+    }
+
+    /// Takes a snapshot and waits until it is durable.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn snapshot(&self, request: &SnapshotRequest) -> Result<SnapshotInfo, ClientError> {
+        self.call("POST", "/v1/machine/snapshot", Some(request))
     }
 
     fn change(&self, path: &str, body: &impl Serialize) -> Result<MachineState, ClientError> {

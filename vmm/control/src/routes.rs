@@ -3,7 +3,9 @@
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
-use crate::api::{ApiError, KillRequest, MachineInfo, MachineState, StateChange, StopRequest};
+use crate::api::{
+    ApiError, KillRequest, MachineInfo, MachineState, SnapshotInfo, SnapshotRequest, StateChange, StopRequest,
+};
 use crate::http::{Request, Response};
 
 /// A running machine, as its control socket needs it. Calls come from several threads at once.
@@ -34,6 +36,12 @@ pub trait Machine: Send + Sync {
     /// # Errors
     /// Status 400 for a signal that does not exist, 409 if there is nobody to send it to.
     fn kill(&self, request: KillRequest) -> Result<MachineState, ApiError>;
+
+    /// Takes a snapshot; returns when it is durable. The machine goes on as it was.
+    ///
+    /// # Errors
+    /// Status 409 if it is ending or a snapshot is being taken, 500 if it cannot be taken; the text says why.
+    fn snapshot(&self, request: SnapshotRequest) -> Result<SnapshotInfo, ApiError>;
 }
 
 type Handler = fn(&dyn Machine, &[u8]) -> Result<Response, ApiError>;
@@ -61,6 +69,11 @@ pub const ROUTES: &[Route] = &[
         method: "POST",
         path: "/v1/machine/kill",
         handler: |machine, body| changed(machine.kill(parse(body)?)),
+    },
+    Route {
+        method: "POST",
+        path: "/v1/machine/snapshot",
+        handler: |machine, body| machine.snapshot(parse(body)?).map(|taken| Response::ok(&taken)),
     },
 ];
 

@@ -4,7 +4,6 @@ mod inspect;
 mod lifecycle;
 mod logs;
 mod ps;
-mod table;
 
 use std::fmt::Display;
 use std::io::Write;
@@ -29,9 +28,13 @@ pub(crate) fn run(command: Command, runtime_dir: Option<&Path>) -> Result<u8, Fa
         Command::Kill(flags) => lifecycle::kill(&flags, &registry),
         Command::Wait(flags) => lifecycle::wait(&flags, &registry),
         Command::Rm(flags) => lifecycle::rm(&flags, &registry),
-        Command::Run(_) | Command::Doctor(_) | Command::Monitor(_) | Command::Job(_) => {
-            Err(Failure::new("not a command for machines"))
-        }
+        Command::Snapshot(flags) => crate::snapshots::take(&flags, &registry),
+        Command::Run(_)
+        | Command::Restore(_)
+        | Command::Snapshots(_)
+        | Command::Doctor(_)
+        | Command::Monitor(_)
+        | Command::Job(_) => Err(Failure::new("not a command for machines")),
     }
 }
 

@@ -6,9 +6,10 @@ use std::time::Duration;
 use harrier_control::{Entry, ExitRecord, Life, MachineInfo, Registry, unix_ms};
 use serde_json::{Value, json};
 
-use super::{client, table};
+use super::client;
 use crate::exit::Failure;
 use crate::flags::PsFlags;
+use crate::table;
 
 /// Monitors that are asked at the same time.
 const ASKED_AT_ONCE: usize = 16;

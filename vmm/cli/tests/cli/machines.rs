@@ -8,12 +8,12 @@ use serde_json::Value;
 use crate::support::{Code, KernelFile, harrier, texts, wait};
 
 /// A registry of its own; what still runs in it ends with it.
-struct Machines {
+pub(crate) struct Machines {
     folder: tempfile::TempDir,
 }
 
 impl Machines {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Machines { folder: tempfile::tempdir().unwrap() }
     }
 
@@ -32,26 +32,26 @@ impl Machines {
     }
 
     /// Exit code, stdout and stderr.
-    fn run(&self, args: &[&str]) -> (i32, String, String) {
+    pub(crate) fn run(&self, args: &[&str]) -> (i32, String, String) {
         texts(self.output(args))
     }
 
     /// Stdout of a command that has to succeed.
-    fn good(&self, args: &[&str]) -> String {
+    pub(crate) fn good(&self, args: &[&str]) -> String {
         let (code, stdout, stderr) = self.run(args);
         assert_eq!((code, stderr.as_str()), (0, ""), "{args:?}: {stdout}");
         stdout
     }
 
     /// One line on stderr, and 125.
-    fn bad(&self, args: &[&str]) -> String {
+    pub(crate) fn bad(&self, args: &[&str]) -> String {
         let (code, stdout, stderr) = self.run(args);
         assert_eq!((code, stdout.as_str(), stderr.lines().count()), (125, "", 1), "{args:?}: {stderr}");
         assert!(stderr.starts_with("harrier: "), "{stderr}");
         stderr
     }
 
-    fn inspect(&self, name: &str) -> Value {
+    pub(crate) fn inspect(&self, name: &str) -> Value {
         serde_json::from_str::<Value>(&self.good(&["inspect", name])).unwrap()[0].take()
     }
 
@@ -78,7 +78,7 @@ fn kill_process(pid: &Value) {
 }
 
 /// Waits for what comes by itself.
-fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+pub(crate) fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(60);
     while !holds() {
         assert!(Instant::now() < deadline, "{what}");

@@ -5,4 +5,5 @@ mod hypercalls;
 mod machines;
 mod plain_boot;
 mod run_command;
+mod snapshots;
 mod support;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use harrier_control::api::{KillRequest, MachineState, StopRequest};
+use harrier_control::api::{KillRequest, MachineState, SnapshotRequest, StopRequest};
 use harrier_control::routes::ROUTES;
 use harrier_control::{ApiError, ClientError};
 use serde_json::{Map, Value, json};
@@ -92,7 +92,8 @@ fn every_answer_is_of_the_documents_shape() {
         let request = format!("{} {} HTTP/1.1\r\nHost: x\r\n\r\n", route.method, route.path);
         let (status, body) = served.raw(request.as_bytes());
         let responses = &document["paths"][route.path][route.method.to_lowercase()]["responses"];
-        let response = resolve(&document, &responses[status.to_string()]);
+        let described = responses.get(status.to_string()).unwrap_or(&responses["default"]);
+        let response = resolve(&document, described);
         let schema = &response["content"]["application/json"]["schema"];
         assert!(schema.is_object(), "{}: status {status} is not described", route.path);
         check(&document, schema, &serde_json::from_str(&body).unwrap(), route.path);
@@ -119,6 +120,11 @@ fn every_type_has_the_documents_members() {
     complete(&document, "StopRequest", &serde_json::to_value(StopRequest::default()).unwrap());
     complete(&document, "KillRequest", &serde_json::to_value(KillRequest { signal: Some(2) }).unwrap());
     complete(&document, "StateChange", &json!({"state": MachineState::Paused}));
+    let request = SnapshotRequest { target: "/s".to_owned(), diff: true, resume: false };
+    complete(&document, "SnapshotRequest", &serde_json::to_value(&request).unwrap());
+    let taken = served.client.snapshot(&request).unwrap();
+    assert_eq!((taken.path.as_str(), taken.pages), ("/s", 3));
+    complete(&document, "SnapshotInfo", &serde_json::to_value(taken).unwrap());
     let error = harrier_control::http::Response::error(&ApiError::conflict("no"));
     complete(&document, "Error", &serde_json::from_slice(&error.body).unwrap());
     let states = document["components"]["schemas"]["MachineState"]["enum"].as_array().unwrap();

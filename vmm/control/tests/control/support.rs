@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use harrier_control::api::{
-    ApiError, KillRequest, MachineInfo, MachineState, OutputInfo, StopRequest, Usage,
+    ApiError, KillRequest, MachineInfo, MachineState, OutputInfo, SnapshotInfo, SnapshotRequest, StopRequest,
+    Usage,
 };
 use harrier_control::{Claim, Client, Machine, MachineRecord, NewMachine, Registry, Seat, Server};
 
@@ -62,6 +63,19 @@ impl Machine for FakeMachine {
     fn kill(&self, request: KillRequest) -> Result<MachineState, ApiError> {
         self.asked.lock().unwrap().push(format!("{request:?}"));
         self.enter(MachineState::Stopping)
+    }
+
+    fn snapshot(&self, request: SnapshotRequest) -> Result<SnapshotInfo, ApiError> {
+        self.asked.lock().unwrap().push(format!("{request:?}"));
+        Ok(SnapshotInfo {
+            path: request.target,
+            id: "00".repeat(16),
+            pause_us: 1,
+            total_us: 2,
+            pages: 3,
+            pages_in_pause: 4,
+            state: *self.state.lock().unwrap(),
+        })
     }
 }
 

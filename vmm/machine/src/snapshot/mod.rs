@@ -19,7 +19,7 @@ use harrier_snapshot::SnapshotError;
 
 pub use restore::RestoreError;
 pub use sections::{HOST_PREFIX, MachineState};
-pub use take::{Report, Request};
+pub use take::{OwnerPart, Progress, Report, Request};
 
 pub(crate) use pages::Written;
 

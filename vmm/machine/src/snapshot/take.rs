@@ -9,7 +9,7 @@ use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
 use harrier_engine::memory::PAGE_SIZE;
-use harrier_snapshot::{CHUNK_PAGES, MemoryWriter, Section, Snapshot, SnapshotWriter, Step};
+use harrier_snapshot::{CHUNK_PAGES, MemoryWriter, Snapshot, SnapshotWriter, Step};
 use vm_memory::{Bytes, GuestMemoryRegion as _, MemoryRegionAddress};
 
 use super::pages::{PageSet, Written, present};
@@ -33,12 +33,15 @@ pub struct Request<'a> {
     pub stay_paused: bool,
     /// The program that writes it, for people.
     pub producer: &'a str,
-    /// Called while the machine stands still: sections of the owner, whose names begin with
-    /// [`super::HOST_PREFIX`].
-    pub owner_sections: &'a mut dyn FnMut() -> Result<Vec<Section>, String>,
+    /// Called while the machine stands still, to add what the owner keeps beside the machine: sections whose names
+    /// begin with [`super::HOST_PREFIX`], and files.
+    pub owner: &'a mut OwnerPart<'a>,
     /// Hears of the progress; false cancels.
     pub progress: &'a mut (dyn FnMut(Progress) -> bool + Send),
 }
+
+/// Adds the owner's part to a snapshot; an error is for people and ends it.
+pub type OwnerPart<'a> = dyn FnMut(&mut SnapshotWriter<'_>) -> Result<(), String> + 'a;
 
 /// How far a snapshot has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -123,7 +126,7 @@ fn take(
     written: &mut Written,
     request: Request<'_>,
 ) -> Result<Report, TakeError> {
-    let Request { target, difference, stay_paused, producer, owner_sections, progress } = request;
+    let Request { target, difference, stay_paused, producer, owner, progress } = request;
     let begin = Instant::now();
     let parent = match (difference, &written.parent) {
         (false, _) => None,
@@ -161,10 +164,7 @@ fn take(
     for section in sections::save(parts)? {
         writer.add_section(section);
     }
-    let unit = || sections::HOST_PREFIX.to_owned();
-    for section in owner_sections().map_err(|reason| TakeError::Unit { unit: unit(), reason })? {
-        writer.add_section(section);
-    }
+    owner(&mut writer).map_err(|reason| TakeError::Unit { unit: "host".to_owned(), reason })?;
     let stood = pause.begin.elapsed();
     if stay_paused {
         std::mem::forget(pause);

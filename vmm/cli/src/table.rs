@@ -1,7 +1,7 @@
 //! Tables and times for people.
 
 /// Lines with aligned columns; the last column is not padded.
-pub(super) fn aligned(rows: &[Vec<String>]) -> String {
+pub(crate) fn aligned(rows: &[Vec<String>]) -> String {
     let mut widths: Vec<usize> = Vec::new();
     for row in rows {
         for (column, cell) in row.iter().enumerate() {
@@ -23,7 +23,7 @@ pub(super) fn aligned(rows: &[Vec<String>]) -> String {
 }
 
 /// A span of time in one word and a unit: `5 seconds`, `3 hours`.
-pub(super) fn span(milliseconds: u64) -> String {
+pub(crate) fn span(milliseconds: u64) -> String {
     let seconds = milliseconds / 1000;
     let (count, unit) = match seconds {
         0 => return "less than a second".to_owned(),
@@ -36,7 +36,7 @@ pub(super) fn span(milliseconds: u64) -> String {
 }
 
 /// Bytes with a binary unit: `512M`, `1.5G`.
-pub(super) fn size(bytes: u64) -> String {
+pub(crate) fn size(bytes: u64) -> String {
     const UNITS: [&str; 5] = ["B", "K", "M", "G", "T"];
     let mut unit = 0;
     let mut value = bytes as f64;

@@ -1,0 +1,227 @@
+//! What the command line keeps in a snapshot beside the machine: which disks it has, with the content of those that the
+//! guest can write, and what runs in it.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use harrier_devices::virtio::block::Block;
+use harrier_machine::snapshot::HOST_PREFIX;
+use harrier_snapshot::{Chain, Section, Snapshot, SnapshotWriter};
+use rustix::fs::{SeekFrom, seek};
+use serde::{Deserialize, Serialize};
+
+use crate::config::{CommandConfig, DiskConfig, RunConfig, Workload};
+use crate::exit::Failure;
+
+const VERSION: u32 = 1;
+
+fn section_name() -> String {
+    format!("{HOST_PREFIX}run")
+}
+
+/// The section.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct HostState {
+    /// Program and arguments under the agent, as far as they are text; none for a plain boot.
+    command: Option<Vec<String>>,
+    /// The image of the root file system, which nobody writes.
+    rootfs: Option<PathBuf>,
+    /// Further disks in their order.
+    disks: Vec<HostDisk>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct HostDisk {
+    /// Where it was. A read-only disk is opened there again; one that is written is in the snapshot.
+    path: PathBuf,
+    read_only: bool,
+}
+
+impl HostState {
+    fn of(config: &RunConfig) -> Self {
+        let text = |bytes: &Vec<u8>| String::from_utf8_lossy(bytes).into_owned();
+        let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+        let command = match &config.workload {
+            Workload::Command(command) => Some(command),
+            Workload::Console => None,
+        };
+        HostState {
+            command: command.map(|command| command.argv.iter().map(text).collect()),
+            rootfs: command.and_then(|command| command.rootfs.as_deref()).map(absolute),
+            disks: config
+                .disks
+                .iter()
+                .map(|disk| HostDisk { path: absolute(&disk.path), read_only: disk.read_only })
+                .collect(),
+        }
+    }
+
+    pub(crate) fn read(snapshot: &Snapshot) -> Result<Self, Failure> {
+        let section = snapshot.section(&section_name())?;
+        let wrong = |reason: String| {
+            Failure::new(format!(
+                "snapshot '{}': section '{}': {reason}",
+                snapshot.path().display(),
+                section.name
+            ))
+        };
+        if section.version != VERSION {
+            return Err(wrong(format!("version {} is unknown, this harrier has {VERSION}", section.version)));
+        }
+        serde_json::from_slice(&section.bytes).map_err(|err| wrong(err.to_string()))
+    }
+
+    pub(crate) fn disks(&self) -> Vec<DiskConfig> {
+        let disk = |disk: &HostDisk| DiskConfig { path: disk.path.clone(), read_only: disk.read_only };
+        self.disks.iter().map(disk).collect()
+    }
+
+    pub(crate) fn workload(&self, snapshot: &Snapshot) -> Result<Workload, Failure> {
+        let Some(command) = &self.command else { return Ok(Workload::Console) };
+        if command.is_empty() {
+            let path = snapshot.path().display();
+            return Err(Failure::new(format!("snapshot '{path}': it has an empty command")));
+        }
+        Ok(Workload::Command(CommandConfig {
+            argv: command.iter().map(|arg| arg.as_bytes().to_vec()).collect(),
+            env: Vec::new(),
+            workdir: None,
+            rootfs: self.rootfs.clone(),
+        }))
+    }
+}
+
+/// What a snapshot of the machine of this process keeps.
+pub(crate) struct KeptByHost {
+    state: HostState,
+    /// Disks that the guest writes: their number and content.
+    disks: Vec<(usize, File)>,
+}
+
+impl KeptByHost {
+    pub(crate) fn new(config: &RunConfig) -> Self {
+        KeptByHost { state: HostState::of(config), disks: Vec::new() }
+    }
+
+    /// Whether something runs under the agent.
+    pub(crate) fn has_command(&self) -> bool {
+        self.state.command.is_some()
+    }
+
+    /// Has the content of a disk kept.
+    pub(crate) fn keep_disk(&mut self, index: usize, content: File) {
+        self.disks.push((index, content));
+    }
+
+    /// Adds it to a snapshot. The machine stands still, so that memory and disks agree.
+    pub(crate) fn add_to(&mut self, writer: &mut SnapshotWriter<'_>) -> Result<(), String> {
+        let bytes = serde_json::to_vec(&self.state).map_err(|err| err.to_string())?;
+        writer.add_section(Section { name: section_name(), version: VERSION, bytes });
+        for (index, content) in &self.disks {
+            let copy = writer.create_file(&disk_file(*index)).map_err(|err| err.to_string())?;
+            copy_content(content, &copy).map_err(|err| format!("disk {index} cannot be copied: {err}"))?;
+        }
+        Ok(())
+    }
+}
+
+/// Name of a disk in a snapshot.
+fn disk_file(index: usize) -> String {
+    format!("disk-{index}")
+}
+
+/// Opens a disk that the machine writes, for reading what it has written.
+pub(crate) fn open_for_copies(disk: &DiskConfig) -> Result<File, Failure> {
+    File::open(&disk.path)
+        .map_err(|err| Failure::new(format!("--disk '{}' cannot be read ({err})", disk.path.display())))
+}
+
+/// A disk of a machine that is made of a snapshot: a copy that is this machine's alone and goes with it. Answers the disk
+/// and a handle for copies of it.
+pub(crate) fn open_own_disk(
+    chain: &Chain,
+    index: usize,
+    disk: &DiskConfig,
+) -> Result<(Block, File), Failure> {
+    let kept = chain.snapshot().file(&disk_file(index))?;
+    let failed = |err: io::Error| {
+        Failure::new(format!("a copy of disk {index} cannot be made ({err}): make room beside the snapshot"))
+    };
+    let own = nameless_beside(chain.snapshot().path()).map_err(failed)?;
+    copy_content(&kept, &own).map_err(failed)?;
+    let name = disk.path.file_name().map(|name| name.as_encoded_bytes().to_owned()).unwrap_or_default();
+    let handle = own.try_clone().map_err(failed)?;
+    Ok((Block::from_file(own, false, &name).map_err(failed)?, handle))
+}
+
+/// A file without a name, on the snapshot's file system where that can be written, so that it may share blocks.
+fn nameless_beside(snapshot: &Path) -> io::Result<File> {
+    let nameless = |folder: &Path| {
+        OpenOptions::new().read(true).write(true).custom_flags(libc::O_TMPFILE).mode(0o600).open(folder)
+    };
+    let beside = snapshot.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    nameless(beside).or_else(|_| nameless(&std::env::temp_dir()))
+}
+
+/// Copies a disk: blocks are shared where the file system can, else data is copied and holes stay holes.
+fn copy_content(from: &File, to: &File) -> io::Result<()> {
+    if rustix::fs::ioctl_ficlone(to, from).is_ok() {
+        return Ok(());
+    }
+    let len = seek(from, SeekFrom::End(0))?;
+    to.set_len(len)?;
+    let mut buffer = vec![0; 1 << 20];
+    let mut at = 0;
+    while at < len {
+        let (start, end) = match seek(from, SeekFrom::Data(at)) {
+            Ok(start) => (start, seek(from, SeekFrom::Hole(start))?),
+            Err(rustix::io::Errno::NXIO) => break,
+            // A block device, or a file system that does not say where its holes are.
+            Err(_) => (at, len),
+        };
+        at = start;
+        while at < end {
+            let part = usize::try_from(end - at).unwrap_or(usize::MAX).min(buffer.len());
+            let part = buffer.get_mut(..part).unwrap_or_default();
+            from.read_exact_at(part, at)?;
+            if part.iter().any(|byte| *byte != 0) {
+                to.write_all_at(part, at)?;
+            }
+            at += part.len() as u64;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+
+    #[test]
+    fn a_copy_has_the_same_bytes_and_its_holes_cost_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let open = |name: &str| {
+            let path = folder.path().join(name);
+            File::options().read(true).write(true).create_new(true).open(path).unwrap()
+        };
+        let (from, to) = (open("from"), open("to"));
+        from.set_len((64 << 20) + 512).unwrap();
+        from.write_all_at(b"begin", 0).unwrap();
+        from.write_all_at(b"middle", 40 << 20).unwrap();
+        from.write_all_at(b"end", (64 << 20) + 509).unwrap();
+        copy_content(&from, &to).unwrap();
+        assert_eq!(to.metadata().unwrap().len(), (64 << 20) + 512);
+        for (text, at) in [(&b"begin"[..], 0), (b"middle", 40 << 20), (b"end", (64 << 20) + 509)] {
+            let mut bytes = vec![0; text.len()];
+            to.read_exact_at(&mut bytes, at).unwrap();
+            assert_eq!(bytes, text);
+        }
+        assert!(to.metadata().unwrap().blocks() * 512 < 8 << 20);
+    }
+}
