@@ -8,7 +8,8 @@ use harrier_agent_protocol::VERSION_TAG;
 use serde::Serialize;
 
 use crate::cache::{self, Cache, Key};
-use crate::{guest_kernel, initramfs};
+use crate::guest_kernel::{self, Patches};
+use crate::initramfs;
 
 /// Raise when the folder's contents change. `guest-kernel/README.md` describes them.
 const RECIPE: u32 = 1;
@@ -23,7 +24,7 @@ struct Manifest {
 
 /// Builds what is missing and points `<cache>/guest/<agent version>` at it.
 pub(crate) fn set_up(cache: &Cache, root: &Path, kernel_source: Option<&Path>) -> Result<PathBuf> {
-    let kernel = guest_kernel::build(cache, root, kernel_source)?;
+    let kernel = guest_kernel::build(cache, root, kernel_source, Patches::Applied)?;
     let initramfs = initramfs::build(cache, root, &[])?;
     let key =
         Key::new("guest", RECIPE).text("kernel", &kernel.key).text("initramfs", &initramfs.key).finish();

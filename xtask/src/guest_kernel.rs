@@ -3,6 +3,8 @@
 //! The configuration is a fragment over `allnoconfig` (`guest-kernel/config`); a line that Kconfig did not honour ends the
 //! build. Timestamps, user, host and build number are fixed and the environment is cleared, so that the same source,
 //! configuration, patches and compiler give the same bytes.
+//!
+//! `guest-kernel/patches/<series>` makes it call the monitor; without them the same configuration builds too, to compare.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -17,6 +19,9 @@ use crate::{packages, process};
 /// Raise when the steps below change what they make.
 const RECIPE: u32 = 1;
 
+/// Where the patched source finds the headers of `guest-kernel/include`.
+const HEADER_FOLDER: &str = "include/uapi/linux";
+
 /// Unpacked source and objects, with room to spare.
 const SPACE_NEEDED_BYTES: u64 = 3 << 30;
 
@@ -28,15 +33,29 @@ pub(crate) struct GuestKernel {
     pub(crate) key: String,
 }
 
+/// Whether a kernel is built with this repository's patches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Patches {
+    /// All that there are for its series.
+    Applied,
+    /// The source as it is.
+    None,
+}
+
 /// Builds the kernel from `named` (a folder or an archive), else from Debian's package, unless the cache has it.
-pub(crate) fn build(cache: &Cache, root: &Path, named: Option<&Path>) -> Result<GuestKernel> {
+pub(crate) fn build(
+    cache: &Cache,
+    root: &Path,
+    named: Option<&Path>,
+    patches: Patches,
+) -> Result<GuestKernel> {
     packages::require(&[packages::KERNEL_BUILD])?;
     if named.is_none() {
         packages::require(&[packages::KERNEL_SOURCE])?;
     }
     let source = KernelSource::find(named)?;
     let version = source.version()?;
-    let recipe = Recipe::read(&root.join("guest-kernel"), &version.series())?;
+    let recipe = Recipe::read(&root.join("guest-kernel"), &version.series(), patches)?;
     if !recipe.known && named.is_none() {
         bail!("Linux {} has no guest configuration: name another source with --source", version.series());
     }
@@ -109,15 +128,18 @@ struct Recipe {
     series: String,
     /// Whether the series has a fragment of its own, and with it the promise that it builds.
     known: bool,
-    /// The fragment that all series share, and the series' own.
+    /// The fragment that all series share, the series' own, and that of the patches.
     fragment: String,
     /// In order of application.
     patches: Vec<PathBuf>,
+    /// Files of [`HEADER_FOLDER`] that the patched source includes.
+    headers: Vec<PathBuf>,
 }
 
 impl Recipe {
-    /// Reads `config/x86_64.config`, `config/x86_64-<series>.config` and `patches/<series>/*.patch`.
-    fn read(folder: &Path, series: &str) -> Result<Self> {
+    /// Reads `config/x86_64.config` and `config/x86_64-<series>.config`, and where the series has patches that are
+    /// wanted, `patches/<series>/*.patch`, `config/patched.config` and `include/*.h`.
+    fn read(folder: &Path, series: &str, wanted: Patches) -> Result<Self> {
         let read =
             |path: &Path| fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()));
         let mut fragment = read(&folder.join("config/x86_64.config"))?;
@@ -126,12 +148,18 @@ impl Recipe {
         if known {
             fragment.push_str(&read(&own)?);
         }
-        let patches = folder.join("patches").join(series);
-        let patches = if patches.is_dir() { sorted_files(&patches)? } else { Vec::new() };
-        Ok(Self { series: series.to_owned(), known, fragment, patches })
+        let (mut patches, mut headers) = (Vec::new(), Vec::new());
+        let patch_folder = folder.join("patches").join(series);
+        if wanted == Patches::Applied && patch_folder.is_dir() {
+            patches = sorted_files(&patch_folder, "patch")?;
+            headers = sorted_files(&folder.join("include"), "h")?;
+            fragment.push_str(&read(&folder.join("config/patched.config"))?);
+        }
+        Ok(Self { series: series.to_owned(), known, fragment, patches, headers })
     }
 
-    /// Adds settings and patches to a key. Comments and order of the settings make no other kernel.
+    /// Adds settings, patches and headers to a key. Comments and order of the settings make no other kernel, nor do
+    /// comments of the headers.
     fn add_to(&self, mut key: Key) -> Result<Key> {
         let mut settings: Vec<_> = self.fragment.lines().filter_map(setting).collect();
         settings.sort_unstable();
@@ -141,13 +169,31 @@ impl Recipe {
         for path in &self.patches {
             key = key.file("patch", path)?;
         }
+        for path in &self.headers {
+            let text =
+                fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+            key = key.text("header", &without_comments(&text));
+        }
         Ok(key)
     }
 
+    /// Applies the patches to `tree` and puts their headers into it.
     fn patch(&self, tree: &Path) -> Result<()> {
         for path in &self.patches {
-            process::run(Command::new("patch").args(["-p1", "-s", "-d"]).arg(tree).arg("-i").arg(path))
-                .with_context(|| format!("{} does not apply to Linux {}", path.display(), self.series))?;
+            process::run(
+                Command::new("patch")
+                    .args(["-p1", "-s", "--forward", "--no-backup-if-mismatch", "-r", "-", "-d"])
+                    .arg(tree)
+                    .arg("-i")
+                    .arg(path),
+            )
+            .with_context(|| {
+                format!("{} does not apply to this source of Linux {}", path.display(), self.series)
+            })?;
+        }
+        for path in &self.headers {
+            let to = tree.join(HEADER_FOLDER).join(path.file_name().unwrap_or_default());
+            fs::copy(path, &to).map_err(|error| cache::explain(error, &to))?;
         }
         Ok(())
     }
@@ -171,12 +217,28 @@ impl Recipe {
     }
 }
 
-fn sorted_files(folder: &Path) -> Result<Vec<PathBuf>> {
+/// The files of `folder` whose names end in `.extension`.
+fn sorted_files(folder: &Path, extension: &str) -> Result<Vec<PathBuf>> {
     let entries = fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))?;
-    let mut files: Vec<_> =
-        entries.flatten().map(|entry| entry.path()).filter(|path| path.is_file()).collect();
+    let mut files: Vec<_> = entries
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| path.is_file() && path.extension().is_some_and(|found| found == extension))
+        .collect();
     files.sort();
     Ok(files)
+}
+
+/// A C header without its comments and empty lines.
+fn without_comments(header: &str) -> String {
+    let mut text = String::new();
+    let mut rest = header;
+    while let Some((code, comment)) = rest.split_once("/*") {
+        text.push_str(code);
+        rest = comment.split_once("*/").map_or("", |(_, after)| after);
+    }
+    text.push_str(rest);
+    text.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join("\n")
 }
 
 /// The settings of `fragment` that do not hold in `dot_config`. An option that is off may also be absent.
@@ -217,6 +279,16 @@ mod tests {
         assert_eq!(lost, ["CONFIG_A=y", "CONFIG_B=64", "CONFIG_C=n"]);
     }
 
+    fn recipe(fragment: &str, patches: &[PathBuf]) -> Recipe {
+        Recipe {
+            series: "6.1".into(),
+            known: true,
+            fragment: fragment.into(),
+            patches: patches.into(),
+            headers: Vec::new(),
+        }
+    }
+
     fn repository() -> PathBuf {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("../guest-kernel")
     }
@@ -224,8 +296,8 @@ mod tests {
     #[test]
     fn the_configuration_of_each_debian_release_has_no_option_twice() {
         for series in ["6.1", "6.12"] {
-            let recipe = Recipe::read(&repository(), series).unwrap();
-            assert!(recipe.known);
+            let recipe = Recipe::read(&repository(), series, Patches::Applied).unwrap();
+            assert!(recipe.known && !recipe.patches.is_empty());
             let mut names: Vec<_> =
                 recipe.fragment.lines().filter_map(setting).map(|(name, _)| name).collect();
             names.sort_unstable();
@@ -233,17 +305,48 @@ mod tests {
             names.dedup();
             assert_eq!(names.len(), count, "an option stands twice for Linux {series}");
         }
-        assert!(!Recipe::read(&repository(), "5.10").unwrap().known);
+        assert!(!Recipe::read(&repository(), "5.10", Patches::Applied).unwrap().known);
+        let plain = Recipe::read(&repository(), "6.1", Patches::None).unwrap();
+        assert!(plain.patches.is_empty() && plain.headers.is_empty() && !plain.fragment.contains("HARRIER"));
     }
 
     #[test]
     fn comments_and_order_make_no_other_kernel_but_a_value_does() {
         let key = |fragment: &str| {
-            let recipe =
-                Recipe { series: "6.1".into(), known: true, fragment: fragment.into(), patches: Vec::new() };
-            recipe.add_to(Key::new("r", 1)).unwrap().finish()
+            recipe(fragment, &[]).add_to(Key::new("r", 1)).unwrap().finish()
         };
         assert_eq!(key("# why\nCONFIG_A=y\nCONFIG_B=2\n"), key("CONFIG_B=2\n# other words\nCONFIG_A=y\n"));
         assert_ne!(key("CONFIG_A=y\n"), key("# CONFIG_A is not set\n"));
+    }
+
+    #[test]
+    fn comments_of_a_header_make_no_other_kernel_but_a_number_does() {
+        let plain = without_comments("/* a */\n#define A 1 /* one */\n\nstruct s {\n\t/*\n\t * x\n\t */\n\tint x;\n};\n");
+        assert_eq!(plain, "#define A 1\nstruct s {\nint x;\n};");
+        assert_eq!(without_comments("int x; /* no end"), "int x;");
+    }
+
+    #[test]
+    fn a_patch_that_does_not_apply_is_named_and_leaves_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let tree = dir.path().join("tree");
+        fs::create_dir(&tree).unwrap();
+        let file = tree.join("a.c");
+        fs::write(&file, "one\ntwo\nthree\n").unwrap();
+        let patch = |name: &str, from: &str| {
+            let path = dir.path().join(name);
+            fs::write(&path, format!("--- a/a.c\n+++ b/a.c\n@@ -1,3 +1,3 @@\n one\n-{from}\n+TWO\n three\n"))
+                .unwrap();
+            path
+        };
+        let (good, bad) = (patch("0001-good.patch", "two"), patch("0002-bad.patch", "2"));
+        let error = recipe("", std::slice::from_ref(&bad)).patch(&tree).unwrap_err();
+        let text = format!("{error:#}");
+        assert!(text.contains("0002-bad.patch") && text.contains("Linux 6.1"), "{text}");
+        assert!(!text.contains('\n'), "{text}");
+        assert_eq!(fs::read_to_string(&file).unwrap(), "one\ntwo\nthree\n");
+        recipe("", std::slice::from_ref(&good)).patch(&tree).unwrap();
+        assert_eq!(fs::read_to_string(&file).unwrap(), "one\nTWO\nthree\n");
+        assert!(recipe("", &[good]).patch(&tree).is_err(), "applied twice");
     }
 }

@@ -25,6 +25,7 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 
 use crate::cache::Cache;
+use crate::guest_kernel::Patches;
 
 /// Developer commands of Harrier.
 #[derive(Parser)]
@@ -46,6 +47,9 @@ enum XtaskCommand {
         /// Kernel source to build, a folder or an archive [default: the linux-source package's]
         #[arg(long, value_name = "FOLDER|ARCHIVE")]
         source: Option<PathBuf>,
+        /// Without guest-kernel/patches: the source as it is, to compare
+        #[arg(long)]
+        unpatched: bool,
     },
     /// Build the agent and the initramfs only, and print the archive's path
     Initramfs,
@@ -96,8 +100,9 @@ fn execute(command: XtaskCommand) -> Result<ExitCode> {
             let guest = guest::set_up(&cache, root, source.as_deref())?;
             eprintln!("xtask: the guest is ready in {}", guest.display());
         }
-        XtaskCommand::GuestKernel { source } => {
-            println!("{}", guest_kernel::build(&cache, root, source.as_deref())?.dir.display());
+        XtaskCommand::GuestKernel { source, unpatched } => {
+            let patches = if unpatched { Patches::None } else { Patches::Applied };
+            println!("{}", guest_kernel::build(&cache, root, source.as_deref(), patches)?.dir.display());
         }
         XtaskCommand::Initramfs => {
             println!("{}", initramfs::build(&cache, root, &[])?.file.display());
