@@ -170,8 +170,7 @@ impl Recipe {
             key = key.file("patch", path)?;
         }
         for path in &self.headers {
-            let text =
-                fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+            let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
             key = key.text("header", &without_comments(&text));
         }
         Ok(key)
@@ -312,16 +311,16 @@ mod tests {
 
     #[test]
     fn comments_and_order_make_no_other_kernel_but_a_value_does() {
-        let key = |fragment: &str| {
-            recipe(fragment, &[]).add_to(Key::new("r", 1)).unwrap().finish()
-        };
+        let key = |fragment: &str| recipe(fragment, &[]).add_to(Key::new("r", 1)).unwrap().finish();
         assert_eq!(key("# why\nCONFIG_A=y\nCONFIG_B=2\n"), key("CONFIG_B=2\n# other words\nCONFIG_A=y\n"));
         assert_ne!(key("CONFIG_A=y\n"), key("# CONFIG_A is not set\n"));
     }
 
     #[test]
     fn comments_of_a_header_make_no_other_kernel_but_a_number_does() {
-        let plain = without_comments("/* a */\n#define A 1 /* one */\n\nstruct s {\n\t/*\n\t * x\n\t */\n\tint x;\n};\n");
+        let plain = without_comments(
+            "/* a */\n#define A 1 /* one */\n\nstruct s {\n\t/*\n\t * x\n\t */\n\tint x;\n};\n",
+        );
         assert_eq!(plain, "#define A 1\nstruct s {\nint x;\n};");
         assert_eq!(without_comments("int x; /* no end"), "int x;");
     }

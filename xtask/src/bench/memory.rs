@@ -78,6 +78,13 @@ fn watch(mut running: Running, side: &mut Side) -> Result<()> {
     Ok(())
 }
 
+/// Resident memory of the guest of this process, in MiB.
+pub(crate) fn guest_mib(pid: u32) -> Result<f64> {
+    let maps = fs::read_to_string(format!("/proc/{pid}/smaps"))
+        .context("the process's memory map cannot be read")?;
+    Ok(resident(&maps).guest_kib as f64 / 1024.0)
+}
+
 /// Resident memory of a process in KiB.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Resident {

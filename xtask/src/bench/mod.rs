@@ -12,6 +12,7 @@ mod host;
 mod measure;
 mod memory;
 mod monitors;
+mod patches;
 mod plots;
 mod programs;
 mod report;
@@ -26,6 +27,7 @@ use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
 use crate::cache::Cache;
+use crate::guest_kernel::{self, Patches};
 use crate::{checks, guest, initramfs, process};
 use host::Host;
 use monitors::{Guest, Monitors};
@@ -52,6 +54,9 @@ pub(crate) struct BenchArguments {
     /// Write the page docs/benchmarks.md
     #[arg(long)]
     page: bool,
+    /// Kernel beside which the patched one is measured [default: the same configuration without patches]
+    #[arg(long, value_name = "FILE")]
+    unpatched: Option<PathBuf>,
     /// Measure this binary of Harrier instead of building one
     #[arg(long, value_name = "FILE")]
     harrier: Option<PathBuf>,
@@ -72,6 +77,8 @@ enum Group {
     Exits,
     /// Size, memory beside the guest's, and an idle guest
     Memory,
+    /// The guest's kernel with and without its patches
+    Patches,
 }
 
 impl Group {
@@ -84,6 +91,7 @@ impl Group {
             Group::Devices => include_str!("notes/devices.md"),
             Group::Exits => include_str!("notes/exits.md"),
             Group::Memory => include_str!("notes/memory.md"),
+            Group::Patches => include_str!("notes/patches.md"),
         }
     }
 }
@@ -117,6 +125,13 @@ pub(crate) fn run(cache: &Cache, root: &Path, arguments: &BenchArguments) -> Res
             Group::Devices => devices::run(&monitors, &guest, root, arguments.runs)?,
             Group::Exits => exits::run(&monitors, root, arguments.runs)?,
             Group::Memory => memory::run(&monitors, &guest, arguments.runs)?,
+            Group::Patches => {
+                let unpatched = match &arguments.unpatched {
+                    Some(file) => file.clone(),
+                    None => guest_kernel::build(cache, root, None, Patches::None)?.dir.join("vmlinux"),
+                };
+                patches::run(&monitors, &guest, &unpatched, arguments.runs)?
+            }
         };
         println!("## {}\n\n{}", report.name, report.to_markdown());
         if let Some(folder) = &arguments.plots {

@@ -24,6 +24,8 @@ pub(crate) enum Unit {
     CpuUs,
     /// Microseconds on the clock on the wall, for one of many.
     WallUs,
+    /// Accesses of the guest to devices, each an exit to the monitor.
+    Accesses,
     /// Per cent of one processor.
     CpuPercent,
 }
@@ -39,6 +41,7 @@ impl Unit {
             Unit::MiBPerSecond => "MiB/s",
             Unit::CpuUs => "us cpu",
             Unit::WallUs => "us wall",
+            Unit::Accesses => "accesses",
             Unit::CpuPercent => "% cpu",
         }
     }
