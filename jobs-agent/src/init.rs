@@ -22,6 +22,11 @@ use crate::root::{self, MachineRoot};
 use crate::session::{Ending, Place, Session};
 use crate::sys;
 
+/// The agent has begun, in linux/harrier_hypercall.h.
+const PHASE_AGENT: u32 = 7;
+/// The agent is ready for work.
+const PHASE_READY: u32 = 8;
+
 /// How long processes have between SIGTERM and SIGKILL when the machine goes down.
 const TERM_GRACE: Duration = Duration::from_millis(500);
 
@@ -86,6 +91,7 @@ pub(crate) fn run(start_ns: u64) -> ! {
 
 fn serve(start_ns: u64) -> Result<(), String> {
     mount_all();
+    sys::mark(PHASE_AGENT);
     load_modules(Path::new(MODULE_LIST));
     if let Err(error) = sys::loopback_up() {
         say(&format!("cannot bring the loopback interface up: {error}"));
@@ -102,6 +108,7 @@ fn serve(start_ns: u64) -> Result<(), String> {
     let times = BootTimes { agent_start_ns: start_ns, mounted_ns, connected_ns: sys::monotonic_ns() };
     let mut session = Session::new(connection, Dialer::Vsock, Place::Machine(MachineRoot::default()), times)
         .map_err(|error| error.to_string())?;
+    sys::mark(PHASE_READY);
     let ending = session.run();
     end_processes();
     unmount_disks();
