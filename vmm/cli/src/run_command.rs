@@ -21,7 +21,7 @@ use crate::config::{CommandConfig, RunConfig};
 use crate::exit::Failure;
 use crate::monitor::Monitor;
 use crate::report::CapturedOutput;
-use crate::run::{Run, ended, interrupted, prepare, start};
+use crate::run::{Run, ended, guest_exit, interrupted, prepare, start};
 use crate::signals::{Interrupter, Interruption};
 use crate::terminal;
 
@@ -106,6 +106,10 @@ fn conclude(
     };
     if let Some(why) = run.interrupter.interruption() {
         return interrupted(why, config);
+    }
+    // A job may end its machine itself.
+    if let Some(exit) = guest_exit(report) {
+        return exit;
     }
     match (error, &report.end) {
         // The guest went first, and the lost connection is only what follows.
