@@ -278,4 +278,61 @@ mod tests {
             assert!(refused.contains(text), "{refused}");
         }
     }
+
+    /// A body whose checksum is right, whatever it says.
+    fn envelope(body: &str) -> Option<Vec<u8>> {
+        let body = RawValue::from_string(body.to_owned()).ok()?;
+        let checksum = Checksum::of(body.get().as_bytes());
+        let envelope = Envelope { format: FORMAT.to_owned(), version: FORMAT_VERSION.into(), checksum, body };
+        serde_json::to_vec(&envelope).ok()
+    }
+
+    #[test]
+    fn forged_tables_with_right_checksums_are_read_or_refused_and_never_more() {
+        let folder = tempfile::tempdir().unwrap();
+        let target = folder.path().join("s");
+        let mut writer = crate::SnapshotWriter::create(&target, None, "test").unwrap();
+        let mut memory = writer.memory(300).unwrap();
+        memory.write(7, &[1; PAGE_BYTES]).unwrap();
+        writer.finish_memory(memory).unwrap();
+        writer.add_section(crate::Section { name: "machine".to_owned(), version: 1, bytes: vec![2; 100] });
+        let snapshot = writer.commit().unwrap();
+        let body = serde_json::to_string(snapshot.manifest()).unwrap();
+        let numbers =
+            ["0", "1", "99", "4294967296", "18446744073709551615", "-1", "null", "1e9", "17179869184"];
+        let path = target.join(FILE);
+        std::fs::remove_file(&path).unwrap();
+        let mut x = 1u64;
+        let mut next = |below: usize| {
+            x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (x >> 33) as usize % below
+        };
+        let (mut refused, mut opened) = (0, 0);
+        for _ in 0..3000 {
+            let mut forged = body.clone();
+            for _ in 0..=next(3) {
+                // A number becomes another one, or a character does.
+                let digits: Vec<usize> =
+                    forged.char_indices().filter(|(_, c)| *c == ':').map(|(at, _)| at + 1).collect();
+                if next(3) > 0 {
+                    let at = digits[next(digits.len())];
+                    let len = forged[at..].bytes().take_while(u8::is_ascii_digit).count();
+                    forged.replace_range(at..at + len, numbers[next(numbers.len())]);
+                } else {
+                    let at = next(forged.len());
+                    forged.replace_range(at..at + 1, ["0", "a", "\"", ",", "{"][next(5)]);
+                }
+            }
+            let Some(bytes) = envelope(&forged) else { continue };
+            std::fs::write(&path, bytes).unwrap();
+            match crate::Chain::open(&target) {
+                Ok(chain) => {
+                    opened += 1;
+                    let _ = (chain.runs(), chain.snapshot().sections(), crate::verify(&target));
+                }
+                Err(_) => refused += 1,
+            }
+        }
+        assert!(refused > 500 && opened > 0, "{refused} refused, {opened} opened");
+    }
 }
