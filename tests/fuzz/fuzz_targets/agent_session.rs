@@ -1,13 +1,14 @@
 //! The host's half of the agent protocol against a hostile guest. The input is a list of steps: what the guest sends,
-//! well formed or not, and what the host's own threads do meanwhile. The guest never gets the host to keep more than the
-//! streams' windows, nor to say anything that is not a message.
+//! well formed or not, connections that are lost and come back, and what the host's own threads do meanwhile. The guest never
+//! gets the host to keep more than the streams' windows, nor to say anything that is not a message.
 #![no_main]
 
+use harrier_agent_protocol::flow::Position;
 use harrier_agent_protocol::{
-    AgentMessage, BootTimes, CommandSpec, FailureKind, Frame, HEADER_LEN, Hello, HostMessage, LogLevel,
-    Outbox, Status, Stream, Usage, WINDOW, WindowSize,
+    AgentMessage, CommandSpec, CommandStatus, FailureKind, Frame, HEADER_LEN, Hello, HostMessage, Kept,
+    LINGER_FOREVER, LogLevel, Outbox, Ready, Reason, Status, Stream, Usage, WINDOW, WindowSize,
 };
-use harrier_jobs::session::{Event, Phase, Session};
+use harrier_jobs::session::core::{Core, Event, Link, Phase};
 use libfuzzer_sys::fuzz_target;
 
 /// The input, as far as it is not used up; zeros behind its end.
@@ -41,12 +42,22 @@ impl<'a> Input<'a> {
 
 static BLOCK: [u8; 64 * 1024 - 64] = [b'x'; 64 * 1024 - 64];
 
-/// Gives a message to the session and plays the executor's part. False: the connection is over.
-fn say(session: &mut Session, kept: &mut [u64; 2], message: &AgentMessage<'_>) -> bool {
+/// What the host has of each command's output and has not disposed of.
+#[derive(Default)]
+struct Held([[u64; 2]; 3]);
+
+impl Held {
+    fn of(&mut self, id: u32, stream: Stream) -> &mut u64 {
+        &mut self.0[id as usize % 3][stream.index()]
+    }
+}
+
+/// Gives a message to the session and plays the driver's part. False: the connection is over.
+fn say(core: &mut Core, kept: &mut Held, message: &AgentMessage<'_>) -> bool {
     let mut outbox = Outbox::default();
     message.send(&mut outbox);
     let bytes = sent(&mut outbox);
-    frames(&bytes).all(|frame| hear(session, kept, frame))
+    frames(&bytes).all(|frame| hear(core, kept, frame))
 }
 
 fn sent(outbox: &mut Outbox) -> Vec<u8> {
@@ -69,18 +80,24 @@ fn frames(mut bytes: &[u8]) -> impl Iterator<Item = Frame<'_>> {
     })
 }
 
-fn hear(session: &mut Session, kept: &mut [u64; 2], frame: Frame<'_>) -> bool {
-    let before = session.phase();
-    match session.receive(frame) {
-        Ok(Event::Output(stream, bytes)) => {
-            assert_eq!(before, Phase::Running);
-            kept[stream.index()] += bytes.len() as u64;
-            assert!(kept[stream.index()] <= u64::from(WINDOW), "the guest sent more than its window");
+fn hear(core: &mut Core, kept: &mut Held, frame: Frame<'_>) -> bool {
+    match core.receive(frame) {
+        Ok(Event::Output { id, stream, bytes }) => {
+            assert_eq!(core.phase(id), Some(Phase::Running));
+            *kept.of(id, stream) += bytes.len() as u64;
+            assert!(*kept.of(id, stream) <= u64::from(WINDOW), "the guest sent more than its window");
         }
-        Ok(Event::Ended { status, .. }) => {
-            assert_eq!(session.phase(), Phase::Ended);
+        Ok(Event::Ended { id, status, .. }) => {
+            assert_eq!(core.phase(id), Some(Phase::Ended));
             assert!(status.message().is_none_or(|message| !message.contains(char::is_control)));
         }
+        Ok(Event::Ready { lost, .. }) => {
+            for id in lost {
+                assert_eq!(core.phase(id), None);
+                kept.0[id as usize % 3] = [0; 2];
+            }
+        }
+        Ok(Event::StdinRoom { bytes, .. }) => assert!(bytes <= WINDOW as usize),
         Ok(Event::Log(_, line)) => assert!(!line.contains(char::is_control)),
         Ok(_) => {}
         Err(violation) => {
@@ -91,118 +108,166 @@ fn hear(session: &mut Session, kept: &mut [u64; 2], frame: Frame<'_>) -> bool {
     true
 }
 
+/// A new connection whose agent says what it has; the bytes that it claims may be right or wrong.
+fn connect(core: &mut Core, kept: &mut Held, input: &mut Input<'_>) -> bool {
+    core.connect();
+    let commands = (1..=input.byte() as u32 % 3)
+        .map(|id| {
+            let received = u64::from(input.byte()) * 97;
+            let outputs = Stream::BOTH.map(|stream| {
+                let to = core.received(id, stream) + u64::from(input.byte() & 3);
+                Kept { from: to.saturating_sub(u64::from(input.byte()) * 1024), to }
+            });
+            let stdin = if input.byte() & 1 == 0 {
+                Position { received: core.given(id), disposed: core.given(id) }
+            } else {
+                Position { received, disposed: received / 2 }
+            };
+            CommandStatus { id, stdin, signal: input.byte().into(), outputs }
+        })
+        .collect();
+    let boot_id = [input.byte() & 1; 16];
+    let ready = Ready { boot_id, reason: Reason::Lost, commands, ..Ready::default() };
+    say(core, kept, &AgentMessage::Hello(Hello::OURS)) && say(core, kept, &AgentMessage::Ready(ready))
+}
+
+/// The connection takes what there is; all of it are messages that the agent would understand.
+fn take(core: &mut Core) {
+    core.pump();
+    let bytes = sent(&mut core.outbox);
+    for frame in frames(&bytes) {
+        HostMessage::decode(frame).expect("our own message");
+    }
+}
+
 fuzz_target!(|data: &[u8]| {
     let mut input = Input(data);
-    let mut session = Session::new(CommandSpec::new(["true"]).encode().expect("a proper command"));
-    let mut kept = [0_u64; 2];
-    let mut offsets = [0_u64; 2];
+    let mut core = Core::new(LINGER_FOREVER);
+    let mut kept = Held::default();
+    let mut offsets = [[0_u64; 2]; 3];
+    let spec = CommandSpec::new(["true"]).encode().expect("a proper command");
+    core.run(1, spec.clone());
+    core.connect();
     if input.byte() & 1 == 0 {
         for message in [
             AgentMessage::Hello(Hello::OURS),
-            AgentMessage::Ready(BootTimes::default()),
+            AgentMessage::Ready(Ready::default()),
             AgentMessage::Started { id: 1, pid: 1, at_ns: 1 },
         ] {
-            assert!(say(&mut session, &mut kept, &message));
+            assert!(say(&mut core, &mut kept, &message));
         }
     }
     while !input.0.is_empty() {
         let step = input.byte();
-        let goes_on = match step % 20 {
+        let id = 1 + u32::from(step >> 7);
+        let goes_on = match step & 0x7f {
             0 => {
                 let frame =
                     Frame { kind: input.byte().into(), id: u32::from(input.byte()), payload: input.bytes() };
-                hear(&mut session, &mut kept, frame)
+                hear(&mut core, &mut kept, frame)
             }
-            1 | 2 => {
+            kind @ (1 | 2) => {
                 let stream = input.stream();
-                let bytes = if step % 20 == 1 {
-                    input.bytes()
-                } else {
-                    &BLOCK[..input.word() as usize % BLOCK.len()]
-                };
-                let message = AgentMessage::Output { id: 1, stream, offset: offsets[stream.index()], bytes };
-                offsets[stream.index()] += bytes.len() as u64;
-                say(&mut session, &mut kept, &message)
+                let bytes =
+                    if kind == 1 { input.bytes() } else { &BLOCK[..input.word() as usize % BLOCK.len()] };
+                let offset = core.received(id, stream);
+                offsets[id as usize][stream.index()] += bytes.len() as u64;
+                say(&mut core, &mut kept, &AgentMessage::Output { id, stream, offset, bytes })
             }
             3 => {
-                say(&mut session, &mut kept, &AgentMessage::StdinCredit { id: 1, bytes: input.word() as u32 })
+                let offset = core.given(id).saturating_sub(u64::from(input.byte()));
+                say(&mut core, &mut kept, &AgentMessage::StdinAck { id, offset })
             }
-            4 => say(&mut session, &mut kept, &AgentMessage::StdinClosed { id: 1 }),
-            5 => say(
-                &mut session,
-                &mut kept,
-                &AgentMessage::Log { level: LogLevel::Error, text: input.bytes() },
-            ),
+            4 => say(&mut core, &mut kept, &AgentMessage::StdinClosed { id }),
+            5 => {
+                say(&mut core, &mut kept, &AgentMessage::Log { level: LogLevel::Error, text: input.bytes() })
+            }
             6 => {
-                let status = Status::Signal(input.byte());
+                let status = Status::Signal(1 + input.byte() % 64);
                 let message =
-                    AgentMessage::Exited { id: 1, status, usage: Usage::default(), at_ns: input.word() };
-                say(&mut session, &mut kept, &message)
+                    AgentMessage::Exited { id, status, usage: Usage::default(), at_ns: input.word() };
+                say(&mut core, &mut kept, &message)
             }
-            7 => say(&mut session, &mut kept, &AgentMessage::Synced),
-            8 => say(
-                &mut session,
-                &mut kept,
-                &AgentMessage::Hello(Hello { version: input.word() as u16, features: 1 }),
-            ),
+            7 => say(&mut core, &mut kept, &AgentMessage::Synced),
+            8 => {
+                let hello = Hello { version: input.word() as u16, features: 1 };
+                say(&mut core, &mut kept, &AgentMessage::Hello(hello))
+            }
             9 => {
-                let kind = FailureKind::Other;
-                say(
-                    &mut session,
-                    &mut kept,
-                    &AgentMessage::StartFailed { id: 1, kind, message: input.bytes() },
-                )
+                let message =
+                    AgentMessage::StartFailed { id, kind: FailureKind::Other, message: input.bytes() };
+                say(&mut core, &mut kept, &message)
             }
             10 | 11 => {
                 let stream = input.stream();
-                let count = (input.word() * 16).min(kept[stream.index()]);
-                kept[stream.index()] -= count;
-                session.disposed(stream, count as usize);
+                let count = (input.word() * 16).min(*kept.of(id, stream));
+                *kept.of(id, stream) -= count;
+                core.disposed(id, stream, count as usize);
                 true
             }
             12 => {
-                session.send_stdin(input.bytes());
+                core.give_stdin(id, input.bytes());
                 true
             }
             13 => {
-                session.send_stdin(&BLOCK);
+                core.give_stdin(id, &BLOCK);
                 true
             }
             14 => {
-                session.end_stdin();
+                core.end_stdin(id);
                 true
             }
             15 => {
-                session.signal(input.byte());
+                core.signal(id, input.byte());
                 true
             }
             16 => {
-                session.resize(WindowSize { rows: input.byte().into(), cols: 1 });
+                core.resize(id, WindowSize { rows: input.byte().into(), cols: 1 });
                 true
             }
             17 => {
                 let stream = input.stream();
-                session.close_output(stream);
-                kept[stream.index()] = 0;
+                core.close_output(id, stream);
+                *kept.of(id, stream) = 0;
                 true
             }
             18 => {
-                session.shut_down();
+                core.shut_down();
+                true
+            }
+            19 => {
+                core.disconnect();
+                true
+            }
+            20 | 21 => connect(&mut core, &mut kept, &mut input),
+            22 => say(&mut core, &mut kept, &AgentMessage::Started { id, pid: 1, at_ns: 1 }),
+            23 => say(&mut core, &mut kept, &AgentMessage::SignalAck { id, sequence: input.byte().into() }),
+            24 => {
+                if core.phase(2).is_none() {
+                    core.run(2, spec.clone());
+                }
+                true
+            }
+            25 => {
+                core.remove(2);
+                kept.0[2] = [0; 2];
                 true
             }
             _ => {
-                // The connection takes what there is; all of it are messages that the agent would understand.
-                session.send_control();
-                let bytes = sent(&mut session.outbox);
-                for frame in frames(&bytes) {
-                    HostMessage::decode(frame).expect("our own message");
-                }
+                take(&mut core);
                 true
             }
         };
         if !goes_on {
-            break;
+            if core.link() == Link::Down {
+                break;
+            }
+            // As the driver does.
+            core.disconnect();
         }
-        assert!(session.sent() < u64::MAX / 2 && session.received(Stream::Stdout) <= offsets[0]);
+        for (id, stream) in [(1, Stream::Stdout), (2, Stream::Stderr)] {
+            assert!(core.received(id, stream) <= offsets[id as usize][stream.index()]);
+            assert!(core.stdin_room(id) <= WINDOW as usize);
+        }
     }
 });
