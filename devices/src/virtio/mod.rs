@@ -13,6 +13,8 @@ pub mod mmio;
 pub mod queue;
 pub mod rng;
 #[cfg(test)]
+mod state_tests;
+#[cfg(test)]
 mod test_driver;
 mod volatile_io;
 pub mod vsock;
