@@ -37,11 +37,13 @@ const ARROWS: &[(&str, &[&str])] = &[
             "harrier-agent-protocol",
         ],
     ),
+    ("harrier-coordinator", &["harrier-jobs", "harrier-control"]),
     ("harrier-jobs-agent", &["harrier-agent-protocol", "harrier-hypercall-abi"]),
     (
         "harrier",
         &[
             "harrier-control",
+            "harrier-coordinator",
             "harrier-jobs",
             "harrier-machine",
             "harrier-snapshot",

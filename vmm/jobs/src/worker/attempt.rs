@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,6 +12,7 @@ use std::time::{Duration, Instant};
 use super::Say;
 use super::lease_file::now_ns;
 use super::monitor::{AttemptRecord, Monitor, RunResult};
+use crate::protocol::Stream;
 use crate::queue::{Job, LeaseKey, Reason, State, Times, Wanted};
 use crate::store::{Ended, Report, Store, StoreError};
 
@@ -18,6 +20,9 @@ use crate::store::{Ended, Report, Store, StoreError};
 const TICK: Duration = Duration::from_millis(50);
 /// How long a monitor may take to end in good order.
 const TERMINATION: Duration = Duration::from_secs(3);
+/// Output that is sent to a store elsewhere before the thread looks around again, and in one piece.
+const SEND_AT_ONCE: u64 = 8 << 20;
+const SEND_PIECE: u64 = 1 << 20;
 /// The wait between two tries to tell the store of an end.
 const RETRY: Duration = Duration::from_millis(500);
 
@@ -120,7 +125,9 @@ impl Attempt {
             lease: Duration::from_nanos(until_ns.saturating_sub(now_ns())),
             control: control.clone(),
         };
+        let sent = around.store.local_output(&record.key).is_none().then_some([0; 2]);
         let runner = Runner {
+            sent,
             around: around.clone(),
             record,
             control: control.clone(),
@@ -213,6 +220,8 @@ struct Runner {
     /// When the store or the machine is tried again after a refusal.
     retry_at: Instant,
     looked: Instant,
+    /// How much of stdout and stderr a store elsewhere has; `None` if the files are the store's own.
+    sent: Option<[u64; 2]>,
     timed_out: bool,
     stopping_since: Option<Instant>,
 }
@@ -244,6 +253,7 @@ impl Runner {
             monitor.wait(TICK);
             let ended = monitor.has_ended();
             self.see_start(&monitor);
+            self.send_output(SEND_AT_ONCE);
             if ended {
                 break;
             }
@@ -401,7 +411,7 @@ impl Runner {
     }
 
     /// Tells the store of the end, for as long as that takes and the lease is ours.
-    fn report_end(&self, mut ended: Ended) {
+    fn report_end(&mut self, mut ended: Ended) {
         ended.times.suspended_ms = u64::try_from(self.suspended.as_millis()).unwrap_or(u64::MAX);
         for path in &self.record.output {
             // A stream that was never opened has nothing to keep.
@@ -411,6 +421,7 @@ impl Runner {
                 self.say(&format!("its output is not on the disk: {err}"));
             }
         }
+        self.send_all_output();
         let what = match ended.exit_code {
             Some(code) => format!("{}, exit code {code}", ended.reason),
             None => ended.reason.to_string(),
@@ -423,6 +434,45 @@ impl Runner {
                 }
                 Err(err) if err.is_passing() && !self.is_abandoned() => thread::sleep(RETRY),
                 Err(err) => return self.say(&format!("ended ({what}), which cannot be recorded: {err}")),
+            }
+        }
+    }
+
+    /// Sends what a store elsewhere does not have yet, up to so many bytes. False: there may be more.
+    fn send_output(&mut self, mut budget: u64) -> bool {
+        let Some(sent) = &mut self.sent else { return true };
+        let now = Instant::now();
+        if now < self.retry_at {
+            return false;
+        }
+        for ((path, sent), stream) in
+            self.record.output.iter().zip(sent.iter_mut()).zip([Stream::Stdout, Stream::Stderr])
+        {
+            // Not there before the machine starts.
+            let Ok(file) = File::open(path) else { continue };
+            loop {
+                let mut piece = vec![0; usize::try_from(budget.min(SEND_PIECE)).unwrap_or(0)];
+                let count = file.read_at(&mut piece, *sent).unwrap_or(0);
+                piece.truncate(count);
+                if piece.is_empty() {
+                    break;
+                }
+                if self.around.store.write_output(&self.record.key, stream, *sent, &piece).is_err() {
+                    self.retry_at = now + RETRY;
+                    return false;
+                }
+                *sent += count as u64;
+                budget = budget.saturating_sub(count as u64);
+            }
+        }
+        budget > 0
+    }
+
+    /// Sends the rest of the output, for as long as that takes and the lease is ours.
+    fn send_all_output(&mut self) {
+        while !self.send_output(SEND_AT_ONCE) && !self.is_abandoned() {
+            if self.retry_at > Instant::now() {
+                thread::sleep(RETRY);
             }
         }
     }

@@ -62,7 +62,7 @@ pub(super) fn end_attempt(
         job.id,
         job.epoch,
     ])?;
-    charge(tx, moment, job, times.allocated_ms)?;
+    charge(tx, moment, job, at_ms, times.allocated_ms)?;
     if next.anew {
         forget_checkpoints(tx, job.id)?;
     }
@@ -216,9 +216,9 @@ fn account(tx: &Transaction<'_>, job: &Job, at_ms: u64, ended: &Ended, next: &Ne
     Ok(times)
 }
 
-/// Adds to a user's use.
-fn charge(tx: &Transaction<'_>, moment: Moment, job: &Job, allocated_ms: u64) -> Result<()> {
-    let cpu_ms = allocated_ms as f64 * f64::from(job.spec.cpus);
+/// Adds to a user's use what an attempt that ended at a time has used.
+fn charge(tx: &Transaction<'_>, moment: Moment, job: &Job, at_ms: u64, allocated_ms: u64) -> Result<()> {
+    let cpu_ms = decayed(allocated_ms as f64 * f64::from(job.spec.cpus), at_ms, moment.now_ms);
     let known: Option<(f64, u64)> = tx
         .prepare_cached("SELECT cpu_ms, at_ms FROM usage WHERE user = ?")?
         .query_row([&job.user], |row| Ok((row.get(0)?, row.get(1)?)))

@@ -78,6 +78,11 @@ impl SqliteStore {
         Self::open_with(folder, Arc::new(SystemClock), LEASE_MS)
     }
 
+    /// Opens a queue whose leases last so long.
+    pub fn open_with_lease(folder: &Path, lease_ms: u64) -> Result<Self> {
+        Self::open_with(folder, Arc::new(SystemClock), lease_ms)
+    }
+
     /// Opens a queue with a clock and a lease time of one's own.
     pub fn open_with(folder: &Path, clock: Arc<dyn Clock>, lease_ms: u64) -> Result<Self> {
         let file = folder.join("queue.db");

@@ -1,0 +1,218 @@
+//! The client: a store that is elsewhere.
+
+use std::io::{self, Write};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use harrier_control::http::read_response;
+use harrier_jobs::protocol::Stream;
+use harrier_jobs::queue::{Attempt, Dependency, Event, Host, HostAd, Job, JobId, LeaseKey, NewJob};
+use harrier_jobs::store::{
+    Action, ActionResult, Claim, ClaimRequest, EventQuery, JobFilter, OutputPiece, OutputQuery, Renewal,
+    Report, Result, Stats, Store, StoreError,
+};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use ureq::Agent;
+use ureq::tls::{Certificate, RootCerts, TlsConfig};
+
+use crate::wire::{Act, OfJob, OutputHead, OutputPlace, Renew, Reported, Submit};
+
+/// How long a worker waits for an answer: much shorter than a lease, so that it can still let its jobs stand still.
+const WORKER_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a user's command waits.
+const USER_TIMEOUT: Duration = Duration::from_secs(60);
+/// The longest answer that is taken.
+const ANSWER_MAX: u64 = 512 << 20;
+
+/// A coordinator's store.
+pub struct RemoteStore {
+    name: String,
+    way: Way,
+    token: Option<String>,
+}
+
+enum Way {
+    Http { agent: Agent, base: String },
+    Unix(PathBuf),
+}
+
+struct Answer {
+    status: u16,
+    body: Vec<u8>,
+}
+
+impl RemoteStore {
+    /// For `http://HOST:PORT`, `https://HOST:PORT` or `unix:PATH`; `ca` has PEM certificates to trust besides nothing else,
+    /// instead of the usual ones.
+    pub fn new(url: &str, token: Option<String>, ca: Option<&[u8]>) -> Result<Self> {
+        let way = if let Some(path) = url.strip_prefix("unix:") {
+            Way::Unix(PathBuf::from(path))
+        } else {
+            // The first provider of a process stays; ours is the only one.
+            let _ = rustls::crypto::ring::default_provider().install_default();
+            let mut config = Agent::config_builder()
+                .http_status_as_error(false)
+                .timeout_connect(Some(Duration::from_secs(3)))
+                .proxy(None);
+            if let Some(pem) = ca {
+                let certificate = Certificate::from_pem(pem).map_err(|err| {
+                    StoreError::Invalid(format!("the CA file is no PEM certificate: {err}"))
+                })?;
+                let tls = TlsConfig::builder().root_certs(RootCerts::new_with_certs(&[certificate])).build();
+                config = config.tls_config(tls);
+            }
+            Way::Http { agent: config.build().into(), base: url.trim_end_matches('/').to_owned() }
+        };
+        Ok(Self { name: url.to_owned(), way, token })
+    }
+
+    fn unreachable(&self, err: impl std::fmt::Display) -> StoreError {
+        StoreError::Unreachable(self.name.clone(), err.to_string())
+    }
+
+    fn post(&self, path: &str, body: &[u8], timeout: Duration) -> Result<Answer> {
+        let answer = match &self.way {
+            Way::Http { agent, base } => self.post_http(agent, &format!("{base}{path}"), body, timeout)?,
+            Way::Unix(socket) => post_unix(socket, path, body, self.token.as_deref(), timeout)
+                .map_err(|err| self.unreachable(err))?,
+        };
+        if (200..300).contains(&answer.status) {
+            return Ok(answer);
+        }
+        let error = serde_json::from_slice::<StoreError>(&answer.body);
+        Err(error.unwrap_or_else(|_| self.unreachable(format!("it answers with status {}", answer.status))))
+    }
+
+    fn post_http(&self, agent: &Agent, url: &str, body: &[u8], timeout: Duration) -> Result<Answer> {
+        let mut request = agent.post(url).config().timeout_global(Some(timeout)).build();
+        if let Some(token) = &self.token {
+            request = request.header("authorization", format!("Bearer {token}"));
+        }
+        let mut response = request.send(body).map_err(|err| self.unreachable(err))?;
+        let status = response.status().as_u16();
+        let body = response
+            .body_mut()
+            .with_config()
+            .limit(ANSWER_MAX)
+            .read_to_vec()
+            .map_err(|err| self.unreachable(err))?;
+        Ok(Answer { status, body })
+    }
+
+    fn call<T: DeserializeOwned>(&self, method: &str, args: &impl Serialize, timeout: Duration) -> Result<T> {
+        let body = serde_json::to_vec(args).map_err(|err| StoreError::Invalid(err.to_string()))?;
+        let answer = self.post(&format!("/v1/{method}"), &body, timeout)?;
+        serde_json::from_slice(&answer.body).map_err(|err| {
+            self.unreachable(format!(
+                "its answer is not understood: {err}; is it another version of harrier?"
+            ))
+        })
+    }
+}
+
+/// One request over a socket of this host.
+fn post_unix(
+    socket: &std::path::Path,
+    path: &str,
+    body: &[u8],
+    token: Option<&str>,
+    timeout: Duration,
+) -> io::Result<Answer> {
+    let mut stream = UnixStream::connect(socket)?;
+    stream.set_read_timeout(Some(timeout))?;
+    stream.set_write_timeout(Some(timeout))?;
+    let authorization = token.map(|token| format!("Authorization: Bearer {token}\r\n")).unwrap_or_default();
+    let head = format!(
+        "POST {path} HTTP/1.1\r\nHost: harrier\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\
+         {authorization}Connection: close\r\n\r\n",
+        body.len()
+    );
+    stream.write_all(head.as_bytes())?;
+    stream.write_all(body)?;
+    let response = read_response(&mut stream).map_err(io::Error::other)?;
+    Ok(Answer { status: response.status, body: response.body })
+}
+
+impl Store for RemoteStore {
+    fn submit(&self, user: &str, key: Option<&str>, jobs: &[NewJob]) -> Result<Vec<JobId>> {
+        let args = Submit { user: user.to_owned(), key: key.map(str::to_owned), jobs: jobs.to_vec() };
+        self.call("submit", &args, USER_TIMEOUT)
+    }
+
+    fn jobs(&self, filter: &JobFilter) -> Result<Vec<Job>> {
+        self.call("jobs", filter, USER_TIMEOUT)
+    }
+
+    fn attempts(&self, job: JobId) -> Result<Vec<Attempt>> {
+        self.call("attempts", &OfJob { job }, USER_TIMEOUT)
+    }
+
+    fn events(&self, query: &EventQuery) -> Result<Vec<Event>> {
+        self.call("events", query, USER_TIMEOUT)
+    }
+
+    fn dependencies(&self, job: JobId) -> Result<Vec<Dependency>> {
+        self.call("dependencies", &OfJob { job }, USER_TIMEOUT)
+    }
+
+    fn act(&self, action: &Action, jobs: &[JobId]) -> Result<Vec<ActionResult>> {
+        self.call("act", &Act { action: action.clone(), jobs: jobs.to_vec() }, USER_TIMEOUT)
+    }
+
+    fn hosts(&self) -> Result<Vec<Host>> {
+        self.call("hosts", &(), USER_TIMEOUT)
+    }
+
+    fn stats(&self) -> Result<Stats> {
+        self.call("stats", &(), USER_TIMEOUT)
+    }
+
+    fn advertise(&self, ad: &HostAd) -> Result<()> {
+        self.call("advertise", ad, WORKER_TIMEOUT)
+    }
+
+    fn claim(&self, request: &ClaimRequest) -> Result<Vec<Claim>> {
+        self.call("claim", request, WORKER_TIMEOUT)
+    }
+
+    fn renew(&self, host: &str, keys: &[LeaseKey]) -> Result<Vec<Renewal>> {
+        self.call("renew", &Renew { host: host.to_owned(), keys: keys.to_vec() }, WORKER_TIMEOUT)
+    }
+
+    fn report(&self, key: &LeaseKey, report: &Report) -> Result<()> {
+        self.call("report", &Reported { key: key.clone(), report: report.clone() }, WORKER_TIMEOUT)
+    }
+
+    fn read_output(&self, query: &OutputQuery) -> Result<OutputPiece> {
+        let body = serde_json::to_vec(query).map_err(|err| StoreError::Invalid(err.to_string()))?;
+        let answer = self.post("/v1/read_output", &body, USER_TIMEOUT)?;
+        let end = answer.body.iter().position(|byte| *byte == b'\n').unwrap_or(0);
+        let head: OutputHead = serde_json::from_slice(answer.body.get(..end).unwrap_or_default())
+            .map_err(|err| self.unreachable(format!("its answer is not understood: {err}")))?;
+        let bytes = answer.body.get(end + 1..).unwrap_or_default().to_vec();
+        Ok(OutputPiece { epoch: head.epoch, bytes, complete: head.complete })
+    }
+
+    fn write_output(&self, key: &LeaseKey, stream: Stream, offset: u64, bytes: &[u8]) -> Result<()> {
+        let place = OutputPlace {
+            job: key.job,
+            epoch: key.epoch,
+            token: key.token.clone(),
+            stderr: stream == Stream::Stderr,
+            offset,
+        };
+        // Numbers and hexadecimal digits: nothing to escape, as long as the token is one of ours.
+        let token: String = place.token.chars().filter(char::is_ascii_alphanumeric).collect();
+        let path = format!(
+            "/v1/write_output?job={}&epoch={}&token={token}&stderr={}&offset={}",
+            place.job, place.epoch, place.stderr, place.offset
+        );
+        self.post(&path, bytes, WORKER_TIMEOUT).map(drop)
+    }
+
+    fn local_output(&self, _key: &LeaseKey) -> Option<[PathBuf; 2]> {
+        None
+    }
+}

@@ -1,0 +1,66 @@
+//! The arguments of each method, as client and server write them.
+
+use harrier_jobs::queue::{JobId, LeaseKey, NewJob};
+use harrier_jobs::store::{Action, Report, StoreError};
+use serde::{Deserialize, Serialize};
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Submit {
+    pub(crate) user: String,
+    #[serde(default)]
+    pub(crate) key: Option<String>,
+    pub(crate) jobs: Vec<NewJob>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct OfJob {
+    pub(crate) job: JobId,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Act {
+    pub(crate) action: Action,
+    pub(crate) jobs: Vec<JobId>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Renew {
+    pub(crate) host: String,
+    pub(crate) keys: Vec<LeaseKey>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Reported {
+    pub(crate) key: LeaseKey,
+    pub(crate) report: Report,
+}
+
+/// The query of `write_output`; the body is the output.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct OutputPlace {
+    pub(crate) job: JobId,
+    pub(crate) epoch: u64,
+    pub(crate) token: String,
+    pub(crate) stderr: bool,
+    pub(crate) offset: u64,
+}
+
+/// The first line of the answer to `read_output`; the output follows it.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct OutputHead {
+    pub(crate) epoch: u64,
+    pub(crate) complete: bool,
+}
+
+/// The status that goes with an error.
+pub(crate) fn status(error: &StoreError) -> u16 {
+    match error {
+        StoreError::NoJob(_) | StoreError::NoHost(_) | StoreError::NoAttempt(..) => 404,
+        StoreError::Fenced(_) => 409,
+        StoreError::Invalid(_) => 400,
+        StoreError::Unauthorized => 401,
+        StoreError::Full(_) => 507,
+        StoreError::Busy(_) | StoreError::Unreachable(..) => 503,
+        StoreError::Damaged(..) | StoreError::Newer(..) | StoreError::Failed(..) => 500,
+    }
+}

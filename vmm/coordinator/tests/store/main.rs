@@ -1,0 +1,45 @@
+//! What every store has to do, said once and tried on each: the SQLite file, and the same behind a coordinator on a
+//! unix socket and on TCP.
+
+mod stores;
+mod suite;
+
+use stores::{Place, open};
+
+macro_rules! on_every_store {
+    ($($name:ident,)*) => {
+        mod sqlite {
+            $(#[test] fn $name() { super::suite::$name(&super::open(super::Place::File)); })*
+        }
+        mod coordinator_on_a_socket {
+            $(#[test] fn $name() { super::suite::$name(&super::open(super::Place::Unix)); })*
+        }
+        mod coordinator_on_tcp {
+            $(#[test] fn $name() { super::suite::$name(&super::open(super::Place::Tcp)); })*
+        }
+    };
+}
+
+on_every_store! {
+    a_job_is_claimed_once_and_ends_once,
+    a_lease_that_is_not_renewed_is_given_to_another_and_its_holder_is_fenced,
+    an_end_that_is_told_twice_counts_once,
+    priority_goes_before_age,
+    users_share_and_what_was_used_is_forgotten,
+    the_oldest_job_is_never_passed_over_for_ever,
+    hosts_get_only_what_suits_them_and_fits,
+    a_failed_command_is_retried_after_a_growing_wait,
+    the_system_fails_a_job_so_often_before_it_is_held,
+    jobs_wait_for_others,
+    actions_say_the_same_when_they_are_said_twice,
+    wishes_reach_the_worker_and_decide_where_the_job_goes,
+    cancelling_works_in_every_state,
+    a_key_submits_once,
+    an_array_has_an_index_for_each_job,
+    output_goes_on_at_a_checkpoint_and_nothing_is_doubled,
+    a_bad_checkpoint_is_not_offered_again,
+    time_is_accounted_for,
+    events_tell_everything_in_order,
+    what_does_not_exist_is_refused,
+    thousands_of_jobs_are_claimed_by_several_workers_once_each,
+}
