@@ -110,8 +110,9 @@ pub fn ring_and_wait(block: &Block) -> Answer {
 
 fn put(block: &Block) -> u64 {
     let gpa = block_gpa(block.channel as usize % MAX_CPUS);
-    // In memory the structure is what the ABI says: little endian, without padding.
-    unsafe { (gpa as *mut Block).write_volatile(*block) };
+    // In memory the structure is what the ABI says: little endian, without padding. The doorbell's OUT comes after it,
+    // because the compiler takes it for an access to all memory.
+    unsafe { (gpa as *mut Block).write(*block) };
     gpa
 }
 

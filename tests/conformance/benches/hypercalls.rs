@@ -1,5 +1,5 @@
-//! What a hypercall costs on every engine, in nanoseconds: median of the runs of the bare-metal guest `hypercall_cost`, the
-//! engines in turns. Also what it takes from the first instruction to the guest's main function.
+//! What a hypercall costs on every engine, in nanoseconds: the fastest of the runs of the bare-metal guest
+//! `hypercall_cost`, the engines in turns. Also what it takes from the first instruction to the guest's main function.
 
 use std::sync::Arc;
 
@@ -8,7 +8,9 @@ use harrier_engine::{Engine, Probe};
 use harrier_engine_kvm::KvmEngine;
 use harrier_engine_soft::SoftEngine;
 
-const RUNS: usize = 5;
+const RUNS: usize = 7;
+/// Where KVM emulates kernel mode, a run takes many seconds.
+const PATIENCE: u32 = 10;
 const GUEST: Guest = Guest { name: "hypercall_cost", cpus: 1, checks: 10 };
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -36,7 +38,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     };
     for _ in 0..RUNS {
         for (index, (_, engine)) in named.iter().enumerate() {
-            let outcome = run(engine.as_ref(), &GUEST, "", DEADLINE)?;
+            let outcome = run(engine.as_ref(), &GUEST, "", DEADLINE * PATIENCE)?;
             outcome.transcript.verdict()?;
             let begin = outcome.report.first_instruction;
             if let Some((mark, begin)) = outcome.report.hypercalls.marks.first().zip(begin) {
@@ -56,7 +58,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         print!("{name:<56}");
         for mut values in engines {
             values.sort_by(f64::total_cmp);
-            print!("{:>12.0}", values.get(values.len() / 2).copied().unwrap_or(f64::NAN));
+            print!("{:>12.0}", values.first().copied().unwrap_or(f64::NAN));
         }
         println!();
     }

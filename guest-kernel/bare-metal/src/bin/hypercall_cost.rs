@@ -1,4 +1,4 @@
-//! What calls cost, beside the instructions that a call might replace. For each one line `cost ROUNDS TICKS NAME`; the
+//! What calls cost, beside the instructions that a call might replace. Loops are short, so that a busy host interrupts few. For each one line `cost ROUNDS TICKS NAME`; the
 //! machine's owner knows how long a tick is. The first thing that it does is a MARK: what it took to boot.
 
 #![no_std]
@@ -32,8 +32,8 @@ fn main() {
     cost("a port read", 5_000, |_| inl(port::BASE) == port::SIGNATURE);
     hypercall::features(0);
     cost("a call: FEATURES with its block ready", 5_000, |_| hypercall::ring_again());
-    cost("FEATURES with its block written and read", 5_000, |_| hypercall::features(0).0.is_ok());
-    cost("CLOCK", 2_000, |_| hypercall::clock().0.is_ok());
+    cost("FEATURES with its block written and read", 300, |_| hypercall::features(0).0.is_ok());
+    cost("CLOCK", 300, |_| hypercall::clock().0.is_ok());
     cost("MARK", 200, |n| hypercall::mark(0, "cost", n).is_ok());
     cost("CONSOLE of 1 byte", 200, |_| hypercall::console(b"\n").1 == 1);
     let text = unsafe { core::slice::from_raw_parts(frame(0) as *const u8, 4096) };
@@ -53,17 +53,17 @@ fn main() {
         });
         true
     });
-    cost("PARK and back by an interrupt that is pending", 1_000, |_| {
+    cost("PARK and back by an interrupt that is pending", 300, |_| {
         apic::send_ipi(0, 1 << 18 | VECTOR);
         hypercall::park(PARK_NO_TIMEOUT, 0).is_ok()
     });
-    cost("HLT and back by an interrupt that is pending", 1_000, |_| {
+    cost("HLT and back by an interrupt that is pending", 300, |_| {
         apic::send_ipi(0, 1 << 18 | VECTOR);
         cpu::wait_for_interrupt();
         true
     });
-    cost("PARK with a time of 0", 500, |_| hypercall::park(0, VECTOR).is_ok());
-    cost("a timer set by its register, and HLT", 500, |_| {
+    cost("PARK with a time of 0", 300, |_| hypercall::park(0, VECTOR).is_ok());
+    cost("a timer set by its register, and HLT", 300, |_| {
         apic::write(apic::LVT_TIMER, VECTOR);
         apic::write(apic::TIMER_INITIAL, 1);
         cpu::wait_for_interrupt();
@@ -113,7 +113,7 @@ fn main() {
         map(page + n * 4096, frame(n) | entry::P | entry::W);
     }
     let table = entry(page, 1) as u64;
-    cost("page tables: 64 entries and 64 INVLPG", 500, |round| {
+    cost("page tables: 64 entries and 64 INVLPG", 200, |round| {
         for n in 0..64 {
             poke(table + n * 8, frame(n ^ (round & 1)) | entry::P | entry::W);
             cpu::invlpg(page + n * 4096);
