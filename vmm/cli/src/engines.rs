@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
+use harrier_engine::calibrate::Loop;
 use harrier_engine::{CpuModel, Engine, Probe};
-use harrier_engine_kvm::KvmEngine;
+use harrier_engine_kvm::{Calibration, KvmEngine};
 use harrier_engine_soft::SoftEngine;
 use thiserror::Error;
 
@@ -40,29 +41,113 @@ impl std::str::FromStr for EngineChoice {
 /// An engine, and why it was taken where the user left the choice.
 pub(crate) struct Selected {
     pub(crate) engine: Box<dyn Engine>,
-    pub(crate) reason: Option<&'static str>,
+    pub(crate) reason: Option<String>,
 }
 
 /// Picks the engine. One that is asked for by name is taken or refused, never replaced.
 pub(crate) fn select(choice: EngineChoice) -> Result<Selected, EngineChoiceError> {
-    let soft = || Box::new(SoftEngine);
     match choice {
-        EngineChoice::Soft => Ok(Selected { engine: soft(), reason: None }),
+        EngineChoice::Soft => Ok(Selected { engine: Box::new(SoftEngine), reason: None }),
         EngineChoice::Kvm => {
-            let engine = KvmEngine::default().with_software(Arc::new(SoftEngine));
+            let engine = kvm();
             match engine.probe() {
                 Probe::Available { .. } => Ok(Selected { engine: Box::new(engine), reason: None }),
                 Probe::Unavailable { reason } => Err(EngineChoiceError::NoKvm(reason)),
             }
         }
-        EngineChoice::Auto => Ok(Selected {
-            engine: soft(),
-            reason: Some("engine soft: kvm is taken when it is asked for, with --engine kvm"),
-        }),
+        EngineChoice::Auto => {
+            let engine = kvm();
+            let choice = choose(engine.calibrate().map_err(|err| err.to_string()), soft_mips);
+            let engine: Box<dyn Engine> = if choice.kvm { Box::new(engine) } else { Box::new(SoftEngine) };
+            Ok(Selected { engine, reason: Some(choice.reason) })
+        }
     }
+}
+
+fn kvm() -> KvmEngine {
+    KvmEngine::default().with_software(Arc::new(SoftEngine))
+}
+
+/// Speed of the software processor at privilege level 3, in million instructions a second.
+pub(crate) fn soft_mips() -> Result<f64, String> {
+    Loop::new(&SoftEngine).and_then(|mut guest| guest.mips(3)).map_err(|err| err.to_string())
+}
+
+/// What `--engine auto` takes, and why.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Choice {
+    pub(crate) kvm: bool,
+    pub(crate) reason: String,
+}
+
+/// Decides by what was measured just now; nothing is remembered from run to run.
+pub(crate) fn choose(
+    kvm: Result<Calibration, String>,
+    soft_mips: impl FnOnce() -> Result<f64, String>,
+) -> Choice {
+    let taken = |kvm, reason: String| Choice {
+        kvm,
+        reason: format!("engine {}: {reason}", if kvm { "kvm" } else { "soft" }),
+    };
+    let found = match kvm {
+        Ok(found) => found,
+        Err(reason) => return taken(false, reason),
+    };
+    let Calibration { kernel_mips, user_mips, .. } = found;
+    if found.kernel_mode_in_hardware {
+        return taken(
+            true,
+            format!("it runs kernel mode on the processor ({kernel_mips:.0} million instructions/s)"),
+        );
+    }
+    // User mode alone is faster there, but a guest that changes its page tables often loses more than it wins.
+    let soft = soft_mips().map_or(String::new(), |soft| format!(" against {soft:.0} in software"));
+    taken(
+        false,
+        format!(
+            "kvm emulates kernel mode here, at {kernel_mips:.1} million instructions/s; --engine kvm runs user mode on \
+             the processor ({user_mips:.0}{soft}), which pays for long computations"
+        ),
+    )
 }
 
 /// The best model that is not bound to this host.
 pub(crate) fn default_model(engine: &dyn Engine) -> CpuModel {
     engine.cpu_models().into_iter().filter(|model| *model != CpuModel::Host).max().unwrap_or(CpuModel::V1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn calibration(kernel_mips: f64, user_mips: f64) -> Result<Calibration, String> {
+        Ok(Calibration { kernel_mips, user_mips, kernel_mode_in_hardware: kernel_mips > 100.0 })
+    }
+
+    #[test]
+    fn a_kvm_that_runs_kernel_mode_on_the_processor_is_taken_without_another_look() {
+        let choice = choose(calibration(3000.0, 3000.0), || panic!("software need not be measured"));
+        assert!(choice.kvm);
+        assert_eq!(
+            choice.reason,
+            "engine kvm: it runs kernel mode on the processor (3000 million instructions/s)"
+        );
+    }
+
+    #[test]
+    fn a_kvm_that_emulates_kernel_mode_is_left_to_those_who_name_it() {
+        let choice = choose(calibration(1.5, 5000.0), || Ok(480.0));
+        assert!(!choice.kvm, "{choice:?}");
+        assert_eq!(
+            choice.reason,
+            "engine soft: kvm emulates kernel mode here, at 1.5 million instructions/s; --engine kvm runs user mode on \
+             the processor (5000 against 480 in software), which pays for long computations"
+        );
+    }
+
+    #[test]
+    fn without_kvm_software_is_taken_and_the_reason_is_why() {
+        let choice = choose(Err("no permission".to_owned()), || panic!("nothing to compare with"));
+        assert_eq!(choice, Choice { kvm: false, reason: "engine soft: no permission".to_owned() });
+    }
 }

@@ -89,6 +89,11 @@ impl RunRecord {
         }
     }
 
+    /// Notes why this engine was taken, where the user left the choice.
+    pub(crate) fn engine_reason(&mut self, reason: &str) {
+        self.description.insert("engine_reason".to_owned(), reason.into());
+    }
+
     /// Notes what is run on.
     pub(crate) fn describe(&mut self, config: &RunConfig, engine: &str, model: CpuModel) {
         let mut set = |name: &str, value: Value| self.description.insert(name.to_owned(), value);
@@ -178,6 +183,7 @@ impl RunRecord {
         counts.push(("device accesses", sum(|counters| counters.io_accesses)));
         counts.push(("code invalidations", sum(|counters| counters.code_invalidations)));
         counts.push(("assists", sum(|counters| counters.assists)));
+        counts.push(("loans", sum(|counters| counters.loans)));
         counts.push(("console calls", report.hypercalls.console_calls));
         counts.push(("parks", report.hypercalls.parks));
         counts.push(("released bytes", report.hypercalls.released_bytes));

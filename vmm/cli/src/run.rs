@@ -64,7 +64,8 @@ pub(crate) fn run(flags: RunFlags, runtime_dir: Option<&Path>, started: Instant)
 
 /// Runs what the flags say as the monitor of a detached machine.
 pub(crate) fn run_seated(flags: RunFlags, started: Instant, seat: Seat) -> Result<u8, Failure> {
-    run_in(RunFlags { json: false, ..flags }, started, Some(seat))
+    // What it writes is the machine's log, for which remarks are not meant.
+    run_in(RunFlags { json: false, quiet: true, ..flags }, started, Some(seat))
 }
 
 fn run_in(flags: RunFlags, started: Instant, seat: Option<Seat>) -> Result<u8, Failure> {
@@ -98,9 +99,12 @@ fn run_recorded(flags: RunFlags, run: &mut Run<'_>) -> Result<u8, Failure> {
         Failure::new(format!("signals cannot be handled ({err}): raise the limit of open files"))
     })?;
     let selected = engines::select(config.engine)?;
-    if let Some(reason) = selected.reason.filter(|_| config.output.remarks) {
-        // A remark that nobody can read is no failure.
-        let _ = writeln!(io::stderr(), "harrier: {reason}");
+    if let Some(reason) = &selected.reason {
+        run.record.engine_reason(reason);
+        if config.output.remarks {
+            // A remark that nobody can read is no failure.
+            let _ = writeln!(io::stderr(), "harrier: {reason}");
+        }
     }
     let engine = selected.engine.as_ref();
     let model = config.cpu_model.unwrap_or_else(|| engines::default_model(engine));

@@ -8,6 +8,7 @@
 //! below the seam, `machine` and `devices` above it.
 
 pub mod assist;
+pub mod calibrate;
 mod clock;
 pub mod cpu_model;
 pub mod cpu_state;

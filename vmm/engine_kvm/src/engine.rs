@@ -1,5 +1,5 @@
-//! The engine: opens KVM anew for every question; only what was measured of kernel mode is remembered, as long
-//! as the engine lives.
+//! The engine: opens KVM anew for every question. As long as an engine lives it remembers that it could be used and
+//! what was measured of kernel mode, and longer nothing.
 
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
@@ -11,7 +11,7 @@ use harrier_engine::{CpuModel, Engine, EngineError, Probe, Vm, VmConfig};
 use crate::probe::{self, Host};
 use crate::user::KvmUserMode;
 use crate::vm::KvmVm;
-use crate::{calibrate, cpuid, host};
+use crate::{Calibration, calibrate, cpuid, host};
 
 /// Hardware virtualization by the host's KVM.
 ///
@@ -25,6 +25,8 @@ pub struct KvmEngine {
     kvm_alone: bool,
     /// Whether kernel mode runs on the processor, once it was measured.
     in_hardware: Arc<OnceLock<bool>>,
+    /// A VM could be created.
+    usable: Arc<OnceLock<()>>,
 }
 
 impl Default for KvmEngine {
@@ -37,7 +39,13 @@ impl KvmEngine {
     /// An engine over another device than `/dev/kvm`.
     #[must_use]
     pub fn with_device(path: PathBuf) -> Self {
-        KvmEngine { path, software: None, kvm_alone: false, in_hardware: Arc::default() }
+        KvmEngine {
+            path,
+            software: None,
+            kvm_alone: false,
+            in_hardware: Arc::default(),
+            usable: Arc::default(),
+        }
     }
 
     /// Lets `software` run kernel mode where this host's KVM does not run it on the processor, and finish the
@@ -55,6 +63,27 @@ impl KvmEngine {
         self.software = Some(software);
         self.kvm_alone = true;
         self
+    }
+
+    /// Measures how fast this host's KVM is, and remembers where it runs kernel mode as long as the engine lives.
+    ///
+    /// # Errors
+    /// [`EngineError::Unavailable`] if KVM is not usable; any other if it is faulty.
+    pub fn calibrate(&self) -> Result<Calibration, EngineError> {
+        let found = calibrate::measure(&self.path)?;
+        // Whoever was first has measured the same.
+        let _ = self.in_hardware.set(found.kernel_mode_in_hardware);
+        let _ = self.usable.set(());
+        Ok(found)
+    }
+
+    /// Names of the KVM capabilities that are missing here and would be used if they were there; the engine does
+    /// without them.
+    ///
+    /// # Errors
+    /// [`EngineError::Unavailable`] if KVM is not usable, with the names of those that it cannot do without.
+    pub fn missing_capabilities(&self) -> Result<Vec<&'static str>, EngineError> {
+        Ok(probe::unused_capabilities(&self.open()?))
     }
 
     /// The engine that has to run kernel mode here, if one has to.
@@ -93,9 +122,15 @@ impl Engine for KvmEngine {
     }
 
     fn probe(&self) -> Probe {
-        // Whether the processor's virtualization is free shows only when a VM is created.
-        match probe::open(&self.path).and_then(|host| host.create_vm().map(drop)) {
+        let found = match self.usable.get() {
+            // It shows again when the machine is created.
+            Some(()) => Ok(()),
+            // Whether the processor's virtualization is free shows only when a VM is created.
+            None => probe::open(&self.path).and_then(|host| host.create_vm().map(drop)),
+        };
+        match found {
             Ok(()) => {
+                let _ = self.usable.set(());
                 Probe::Available { detail: format!("hardware virtualization by {}", self.path.display()) }
             }
             Err(missing) => Probe::Unavailable { reason: missing.to_string() },

@@ -27,5 +27,5 @@ mod user;
 mod vcpu;
 mod vm;
 
-pub use calibrate::{Calibration, calibrate};
+pub use calibrate::Calibration;
 pub use engine::KvmEngine;

@@ -6,6 +6,10 @@ use std::ffi::CString;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
+use kvm_bindings::{
+    KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_CAP_IOEVENTFD, KVM_CAP_IRQFD, KVM_CAP_READONLY_MEM,
+    KVM_CAP_SET_IDENTITY_MAP_ADDR, KVM_CAP_SYNC_REGS, KVM_CAP_TSC_CONTROL, KVM_CAP_XCRS, KVM_CAP_XSAVE2,
+};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 
 /// The version of the KVM API since Linux 2.6.22; no other was ever released since.
@@ -26,6 +30,19 @@ const NEEDED: &[(Cap, &str)] = &[
     (Cap::TscDeadlineTimer, "TSC_DEADLINE_TIMER"),
     (Cap::GetTscKhz, "GET_TSC_KHZ"),
     (Cap::Xsave, "XSAVE"),
+];
+
+/// What is used where it is there.
+const USED: &[(u32, &str)] = &[
+    (KVM_CAP_IRQFD, "IRQFD"),
+    (KVM_CAP_IOEVENTFD, "IOEVENTFD"),
+    (KVM_CAP_READONLY_MEM, "READONLY_MEM"),
+    (KVM_CAP_XCRS, "XCRS"),
+    (KVM_CAP_XSAVE2, "XSAVE2"),
+    (KVM_CAP_SYNC_REGS, "SYNC_REGS"),
+    (KVM_CAP_TSC_CONTROL, "TSC_CONTROL"),
+    (KVM_CAP_SET_IDENTITY_MAP_ADDR, "SET_IDENTITY_MAP_ADDR"),
+    (KVM_CAP_EXIT_ON_EMULATION_FAILURE, "EXIT_ON_EMULATION_FAILURE"),
 ];
 
 /// Why KVM cannot be used, with the remedy.
@@ -103,6 +120,12 @@ pub(crate) fn open(path: &Path) -> Result<Host, Missing> {
         return Err(Missing::Capabilities(missing.join(" ")));
     }
     Ok(Host { kvm, path: name })
+}
+
+/// The capabilities that KVM lacks of those that are used where they are there.
+pub(crate) fn unused_capabilities(host: &Host) -> Vec<&'static str> {
+    let missing = USED.iter().filter(|(cap, _)| host.kvm.check_extension_raw((*cap).into()) <= 0);
+    missing.map(|(_, name)| *name).collect()
 }
 
 /// Where KVM's device is on Linux.

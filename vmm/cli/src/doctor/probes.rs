@@ -11,13 +11,18 @@ use harrier_machine::memory::{ByteSize, host_memory_bytes};
 use rustix::fs::{MemfdFlags, Mode, OFlags, memfd_create};
 
 use super::{Finding, host_calls};
-use crate::guest_files;
+use crate::{engines, guest_files};
 
 /// Looks at everything.
 pub(super) fn all() -> Vec<Finding> {
-    let mut findings =
-        vec![soft_engine(), kvm(), guest(), cpus(), cpu_level(), memory(), huge_pages(), memfd()];
+    let mut findings = Vec::from(engines());
     findings.extend([
+        guest(),
+        cpus(),
+        cpu_level(),
+        memory(),
+        huge_pages(),
+        memfd(),
         userfaultfd(),
         tun(),
         vhost_vsock(),
@@ -63,29 +68,29 @@ fn device(name: &'static str, path: &str, with: &str, without: &str) -> Finding 
     }
 }
 
-fn soft_engine() -> Finding {
-    let engine = SoftEngine;
-    let models: Vec<String> = engine.cpu_models().iter().map(CpuModel::to_string).collect();
-    let (available, detail) = match engine.probe() {
-        Probe::Available { detail } => (true, format!("{detail}; cpu models {}", models.join(", "))),
-        Probe::Unavailable { reason } => (false, reason),
+/// Speeds of both engines and what follows from them.
+fn engines() -> [Finding; 4] {
+    let soft_mips = engines::soft_mips();
+    let kvm = KvmEngine::default();
+    let calibration = kvm.calibrate().map_err(|err| err.to_string());
+    let soft = match (SoftEngine.probe(), &soft_mips) {
+        (Probe::Available { .. }, Ok(mips)) => {
+            let models: Vec<String> = SoftEngine.cpu_models().iter().map(CpuModel::to_string).collect();
+            let detail = format!(
+                "kernel and user mode {mips:.0} million instructions/s; cpu models {}",
+                models.join(", ")
+            );
+            finding("engine soft", Some(true), detail, "guests can run in software")
+        }
+        (Probe::Unavailable { reason }, _) => {
+            finding("engine soft", Some(false), reason, "no guest can run without KVM")
+        }
+        (_, Err(reason)) => finding("engine soft", Some(false), reason, "no guest can run without KVM"),
     };
-    finding("engine soft", Some(available), detail, "guests run in software; --engine auto takes it")
-}
-
-fn kvm() -> Finding {
-    if let Probe::Unavailable { reason } = KvmEngine::default().probe() {
-        return finding(
-            "engine kvm",
-            Some(false),
-            reason,
-            "guests run in software; with KVM they could be faster",
-        );
-    }
-    match harrier_engine_kvm::calibrate() {
+    let speeds = match &calibration {
         Ok(speeds) => {
             let detail = format!(
-                "kernel mode {:.0}, user mode {:.0} million instructions/s",
+                "kernel mode {:.1}, user mode {:.0} million instructions/s",
                 speeds.kernel_mips, speeds.user_mips
             );
             let consequence = if speeds.kernel_mode_in_hardware {
@@ -95,8 +100,23 @@ fn kvm() -> Finding {
             };
             finding("engine kvm", Some(true), detail, consequence)
         }
-        Err(err) => finding("engine kvm", Some(false), err.to_string(), "guests run in software"),
-    }
+        Err(err) => finding("engine kvm", Some(false), err.as_str(), "guests run in software"),
+    };
+    let capabilities = match kvm.missing_capabilities() {
+        Ok(missing) if missing.is_empty() => {
+            finding("kvm capabilities", Some(true), "all that harrier can use", "nothing is missing")
+        }
+        Ok(missing) => finding(
+            "kvm capabilities",
+            Some(true),
+            format!("all that are needed; without {}", missing.join(" ")),
+            "harrier does without those",
+        ),
+        Err(err) => finding("kvm capabilities", Some(false), err.to_string(), "--engine kvm is refused"),
+    };
+    let choice = engines::choose(calibration, || soft_mips);
+    let taken = finding("engine auto", None, choice.reason, "what harrier run takes without --engine");
+    [soft, speeds, capabilities, taken]
 }
 
 fn guest() -> Finding {

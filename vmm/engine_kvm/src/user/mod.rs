@@ -17,7 +17,7 @@ use harrier_engine::memory::PAGE_SIZE;
 use harrier_engine::user_mode::{UserMode, UserProcessor};
 use harrier_engine::{EngineError, GuestRegion};
 use kvm_bindings::CpuId;
-use kvm_ioctls::{Cap, VmFd};
+use kvm_ioctls::{Cap, VcpuFd, VmFd};
 
 use crate::host::refused;
 use crate::probe::Host;
@@ -32,6 +32,8 @@ pub(crate) struct KvmUserMode {
     supported: CpuId,
     run_page_bytes: usize,
     tsc_khz: u32,
+    /// vCPU 0, made together with the VM: only a vCPU knows the frequency of its TSC.
+    first: Mutex<Option<VcpuFd>>,
 }
 
 /// What the processors share.
@@ -64,18 +66,14 @@ impl KvmUserMode {
         let run_page_bytes = host.kvm.get_vcpu_mmap_size().map_err(refused("ask for the size of kvm_run"))?;
         let limit = usize::try_from(fd.check_extension_int(Cap::NrMemslots)).unwrap_or(0).max(32);
         let slots = Slots::new(limit, fd.check_extension(Cap::ReadonlyMem));
-        let probe = host
-            .create_vm()
-            .map_err(|missing| EngineError::Unavailable { engine: "kvm", reason: missing.to_string() })?;
-        let tsc_khz = probe
-            .create_vcpu(0)
-            .and_then(|vcpu| vcpu.get_tsc_khz())
-            .map_err(refused("ask for the frequency of the TSC"))?;
+        let first = fd.create_vcpu(0).map_err(refused("create vCPU 0"))?;
+        let tsc_khz = first.get_tsc_khz().map_err(refused("ask for the frequency of the TSC"))?;
         Ok(KvmUserMode {
             shared: Arc::new(Shared { fd, slots: Mutex::new(slots) }),
             supported,
             run_page_bytes,
             tsc_khz,
+            first: Mutex::new(Some(first)),
         })
     }
 }
@@ -94,7 +92,11 @@ impl UserMode for KvmUserMode {
     }
 
     fn create_processor(&self, index: u32) -> Result<Box<dyn UserProcessor>, EngineError> {
-        let fd = self.shared.fd.create_vcpu(index.into()).map_err(refused("create a vCPU"))?;
+        let made = self.first.lock().unwrap_or_else(PoisonError::into_inner).take_if(|_| index == 0);
+        let fd = match made {
+            Some(fd) => fd,
+            None => self.shared.fd.create_vcpu(index.into()).map_err(refused("create a vCPU"))?,
+        };
         fd.set_cpuid2(&self.supported).map_err(refused("set the CPUID of a vCPU"))?;
         let components = cpuid::xsave_components(&self.supported);
         Ok(Box::new(KvmUserProcessor::new(
