@@ -28,9 +28,6 @@ pub(crate) enum JobCommand {
     Requeue(JobsFlags),
     /// Let the machines of running jobs stand still.
     Suspend(JobsFlags),
-    /// Save the state of running jobs.
-    #[command(hide = true)]
-    Checkpoint(JobsFlags),
     /// Take jobs from their hosts; they go on elsewhere.
     Vacate(VacateFlags),
     /// Give jobs another priority.
