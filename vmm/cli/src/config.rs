@@ -90,6 +90,10 @@ pub(crate) struct RunConfig {
     /// Where the command's stderr goes, if not to this program's.
     pub(crate) stderr: Option<PathBuf>,
     pub(crate) workload: Workload,
+    /// Input of a detached machine stays open.
+    pub(crate) interactive: bool,
+    /// The command has a terminal wherever its streams go.
+    pub(crate) tty: bool,
     pub(crate) output: OutputConfig,
     /// Filter the system calls of the process and its threads.
     pub(crate) seccomp: bool,
@@ -150,6 +154,7 @@ impl RunConfig {
                 ("--env", !flags.env.is_empty()),
                 ("--workdir", flags.workdir.is_some()),
                 ("--rootfs", flags.rootfs.is_some()),
+                ("--tty", flags.tty),
             ];
             if flags.kernel.is_none() {
                 return Err(ConfigError::Nothing);
@@ -188,6 +193,8 @@ impl RunConfig {
             attempt: flags.attempt,
             stderr: flags.stderr,
             workload,
+            interactive: flags.interactive,
+            tty: flags.tty,
             output: OutputConfig { json: flags.json, timings: flags.timings, remarks },
             seccomp: !flags.no_seccomp,
         })

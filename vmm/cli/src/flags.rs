@@ -35,6 +35,13 @@ pub(crate) enum Command {
     Inspect(InspectFlags),
     /// Show what a job, or a detached machine's command, has printed.
     Logs(LogsFlags),
+    /// Run a further command in a machine and return its exit code.
+    ///
+    /// Its streams are those of this command; it has a terminal when stdin and stdout are terminals, or with --tty.
+    Exec(ExecFlags),
+    /// Connect to the command of a detached machine: its output from now on, and its input if it was started with
+    /// --interactive. Returns its exit code.
+    Attach(AttachFlags),
     /// Make machines stand still; their memory stays.
     Pause(NamesFlags),
     /// Let suspended jobs or paused machines go on.
@@ -79,6 +86,12 @@ pub(crate) struct RunFlags {
     /// Remove a detached machine when it ends, with its output.
     #[arg(long, requires = "detach")]
     pub(crate) rm: bool,
+    /// Keep the input of a detached machine open, for 'harrier attach'.
+    #[arg(long, short)]
+    pub(crate) interactive: bool,
+    /// Give the command a terminal; without --detach it has one when stdin and stdout are terminals.
+    #[arg(long, short)]
+    pub(crate) tty: bool,
     /// Processor: auto, kvm or soft.
     #[arg(long, default_value = "auto", value_name = "ENGINE")]
     pub(crate) engine: String,
@@ -251,6 +264,50 @@ pub(crate) struct WaitFlags {
     /// Jobs: ID, ID,ID or ID-ID. Or machines: names, ids or beginnings of ids.
     #[arg(required = true, value_name = "ID")]
     pub(crate) targets: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ExecFlags {
+    /// Accepted for those who know it from docker: the input is passed in any case.
+    #[arg(long, short, hide = true)]
+    pub(crate) interactive: bool,
+    /// Give the command a terminal.
+    #[arg(long, short)]
+    pub(crate) tty: bool,
+    /// Leave the command alone in the machine once it is on its way.
+    #[arg(long, short)]
+    pub(crate) detach: bool,
+    /// Give the command no input.
+    #[arg(long, short = 'n')]
+    pub(crate) no_stdin: bool,
+    /// Environment variable of the command: NAME=VALUE, or NAME to pass the host's value. Repeatable.
+    #[arg(long, short = 'e', value_name = "NAME=VALUE")]
+    pub(crate) env: Vec<OsString>,
+    /// Working directory of the command; the default is that of the machine's own.
+    #[arg(long, short = 'w', value_name = "DIR")]
+    pub(crate) workdir: Option<OsString>,
+    /// Keys that leave the command alone, in a terminal.
+    #[arg(long, value_name = "KEYS", default_value = "ctrl-p,ctrl-q")]
+    pub(crate) detach_keys: String,
+    /// Name, id or beginning of an id.
+    #[arg(value_name = "MACHINE")]
+    pub(crate) machine: String,
+    /// The command and its arguments.
+    #[arg(required = true, trailing_var_arg = true, value_name = "CMD")]
+    pub(crate) command: Vec<OsString>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct AttachFlags {
+    /// Send no input.
+    #[arg(long, short = 'n')]
+    pub(crate) no_stdin: bool,
+    /// Keys that leave the command alone, in a terminal.
+    #[arg(long, value_name = "KEYS", default_value = "ctrl-p,ctrl-q")]
+    pub(crate) detach_keys: String,
+    /// Name, id or beginning of an id.
+    #[arg(value_name = "MACHINE")]
+    pub(crate) machine: String,
 }
 
 #[derive(Debug, Args)]

@@ -7,17 +7,21 @@ use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use clap::Parser;
 use harrier_control::api::{
-    ApiError, KillRequest, MachineInfo, MachineState, SnapshotInfo, SnapshotRequest, StopRequest, Usage,
+    ApiError, AttachRequest, ExecRequest, KillRequest, MachineInfo, MachineState, SnapshotInfo,
+    SnapshotRequest, StopRequest, Usage,
 };
+use harrier_control::exec::{ExecStreams, Execution, FrameInput};
 use harrier_control::output::{OutputLog, OutputWriter, Stream};
+use harrier_control::stream::CommandEnd;
 use harrier_control::{
     ExitRecord, Machine, MachineName, MachineRecord, NewMachine, Registry, Seat, Server, StartError, unix_ms,
 };
+use harrier_jobs::{CommandSpec, Controller, Session, Stdin, Stdio, WindowSize};
 use harrier_machine::MachineHandle;
 use serde_json::json;
 use signal_hook::consts::{SIGHUP, SIGKILL, SIGTERM};
@@ -27,6 +31,9 @@ use crate::exit::{Failure, HARRIER_FAILED};
 use crate::flags::{Command, Flags, MonitorFlags, RunFlags};
 use crate::signals::{Interrupter, Interruption};
 use crate::snapshots::{KeptByHost, Snapshots};
+
+/// How long clients may take to hear of the end.
+const LAST_ANSWERS: Duration = Duration::from_millis(500);
 
 /// The registry's view of a run that is to be.
 fn new_machine(flags: &RunFlags) -> Result<NewMachine, Failure> {
@@ -111,6 +118,7 @@ struct Description {
     cpus: u32,
     memory_bytes: u64,
     has_command: bool,
+    tty: bool,
 }
 
 /// The running machine as its control socket sees it.
@@ -130,6 +138,14 @@ struct Running {
     stop_deadline: Mutex<Option<Instant>>,
     output: Option<Arc<OutputLog>>,
     statm: Option<File>,
+    /// Where input for the command or console is written, while it is open.
+    input: Mutex<Option<Arc<File>>>,
+    /// Runs further commands, like the machine's own.
+    session: OnceLock<(Session, CommandSpec)>,
+    /// Steers the command, once it is there.
+    command: OnceLock<Controller>,
+    ended: Mutex<Option<CommandEnd>>,
+    has_ended: Condvar,
 }
 
 /// A run's place in the registry. Dropping it before [`Monitor::finish`] records a failure of the monitor itself.
@@ -168,8 +184,18 @@ impl Monitor {
             stop_deadline: Mutex::new(None),
             output,
             statm: File::open("/proc/self/statm").ok(),
+            input: Mutex::new(None),
+            session: OnceLock::new(),
+            command: OnceLock::new(),
+            ended: Mutex::new(None),
+            has_ended: Condvar::new(),
         };
         Ok(Monitor { seat, running: Arc::new(running), server: OnceLock::new(), finished: false })
+    }
+
+    /// Whether somebody has asked the machine to end.
+    pub(crate) fn is_stopping(&self) -> bool {
+        self.running.is_stopping.load(Ordering::Acquire)
     }
 
     /// Whether the machine has no terminal and no streams but the log.
@@ -185,12 +211,38 @@ impl Monitor {
             cpus: config.vcpu_count,
             memory_bytes: config.memory_bytes,
             has_command: matches!(config.workload, Workload::Command(_)),
+            tty: config.tty,
         });
     }
 
     /// Where a detached machine's output goes.
     pub(crate) fn output(&self, stream: Stream) -> Option<OutputWriter> {
         self.running.output.as_ref().map(|log| log.writer(stream))
+    }
+
+    /// The input of a detached machine: from whoever attaches, or empty.
+    pub(crate) fn open_input(&self, config: &RunConfig) -> Result<Option<OwnedFd>, Failure> {
+        if !config.interactive {
+            return Ok(None);
+        }
+        let (reader, writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(|err| {
+            Failure::new(format!("no pipe for the input ({err}): raise the limit of open files"))
+        })?;
+        *self.running.input.lock().unwrap_or_else(PoisonError::into_inner) =
+            Some(Arc::new(File::from(writer)));
+        Ok(Some(reader))
+    }
+
+    /// The session that will run the machine's command, and that command.
+    pub(crate) fn set_session(&self, session: Session, spec: CommandSpec) {
+        // Called once.
+        let _ = self.running.session.set((session, spec));
+    }
+
+    /// The command is there, and whoever attaches may steer it.
+    pub(crate) fn set_command(&self, command: Controller) {
+        // Called once.
+        let _ = self.running.command.set(command);
     }
 
     /// Serves the control socket for a machine that has started.
@@ -209,7 +261,7 @@ impl Monitor {
         let listener = self.seat.listen().map_err(refused)?;
         let on_start: harrier_control::server::OnThreadStart =
             Arc::new(move || if seccomp { crate::sandbox::enter_control() } else { Ok(()) });
-        let server = Server::start(listener, Arc::clone(&self.running) as Arc<dyn Machine>, on_start)
+        let server = Server::start(listener, Arc::new(Controlled(Arc::clone(&self.running))), on_start)
             .map_err(refused)?;
         let _ = self.server.set(server);
         Ok(())
@@ -241,10 +293,15 @@ impl Monitor {
 
     fn record_end(&mut self, exit_code: u8, error: Option<String>) {
         self.finished = true;
-        // Nobody is answered any more when the end is on disk.
-        drop(self.server.take());
+        self.running.is_stopping.store(true, Ordering::Release);
         let started_ms = Some(self.running.started_ms.load(Ordering::Acquire)).filter(|ms| *ms > 0);
-        self.seat.finish(&ExitRecord { exit_code, error, started_ms, ended_ms: unix_ms() });
+        self.seat.finish(&ExitRecord { exit_code, error: error.clone(), started_ms, ended_ms: unix_ms() });
+        *self.running.ended.lock().unwrap_or_else(PoisonError::into_inner) =
+            Some(CommandEnd { exit_code, error });
+        self.running.has_ended.notify_all();
+        if let Some(server) = self.server.take() {
+            server.drain(LAST_ANSWERS);
+        }
     }
 }
 
@@ -302,7 +359,47 @@ impl Running {
     }
 }
 
-impl Machine for Running {
+/// The control socket's view; a type of its own because clients that are attached keep the machine.
+struct Controlled(Arc<Running>);
+
+impl Machine for Controlled {
+    fn info(&self) -> MachineInfo {
+        self.0.info()
+    }
+
+    fn pause(&self) -> Result<MachineState, ApiError> {
+        self.0.pause()
+    }
+
+    fn resume(&self) -> Result<MachineState, ApiError> {
+        self.0.resume()
+    }
+
+    fn stop(&self, request: StopRequest) -> Result<MachineState, ApiError> {
+        self.0.stop(request)
+    }
+
+    fn kill(&self, request: KillRequest) -> Result<MachineState, ApiError> {
+        self.0.kill(request)
+    }
+
+    fn snapshot(&self, request: SnapshotRequest) -> Result<SnapshotInfo, ApiError> {
+        self.0.take_snapshot(request)
+    }
+
+    fn exec(&self, request: ExecRequest, streams: ExecStreams) -> Result<Arc<dyn Execution>, ApiError> {
+        self.0.exec(request, streams)
+    }
+
+    fn attach(&self, request: AttachRequest, streams: ExecStreams) -> Result<Arc<dyn Execution>, ApiError> {
+        if request.stdin {
+            self.0.take_input(streams.stdin)?;
+        }
+        Ok(Arc::new(Attached(Arc::clone(&self.0))))
+    }
+}
+
+impl Running {
     fn info(&self) -> MachineInfo {
         let unknown = Description::default();
         let description = self.description.get().unwrap_or(&unknown);
@@ -314,6 +411,8 @@ impl Machine for Running {
             created_ms: self.record.created_ms,
             started_ms: Some(self.started_ms.load(Ordering::Acquire)).filter(|ms| *ms > 0),
             command: self.record.command.clone(),
+            tty: description.tty,
+            interactive: self.input.lock().unwrap_or_else(PoisonError::into_inner).is_some(),
             engine: description.engine.clone(),
             cpu_model: description.cpu_model.clone(),
             cpus: description.cpus,
@@ -354,10 +453,50 @@ impl Machine for Running {
         self.is_stopping.store(true, Ordering::Release);
         // A machine that stands still hears nothing.
         self.resume()?;
-        if !self.interrupter.signal_command(SIGTERM) {
+        let has_command = self.description.get().is_none_or(|description| description.has_command);
+        if !has_command {
+            machine.press_power_button();
+        } else if !self.interrupter.signal_command(SIGTERM) {
             self.end(SIGTERM);
         }
         Ok(self.state())
+    }
+
+    fn exec(&self, request: ExecRequest, streams: ExecStreams) -> Result<Arc<dyn Execution>, ApiError> {
+        let (session, own) = self.session.get().ok_or_else(|| {
+            ApiError::conflict("no command runs in it, so there is no agent that could run another")
+        })?;
+        match self.state() {
+            MachineState::Paused => return Err(ApiError::conflict("the machine is paused: resume it first")),
+            MachineState::Stopping => return Err(ApiError::conflict("the machine is ending")),
+            MachineState::Starting | MachineState::Running => {}
+        }
+        let spec = exec_spec(own, &request)?;
+        let ExecStreams { stdin, stdout, stderr } = streams;
+        let stdin = if request.stdin { Stdin::Reader(Box::new(stdin)) } else { Stdin::Empty };
+        let stdio = Stdio { stdin, stdout: Box::new(stdout), stderr: Box::new(stderr) };
+        let command = session.run(&spec, stdio).map_err(|err| ApiError::bad_request(err.to_string()))?;
+        Ok(Arc::new(Executed { controller: command.controller(), command: Mutex::new(Some(command)) }))
+    }
+
+    /// Copies a client's input to the command or console until one of the two has had enough.
+    fn take_input(self: &Arc<Self>, mut from: FrameInput) -> Result<(), ApiError> {
+        let input = self.input.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let input = input.ok_or_else(|| {
+            ApiError::conflict("it takes no input: start it with --interactive, or attach with --no-stdin")
+        })?;
+        let running = Arc::clone(self);
+        let copy = move || {
+            let copied = std::io::copy(&mut from, &mut &*input);
+            if copied.is_err() || from.ended_by_client() {
+                running.input.lock().unwrap_or_else(PoisonError::into_inner).take();
+            }
+        };
+        std::thread::Builder::new()
+            .name("attached".to_owned())
+            .spawn(copy)
+            .map(drop)
+            .map_err(|err| ApiError::internal(format!("no thread for the input ({err})")))
     }
 
     fn kill(&self, request: KillRequest) -> Result<MachineState, ApiError> {
@@ -377,10 +516,6 @@ impl Machine for Running {
         }
         Ok(self.state())
     }
-
-    fn snapshot(&self, request: SnapshotRequest) -> Result<SnapshotInfo, ApiError> {
-        self.take_snapshot(request)
-    }
 }
 
 impl Running {
@@ -394,6 +529,95 @@ impl Running {
         }
         taken.state = self.state();
         Ok(taken)
+    }
+}
+
+/// A further command: root file system, environment and directory are those of the machine's own, unless it says
+/// otherwise.
+fn exec_spec(own: &CommandSpec, request: &ExecRequest) -> Result<CommandSpec, ApiError> {
+    if request.command.first().is_none_or(String::is_empty) {
+        return Err(ApiError::bad_request("the command is empty: give a program"));
+    }
+    let mut spec = CommandSpec::new(request.command.iter().map(|word| word.as_bytes().to_vec()));
+    spec.root = own.root.clone();
+    spec.env.clone_from(&own.env);
+    for text in &request.env {
+        let (name, value) = text.split_once('=').filter(|(name, _)| !name.is_empty()).ok_or_else(|| {
+            ApiError::bad_request(format!("'{text}' is no environment variable: write NAME=VALUE"))
+        })?;
+        spec.env.retain(|(known, _)| known != name.as_bytes());
+        spec.env.push((name.as_bytes().to_vec(), value.as_bytes().to_vec()));
+    }
+    spec.workdir = match &request.workdir {
+        Some(folder) if !folder.starts_with('/') => {
+            return Err(ApiError::bad_request(format!(
+                "directory '{folder}' is not absolute: start it with /"
+            )));
+        }
+        Some(folder) => Some(folder.clone().into_bytes()),
+        None => own.workdir.clone(),
+    };
+    spec.tty = request.tty.map(|size| WindowSize { rows: size.rows, cols: size.cols });
+    Ok(spec)
+}
+
+/// A further command and its client.
+struct Executed {
+    controller: Controller,
+    command: Mutex<Option<harrier_jobs::Command>>,
+}
+
+impl Execution for Executed {
+    fn signal(&self, number: u8) {
+        self.controller.signal(number);
+    }
+
+    fn resize(&self, rows: u16, cols: u16) {
+        self.controller.resize(WindowSize { rows, cols });
+    }
+
+    fn client_gone(&self) {
+        self.controller.cancel();
+    }
+
+    fn wait(&self) -> CommandEnd {
+        let command = self.command.lock().unwrap_or_else(PoisonError::into_inner).take();
+        match command.map(harrier_jobs::Command::wait) {
+            Some(Ok(outcome)) => CommandEnd {
+                exit_code: outcome.status.exit_code(),
+                error: outcome.status.message().map(str::to_owned),
+            },
+            Some(Err(err)) => CommandEnd { exit_code: HARRIER_FAILED, error: Some(err.to_string()) },
+            None => CommandEnd { exit_code: HARRIER_FAILED, error: None },
+        }
+    }
+}
+
+/// A client that is attached to the machine's own command.
+struct Attached(Arc<Running>);
+
+impl Execution for Attached {
+    fn signal(&self, number: u8) {
+        // A machine without a command has nobody who could hear it.
+        self.0.interrupter.signal_command(number.into());
+    }
+
+    fn resize(&self, rows: u16, cols: u16) {
+        if let Some(command) = self.0.command.get() {
+            command.resize(WindowSize { rows, cols });
+        }
+    }
+
+    fn client_gone(&self) {}
+
+    fn wait(&self) -> CommandEnd {
+        let mut ended = self.0.ended.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            match &*ended {
+                Some(end) => return end.clone(),
+                None => ended = self.0.has_ended.wait(ended).unwrap_or_else(PoisonError::into_inner),
+            }
+        }
     }
 }
 

@@ -10,8 +10,8 @@ use harrier_control::output::Stream;
 use harrier_devices::virtio::vsock::VsockListener;
 use harrier_engine::{CpuModel, Engine};
 use harrier_jobs::{
-    CommandSpec, ExecuteError, FdOutput, Options, Outcome, ROOT_DISK_SERIAL, Root, Stdin, Stdio, WindowSize,
-    control, execute,
+    CommandSpec, ExecuteError, FdOutput, Outcome, ROOT_DISK_SERIAL, Root, Session, SessionOptions, Stdin,
+    Stdio, WindowSize,
 };
 use harrier_machine::{MachineEnd, MachineHandle, RunReport};
 use signal_hook::consts::SIGINT;
@@ -29,9 +29,13 @@ use crate::terminal;
 const AGENT_POLL: Duration = Duration::from_millis(100);
 /// How long a guest that has dropped its connection may take to end by itself.
 const LAST_WORDS: Duration = Duration::from_secs(2);
+/// How long the agent may take to write everything back.
+const SHUTDOWN: Duration = Duration::from_secs(5);
 /// A second Ctrl-C counts while the first is this young.
 const SECOND_INTERRUPT: Duration = Duration::from_secs(2);
 const CTRL_C: u8 = 3;
+/// Rows and columns of a terminal that nobody looks at.
+const DETACHED_SIZE: (u16, u16) = (24, 80);
 
 /// Runs the command and answers its exit code.
 pub(crate) fn run(
@@ -42,13 +46,22 @@ pub(crate) fn run(
     run: &mut Run<'_>,
 ) -> Result<u8, Failure> {
     let mut prepared = prepare(config, engine, model, None, None)?;
-    let (controller, receiver) = control()?;
+    let session =
+        Session::new(SessionOptions { reconnect: None, ..SessionOptions::default() }).map_err(|err| {
+            Failure::new(format!("no session with the guest's agent ({err}): raise the limit of threads"))
+        })?;
     let detached = run.monitor.is_some_and(Monitor::is_detached);
-    let tty = terminal::is_interactive() && !config.output.json && !detached;
+    let tty = config.tty || (terminal::is_interactive() && !config.output.json && !detached);
+    // The user's own terminal, as opposed to one that the command has anyway.
+    let raw = tty && !detached && !config.output.json && terminal::is_interactive();
     let stdio = open_streams(config, tty, run)?;
+    let spec = spec(command, tty);
+    if let Some(monitor) = run.monitor {
+        monitor.set_session(session.clone(), spec.clone());
+    }
     start(config, &mut prepared, run)?;
     let interrupter = run.interrupter.clone();
-    if tty {
+    if raw {
         terminal::set_raw().map_err(|err| {
             Failure::new(format!("the terminal cannot be set to raw mode ({err}): redirect stdin"))
         })?;
@@ -61,12 +74,21 @@ pub(crate) fn run(
         )?;
     let result = prepared.agent.as_ref().and_then(|agent| wait_for_agent(agent, &handle)).map(|connection| {
         run.record.agent_connected = Some(Instant::now());
-        interrupter.set_command(controller);
+        session.connect(connection);
+        let command = session.run(&spec, stdio)?;
+        if let Some(monitor) = run.monitor {
+            monitor.set_command(command.controller());
+        }
+        interrupter.set_command(command.controller());
         if let Some(folder) = &config.attempt {
             attempt::mark_started(folder, engine.name());
         }
-        execute(connection, &spec(command, tty), stdio, &Options::default(), receiver)
+        let outcome = command.wait()?;
+        // A guest that does not answer is switched off all the same.
+        let _ = session.shut_down(SHUTDOWN);
+        Ok(outcome)
     });
+    session.machine_ended();
     if lost_guest(&result) {
         // A guest that switches itself off loses its connections first; its own end is the better answer.
         handle.wait_for_end(Some(Instant::now() + LAST_WORDS));
@@ -153,6 +175,8 @@ fn spec(command: &CommandConfig, tty: bool) -> CommandSpec {
     }
     if tty {
         let (rows, cols) = terminal::size();
+        // A detached terminal has no size until somebody attaches.
+        let (rows, cols) = if rows == 0 { DETACHED_SIZE } else { (rows, cols) };
         spec.tty = Some(WindowSize { rows, cols });
         if let Some(term) = std::env::var_os("TERM")
             && !spec.env.iter().any(|(name, _)| name == b"TERM")
@@ -167,7 +191,8 @@ fn open_streams(config: &RunConfig, tty: bool, run: &mut Run<'_>) -> Result<Stdi
     if let Some(monitor) = run.monitor
         && let (Some(stdout), Some(stderr)) = (monitor.output(Stream::Stdout), monitor.output(Stream::Stderr))
     {
-        let stdin = Stdin::Reader(Box::new(StartedInput { started: Box::new(monitor.on_running()) }));
+        let input = monitor.open_input(config)?.map(std::fs::File::from);
+        let stdin = Stdin::Reader(Box::new(StartedInput { started: Box::new(monitor.on_running()), input }));
         return Ok(Stdio { stdin, stdout: Box::new(stdout), stderr: Box::new(stderr) });
     }
     let mut stdio = Stdio::inherit()
@@ -199,15 +224,17 @@ fn open_streams(config: &RunConfig, tty: bool, run: &mut Run<'_>) -> Result<Stdi
     Ok(stdio)
 }
 
-/// An empty input that notices when the command runs: nobody reads before that.
+/// An input that notices when the command runs: nobody reads before that.
 struct StartedInput {
     started: Box<dyn Fn() + Send>,
+    /// `None` is empty.
+    input: Option<std::fs::File>,
 }
 
 impl Read for StartedInput {
-    fn read(&mut self, _buf: &mut [u8]) -> io::Result<usize> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         (self.started)();
-        Ok(0)
+        self.input.as_mut().map_or(Ok(0), |input| input.read(buf))
     }
 }
 

@@ -11,6 +11,7 @@ use signal_hook::consts::SIGINT;
 
 use crate::config::RunConfig;
 use crate::exit::Failure;
+use crate::monitor::Monitor;
 use crate::report::CapturedOutput;
 use crate::run::{Run, ended, guest_exit, interrupted, prepare, start};
 use crate::signals::{Interrupter, Interruption};
@@ -30,12 +31,15 @@ pub(crate) fn run(
     let log = run.monitor.and_then(|monitor| monitor.output(Stream::Stdout));
     let interactive = terminal::is_interactive() && !config.output.json && log.is_none();
     let stdin = io::stdin().as_fd().try_clone_to_owned()?;
-    let (input, keys) = if interactive {
+    let (input, keys) = if log.is_some() {
+        // A console that is detached reads what whoever attaches sends, or nothing.
+        (run.monitor.map(|monitor| monitor.open_input(config)).transpose()?.flatten(), None)
+    } else if interactive {
         let (reader, writer) =
             rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(io::Error::from)?;
-        (reader, Some(writer))
+        (Some(reader), Some(writer))
     } else {
-        (stdin.try_clone()?, None)
+        (Some(stdin.try_clone()?), None)
     };
     let output: Box<dyn Write + Send> = if config.output.json {
         let captured = CapturedOutput::default();
@@ -47,7 +51,7 @@ pub(crate) fn run(
         let stdout = FdOutput::new(io::stdout().as_fd().try_clone_to_owned()?);
         Box::new(ConsoleOutput { stdout, interrupter: interrupter.clone() })
     };
-    let mut prepared = prepare(config, engine, model, Some(output), Some(input))?;
+    let mut prepared = prepare(config, engine, model, Some(output), input)?;
     if interactive && config.output.remarks {
         // A remark that nobody can read is no failure.
         let _ = writeln!(io::stderr(), "harrier: Ctrl-A x ends the machine");
@@ -74,6 +78,10 @@ pub(crate) fn run(
     run.record.ended(&report);
     if let Some(exit) = guest_exit(&report) {
         return exit;
+    }
+    if report.end == MachineEnd::PowerOff && run.monitor.is_some_and(Monitor::is_stopping) {
+        // It was asked to, by its power button.
+        return Ok(0);
     }
     match interrupter.interruption() {
         Some(why) if report.end == MachineEnd::Stopped => interrupted(why, config),

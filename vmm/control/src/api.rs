@@ -39,6 +39,10 @@ pub struct MachineInfo {
     pub id: MachineId,
     /// Its name.
     pub name: MachineName,
+    /// Whether its command has a terminal.
+    pub tty: bool,
+    /// Whether its command takes input from who attaches.
+    pub interactive: bool,
     /// What it is doing.
     pub state: MachineState,
     /// The monitor's process.
@@ -153,6 +157,45 @@ pub struct SnapshotInfo {
     pub pages_in_pause: u64,
     /// What the machine does now.
     pub state: MachineState,
+}
+
+/// A command to run in a machine that runs.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ExecRequest {
+    /// Program and arguments.
+    pub command: Vec<String>,
+    /// Its environment, `NAME=VALUE` each.
+    #[serde(default)]
+    pub env: Vec<String>,
+    /// Its working directory; `None` is that of the machine's own command.
+    #[serde(default)]
+    pub workdir: Option<String>,
+    /// The size of its terminal; `None` gives it none.
+    #[serde(default)]
+    pub tty: Option<TerminalSize>,
+    /// Whether it has an input; it is empty otherwise.
+    #[serde(default)]
+    pub stdin: bool,
+}
+
+/// The size of a terminal.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TerminalSize {
+    /// Rows; zero where it is not known.
+    pub rows: u16,
+    /// Columns; zero where it is not known.
+    pub cols: u16,
+}
+
+/// A connection to a machine's own command.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AttachRequest {
+    /// Whether input is to be sent.
+    #[serde(default)]
+    pub stdin: bool,
 }
 
 /// An answer that is not the one that was hoped for.

@@ -1,6 +1,7 @@
 //! Talking to a machine's control socket.
 
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -8,13 +9,14 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::api::{
-    ErrorBody, KillRequest, MachineInfo, MachineState, SnapshotInfo, SnapshotRequest, StateChange,
-    StopRequest,
+    AttachRequest, ErrorBody, ExecRequest, KillRequest, MachineInfo, MachineState, SnapshotInfo,
+    SnapshotRequest, StateChange, StopRequest,
 };
-use crate::http::{HttpError, read_response};
+use crate::http::{HttpError, Response, read_response};
 use crate::registry::MachineFolder;
 use crate::server::Timed;
 use crate::socket;
+use crate::stream::PROTOCOL;
 
 /// How long a monitor may take to answer what it can answer at once.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -41,6 +43,24 @@ pub enum ClientError {
         "the machine's monitor says what this harrier does not understand ({0}): use the harrier that started it"
     )]
     Answer(#[source] serde_json::Error),
+}
+
+/// A connection that speaks [`crate::stream`].
+#[derive(Debug)]
+pub struct StreamConnection {
+    early: Vec<u8>,
+    stream: UnixStream,
+}
+
+impl StreamConnection {
+    /// Where [`crate::stream::FromMachine`] is read, and where [`crate::stream::ToMachine`] is written.
+    ///
+    /// # Errors
+    /// The process is out of file descriptors.
+    pub fn split(self) -> io::Result<(impl Read + Send + use<>, UnixStream)> {
+        let output = self.stream.try_clone()?;
+        Ok((io::Cursor::new(self.early).chain(self.stream), output))
+    }
 }
 
 /// The client of one machine; each call is a connection.
@@ -115,6 +135,43 @@ impl Client {
         self.call("POST", path, Some(body)).map(|change: StateChange| change.state)
     }
 
+    /// Runs a command in the machine; its streams are the answer.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn exec(&self, request: &ExecRequest) -> Result<StreamConnection, ClientError> {
+        self.connect_streams("/v1/machine/exec", request)
+    }
+
+    /// Connects to the machine's own command.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn attach(&self, request: AttachRequest) -> Result<StreamConnection, ClientError> {
+        self.connect_streams("/v1/machine/attach", &request)
+    }
+
+    /// A connection that speaks [`crate::stream`].
+    fn connect_streams(&self, path: &str, body: &impl Serialize) -> Result<StreamConnection, ClientError> {
+        let more = format!("Connection: Upgrade\r\nUpgrade: {PROTOCOL}\r\n");
+        let (response, stream) = self.exchange("POST", path, Some(body), &more)?;
+        match response.status {
+            101 => {
+                let waits = stream.set_read_timeout(None).and_then(|()| stream.set_write_timeout(None));
+                waits.map_err(failed)?;
+                Ok(StreamConnection { early: response.body, stream })
+            }
+            _ => Err(refused(&response)),
+        }
+    }
+
+    /// The process that listens, by what the kernel says (SO_PEERCRED, unix(7)); also one that does not answer.
+    #[must_use]
+    pub fn monitor(&self) -> Option<rustix::process::Pid> {
+        let stream = socket::connect(&self.socket, self.timeout).ok()?;
+        rustix::net::sockopt::socket_peercred(stream).ok().map(|peer| peer.pid)
+    }
+
     /// One request with a JSON body, and its answer.
     ///
     /// # Errors
@@ -125,43 +182,58 @@ impl Client {
         path: &str,
         body: Option<&impl Serialize>,
     ) -> Result<T, ClientError> {
+        let (response, _) = self.exchange(method, path, body, "Connection: close\r\n")?;
+        if (200..300).contains(&response.status) {
+            serde_json::from_slice(&response.body).map_err(ClientError::Answer)
+        } else {
+            Err(refused(&response))
+        }
+    }
+
+    fn exchange(
+        &self,
+        method: &str,
+        path: &str,
+        body: Option<&impl Serialize>,
+        headers: &str,
+    ) -> Result<(Response, UnixStream), ClientError> {
         let body = body.map(serde_json::to_vec).transpose().map_err(ClientError::Answer)?.unwrap_or_default();
         let mut request = format!(
             "{method} {path} HTTP/1.1\r\nHost: harrier\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\
-             Connection: close\r\n\r\n",
+             {headers}\r\n",
             body.len()
         )
         .into_bytes();
         request.extend_from_slice(&body);
-        let response = self.exchange(&request)?;
-        if (200..300).contains(&response.status) {
-            return serde_json::from_slice(&response.body).map_err(ClientError::Answer);
-        }
-        let message = serde_json::from_slice::<ErrorBody>(&response.body).map_or_else(
-            |_| format!("the machine's monitor answers with status {}", response.status),
-            |body| body.error,
-        );
-        Err(ClientError::Refused { status: response.status, message })
-    }
-
-    fn exchange(&self, request: &[u8]) -> Result<crate::http::Response, ClientError> {
-        let failed = |err: io::Error| match err.kind() {
-            io::ErrorKind::NotFound
-            | io::ErrorKind::ConnectionRefused
-            | io::ErrorKind::ConnectionReset
-            | io::ErrorKind::BrokenPipe => ClientError::NotRunning,
-            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
-                ClientError::NoAnswer(HttpError::Io(io::ErrorKind::TimedOut.into()))
-            }
-            _ => ClientError::NoAnswer(HttpError::Io(err)),
-        };
         let stream = socket::connect(&self.socket, self.timeout).map_err(failed)?;
         let mut connection = Timed { stream, deadline: Instant::now() + self.timeout };
-        connection.write_all(request).map_err(failed)?;
-        read_response(&mut connection).map_err(|err| match err {
+        connection.write_all(&request).map_err(failed)?;
+        let response = read_response(&mut connection).map_err(|err| match err {
             HttpError::Io(err) => failed(err),
             HttpError::Closed => ClientError::NotRunning,
             other => ClientError::NoAnswer(other),
-        })
+        })?;
+        Ok((response, connection.stream))
     }
+}
+
+fn failed(err: io::Error) -> ClientError {
+    match err.kind() {
+        io::ErrorKind::NotFound
+        | io::ErrorKind::ConnectionRefused
+        | io::ErrorKind::ConnectionReset
+        | io::ErrorKind::BrokenPipe => ClientError::NotRunning,
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
+            ClientError::NoAnswer(HttpError::Io(io::ErrorKind::TimedOut.into()))
+        }
+        _ => ClientError::NoAnswer(HttpError::Io(err)),
+    }
+}
+
+fn refused(response: &Response) -> ClientError {
+    let message = serde_json::from_slice::<ErrorBody>(&response.body).map_or_else(
+        |_| format!("the machine's monitor answers with status {}", response.status),
+        |body| body.error,
+    );
+    ClientError::Refused { status: response.status, message }
 }

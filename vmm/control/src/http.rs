@@ -193,8 +193,8 @@ pub struct Response {
     pub status: u16,
     /// JSON.
     pub body: Vec<u8>,
-    /// The methods that the path has, for status 405.
-    pub allow: Option<&'static str>,
+    /// A header that belongs to the status: name and value.
+    pub header: Option<(&'static str, &'static str)>,
 }
 
 impl Response {
@@ -206,7 +206,7 @@ impl Response {
     /// A status with an object.
     pub fn new(status: u16, object: &impl Serialize) -> Self {
         match serde_json::to_vec(object) {
-            Ok(body) => Self { status, body, allow: None },
+            Ok(body) => Self { status, body, header: None },
             Err(err) => Self::error(&ApiError::internal(format!("the answer cannot be written: {err}"))),
         }
     }
@@ -215,7 +215,17 @@ impl Response {
     #[must_use]
     pub fn error(error: &ApiError) -> Self {
         let body = ErrorBody { error: error.message.clone() };
-        Self { status: error.status, body: serde_json::to_vec(&body).unwrap_or_default(), allow: None }
+        Self { status: error.status, body: serde_json::to_vec(&body).unwrap_or_default(), header: None }
+    }
+
+    /// The answer after which the connection speaks another protocol (RFC 9110, section 7.8).
+    ///
+    /// # Errors
+    /// The connection's.
+    pub fn write_switching(protocol: &str, output: &mut impl Write) -> io::Result<()> {
+        let text =
+            format!("HTTP/1.1 101 {}\r\nConnection: Upgrade\r\nUpgrade: {protocol}\r\n\r\n", reason(101));
+        output.write_all(text.as_bytes())
     }
 
     /// Writes it; the connection ends with it.
@@ -224,8 +234,8 @@ impl Response {
     /// The connection's.
     pub fn write(&self, output: &mut impl Write) -> io::Result<()> {
         let mut text = format!("HTTP/1.1 {} {}\r\n", self.status, reason(self.status));
-        if let Some(methods) = self.allow {
-            text.push_str(&format!("Allow: {methods}\r\n"));
+        if let Some((name, value)) = self.header {
+            text.push_str(&format!("{name}: {value}\r\n"));
         }
         text.push_str(&format!(
             "Content-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
@@ -237,7 +247,7 @@ impl Response {
     }
 }
 
-/// Reads one response.
+/// Reads one response. After status 101 the body is what has come of the other protocol already.
 ///
 /// # Errors
 /// [`HttpError`].
@@ -248,11 +258,14 @@ pub fn read_response(input: &mut impl Read) -> Result<Response, HttpError> {
         let httparse::Status::Complete(end) = parsed.parse(head).map_err(syntax)? else { return Ok(None) };
         Ok(Some(((parsed.code.unwrap_or_default(), Framing::of(parsed.headers)?), end)))
     })?;
+    if status == 101 {
+        return Ok(Response { status, body: rest, header: None });
+    }
     let length = framing.length.ok_or(HttpError::NoLength)?;
     if length > RESPONSE_BODY_MAX as u64 {
         return Err(HttpError::BodyTooLong(length, RESPONSE_BODY_MAX));
     }
-    Ok(Response { status, body: read_body(input, rest, length, RESPONSE_BODY_MAX)?, allow: None })
+    Ok(Response { status, body: read_body(input, rest, length, RESPONSE_BODY_MAX)?, header: None })
 }
 
 /// RFC 9110, section 15.

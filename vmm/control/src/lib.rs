@@ -10,6 +10,7 @@
 //!   [`start`] is the starter's side.
 //! - [`api`] has the types on the wire, [`server`] answers requests by calling a [`Machine`], [`client`] sends them.
 //!   `resources/control-api.json` describes the API for others.
+//! - [`stream`] is what a connection speaks that carries a command's streams (exec, attach); [`exec`] is the machine's side.
 //! - [`output`] keeps what a command prints, with the times, and reads it back.
 //!
 //! Neighbours: the command line above, which implements [`Machine`] for the machine that it runs. Machines and engines
@@ -17,6 +18,7 @@
 
 pub mod api;
 pub mod client;
+pub mod exec;
 pub mod http;
 pub mod name;
 pub mod output;
@@ -27,6 +29,7 @@ pub mod seat;
 pub mod server;
 mod socket;
 pub mod start;
+pub mod stream;
 mod time;
 
 pub use api::{ApiError, MachineInfo, MachineState};

@@ -208,6 +208,12 @@ impl Entry {
         }
     }
 
+    /// Whether the monitor lives at this moment.
+    #[must_use]
+    pub fn is_alive(&self) -> bool {
+        self.folder.is_locked().unwrap_or(false)
+    }
+
     /// Whether the command prints no more: the end is recorded, or the monitor is gone.
     #[must_use]
     pub fn is_over(&self) -> bool {

@@ -13,15 +13,17 @@ use std::time::{Duration, Instant};
 use rustix::net::sockopt::socket_peercred;
 
 use crate::api::ApiError;
+use crate::exec;
 use crate::http::{Response, read_request};
-use crate::routes::{Machine, answer};
+use crate::routes::{Machine, Plan, plan};
+use crate::stream::PROTOCOL;
 
 /// Most connections at once.
 pub const CONNECTIONS_MAX: usize = 64;
 /// How long a request may take to arrive, and its answer to be taken.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 /// Stack of a thread that serves a connection, in bytes.
-const STACK: usize = 256 << 10;
+pub(crate) const STACK: usize = 256 << 10;
 /// How long to wait when the host has no descriptors or threads.
 const BACK_OFF: Duration = Duration::from_millis(50);
 
@@ -33,8 +35,10 @@ pub struct Server {
     listener: Arc<UnixListener>,
     ended: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
+    shared: Arc<Shared>,
 }
 
+/// What all threads of the server know.
 struct Shared {
     machine: Arc<dyn Machine>,
     on_start: OnThreadStart,
@@ -69,19 +73,28 @@ impl Server {
         let ended = Arc::new(AtomicBool::new(false));
         let shared = Arc::new(Shared { machine, on_start, connections: AtomicUsize::new(0), timeout });
         let (accepting, seen) = (Arc::clone(&listener), Arc::clone(&ended));
+        let serving = Arc::clone(&shared);
         let (told, started) = std::sync::mpsc::channel();
         let thread =
             std::thread::Builder::new().name("control".to_owned()).stack_size(STACK).spawn(move || {
-                let result = (shared.on_start)();
+                let result = (serving.on_start)();
                 let good = result.is_ok();
                 // Whoever starts the server waits for this.
                 let _ = told.send(result);
                 if good {
-                    accept(&accepting, &shared, &seen);
+                    accept(&accepting, &serving, &seen);
                 }
             })?;
         started.recv().map_err(|_| io::Error::other("the thread ended"))??;
-        Ok(Self { listener, ended, thread: Some(thread) })
+        Ok(Self { listener, ended, thread: Some(thread), shared })
+    }
+
+    /// Gives the connections that there are this long to come to their end.
+    pub fn drain(&self, limit: Duration) {
+        let deadline = Instant::now() + limit;
+        while self.shared.connections.load(Ordering::Acquire) > 0 && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(2));
+        }
     }
 }
 
@@ -163,18 +176,41 @@ fn refuse(stream: UnixStream, status: u16, message: &str) {
 
 fn serve(shared: &Shared, stream: UnixStream) {
     let mut connection = Timed { stream, deadline: Instant::now() + shared.timeout };
-    let response = match read_request(&mut connection) {
-        Ok(request) => answer(shared.machine.as_ref(), &request),
+    let request = read_request(&mut connection);
+    connection.deadline = Instant::now() + shared.timeout;
+    let plan = match &request {
+        Ok(request) => plan(shared.machine.as_ref(), request),
         Err(err) => match err.answer() {
-            Some(error) => Response::error(&error),
+            Some(error) => Plan::Answer(Response::error(&error)),
             None => return,
         },
     };
-    connection.deadline = Instant::now() + shared.timeout;
-    if let Err(err) = response.write(&mut connection) {
-        log::debug!("control socket: the answer was not taken: {err}");
+    match (plan, request) {
+        (Plan::Stream(handler), Ok(request)) => {
+            let connected = exec::connect(connection.stream, |output, streams| {
+                match handler(shared.machine.as_ref(), &request.body, streams) {
+                    Ok(execution) => Response::write_switching(PROTOCOL, output).is_ok().then_some(execution),
+                    Err(error) => {
+                        let _ = Response::error(&error).write(output);
+                        hang_up(output);
+                        None
+                    }
+                }
+            });
+            match connected {
+                Ok(Some(connection)) => connection.carry(),
+                Ok(None) => {}
+                Err(err) => log::debug!("control socket: {err}"),
+            }
+        }
+        (Plan::Answer(response), _) => {
+            if let Err(err) = response.write(&mut connection) {
+                log::debug!("control socket: the answer was not taken: {err}");
+            }
+            hang_up(&connection.stream);
+        }
+        (Plan::Stream(_), Err(_)) => {}
     }
-    hang_up(&connection.stream);
 }
 
 /// Takes what the client has sent beyond its request. A socket that is closed with unread bytes is reset, and the client

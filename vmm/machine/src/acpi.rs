@@ -5,7 +5,8 @@
 //! adds a device to the machine adds its object, made by one of the functions here, as bytes of AML.
 
 use acpi_tables::aml::{
-    Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, Path, ResourceTemplate, Scope,
+    Device, EISAName, IO, Interrupt, Memory32Fixed, Method, Name, Notify, Package, Path, ResourceTemplate,
+    Scope,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -19,7 +20,9 @@ use harrier_engine::GuestMemory;
 use harrier_hypercall_abi::{port, shared_page};
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::layout::{ACPI_END, ACPI_START, COM1_GSI, DOORBELL_GSI, IOAPIC_START, LAPIC_START, SHARED_PAGE};
+use crate::layout::{
+    ACPI_END, ACPI_START, COM1_GSI, DOORBELL_GSI, IOAPIC_START, LAPIC_START, POWER_BUTTON_GSI, SHARED_PAGE,
+};
 
 const OEM: [u8; 6] = *b"HARRIE";
 const OEM_TABLE: [u8; 8] = *b"HARRIER ";
@@ -157,6 +160,21 @@ pub fn pvpanic_object() -> Vec<u8> {
     object("PEVT", &"QEMU0001", 0, &[&ports])
 }
 
+/// The power button (ACPI specification 6.5, section 4.8.2.2.1.2) and the generic event device (section 5.6.9) that
+/// tells the guest of it: a press is one edge of its interrupt.
+pub fn power_button_objects() -> Vec<u8> {
+    const PRESSED: u8 = 0x80;
+    let mut objects = object("PWRB", &EISAName::new("PNP0C0C"), 0, &[]);
+    let button = Path::new("PWRB");
+    let notify = Notify::new(&button, &PRESSED);
+    let event = Method::new(Path::new("_EVT"), 1, true, vec![&notify]);
+    let (hid, uid) = (Name::new(Path::new("_HID"), &"ACPI0013"), Name::new(Path::new("_UID"), &aml::ZERO));
+    let interrupt = Interrupt::new(true, true, false, false, POWER_BUTTON_GSI);
+    let settings = Name::new(Path::new("_CRS"), &ResourceTemplate::new(vec![&interrupt]));
+    Device::new(Path::new("GED0"), vec![&hid, &uid, &settings, &event]).to_aml_bytes(&mut objects);
+    objects
+}
+
 /// A virtio-mmio device: its register window and its level-triggered interrupt.
 pub fn virtio_mmio_object(index: u32, gpa: u32, len_bytes: u32, gsi: u32) -> Vec<u8> {
     let registers = Memory32Fixed::new(true, gpa, len_bytes);
@@ -218,6 +236,7 @@ mod tests {
             rtc_object(),
             pvpanic_object(),
             doorbell_object(),
+            power_button_objects(),
             virtio_mmio_object(0, 0xd000_0000, 0x1000, 16),
         ]
     }

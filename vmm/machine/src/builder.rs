@@ -31,7 +31,9 @@ use crate::acpi::{self, TablesTooLarge};
 use crate::boot::{self, Boot, KernelError};
 use crate::event_loop::Subscriber;
 use crate::hypercalls::{ConsoleCalls, GuestClock, HypercallLog, MachineCalls, ParkTimer};
-use crate::layout::{COM1_GSI, DOORBELL_GSI, SHARED_PAGE, VIRTIO_GSIS, VIRTIO_MMIO_LEN, VIRTIO_MMIO_START};
+use crate::layout::{
+    COM1_GSI, DOORBELL_GSI, POWER_BUTTON_GSI, SHARED_PAGE, VIRTIO_GSIS, VIRTIO_MMIO_LEN, VIRTIO_MMIO_START,
+};
 use crate::machine::{Machine, Parts};
 use crate::memory::{GuestRam, MemoryError};
 use crate::mp_table;
@@ -284,6 +286,7 @@ impl MachineBuilder {
         self.add_acpi_object(acpi::rtc_object());
         self.add_at_ports(pvpanic::PORT, pvpanic::SIZE, PvPanic::new(power))?;
         self.add_acpi_object(acpi::pvpanic_object());
+        self.add_acpi_object(acpi::power_button_objects());
         Ok(())
     }
 
@@ -408,6 +411,7 @@ impl MachineBuilder {
 
     pub(crate) fn finish(self, boot_tsc_khz: u32, written: Written) -> Machine {
         let units = self.all_units();
+        let power_button = self.ioapic.line(POWER_BUTTON_GSI);
         Machine {
             parts: Arc::new(Parts {
                 config: self.config,
@@ -427,6 +431,7 @@ impl MachineBuilder {
             attachments: self.attachments,
             hypercalls: self.hypercalls,
             doorbell_events: self.doorbell_events,
+            power_button,
             on_thread_start: Arc::new(|_| Ok(())),
         }
     }

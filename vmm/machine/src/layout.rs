@@ -56,5 +56,7 @@ pub const COM1_GSI: u32 = 4;
 pub const DOORBELL_GSI: u32 = 3;
 /// Global system interrupt of the real-time clock.
 pub const RTC_GSI: u32 = 8;
+/// Global system interrupt of the power button.
+pub const POWER_BUTTON_GSI: u32 = 12;
 /// Global system interrupts that virtio devices take, in this order: those beyond the ISA ones first.
 pub const VIRTIO_GSIS: [u32; 17] = [16, 17, 18, 19, 20, 21, 22, 23, 5, 6, 7, 9, 10, 11, 13, 14, 15];

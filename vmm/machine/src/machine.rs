@@ -4,8 +4,8 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use harrier_devices::StateUnit;
 use harrier_devices::doorbell::Events;
+use harrier_devices::{InterruptLine, StateUnit};
 use harrier_engine::{Counters, CpuState, EngineError, GuestMemory, Vm};
 
 use crate::builder::MachineConfig;
@@ -28,6 +28,7 @@ pub struct Machine {
     pub(crate) attachments: Vec<Box<dyn Send>>,
     pub(crate) hypercalls: HypercallLog,
     pub(crate) doorbell_events: Events,
+    pub(crate) power_button: Arc<dyn InterruptLine>,
     pub(crate) on_thread_start: OnThreadStart,
 }
 
@@ -96,6 +97,7 @@ pub struct MachineHandle {
     pub(crate) control: Arc<RunControl>,
     hypercalls: HypercallLog,
     doorbell_events: Events,
+    power_button: Arc<dyn InterruptLine>,
     /// Gone when the machine is.
     pub(crate) parts: Weak<Parts>,
 }
@@ -115,6 +117,11 @@ impl MachineHandle {
     /// Takes back one [`MachineHandle::pause`].
     pub fn resume(&self) {
         self.control.resume();
+    }
+
+    /// Presses the power button, by which a guest that knows ACPI goes down in order. Other guests do not notice.
+    pub fn press_power_button(&self) {
+        self.power_button.pulse();
     }
 
     /// Waits for the end of the run, at most until `deadline`.
@@ -199,6 +206,7 @@ impl Machine {
             control: Arc::clone(&self.control),
             hypercalls: self.hypercalls.clone(),
             doorbell_events: self.doorbell_events.clone(),
+            power_button: Arc::clone(&self.power_button),
             parts: Arc::downgrade(&self.parts),
         }
     }

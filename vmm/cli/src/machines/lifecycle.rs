@@ -5,17 +5,19 @@ use std::time::Duration;
 use harrier_control::api::{KillRequest, StopRequest};
 use harrier_control::{ClientError, Entry, Life, Registry, RegistryError};
 
-use super::{about, client, for_each, print_line, refuse};
+use super::{LOST, about, ask, client, for_each, not_alive, print_line, refuse};
 use crate::exit::{Failure, HARRIER_FAILED};
 use crate::flags::{KillFlags, NamesFlags, ResumeFlags, RmFlags, StopFlags, WaitFlags};
 use crate::units::parse_time;
 
+/// How long a monitor may take to answer before it is killed.
+const KILL_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long a monitor may take to end after its machine has been ended.
 const END_TIMEOUT: Duration = Duration::from_secs(30);
 
 pub(super) fn pause(flags: &NamesFlags, registry: &Registry) -> Result<u8, Failure> {
     for_each(registry, &flags.machines, |entry| {
-        client(entry).pause().map(drop).map_err(|err| about(entry, not_alive(entry, err)))
+        ask(entry, |client| client.pause()).map(drop).map_err(|err| about(entry, not_alive(entry, err)))
     })
 }
 
@@ -24,7 +26,7 @@ pub(super) fn resume(flags: &ResumeFlags, registry: &Registry) -> Result<u8, Fai
     let machine = flags.targets.iter().find(|target| !crate::jobs::is_job(target));
     refuse(&for_jobs, machine.map_or("", String::as_str))?;
     for_each(registry, &flags.targets, |entry| {
-        client(entry).resume().map(drop).map_err(|err| about(entry, not_alive(entry, err)))
+        ask(entry, |client| client.resume()).map(drop).map_err(|err| about(entry, not_alive(entry, err)))
     })
 }
 
@@ -35,7 +37,7 @@ pub(super) fn stop(flags: &StopFlags, registry: &Registry) -> Result<u8, Failure
     };
     let request = StopRequest { timeout_ms: u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX) };
     for_each(registry, &flags.machines, |entry| {
-        if !ended_already(entry, client(entry).stop(request))? {
+        if !ended_already(entry, ask(entry, |client| client.stop(request)))? {
             wait_for_end(entry, timeout.saturating_add(END_TIMEOUT))?;
         }
         Ok(())
@@ -44,10 +46,32 @@ pub(super) fn stop(flags: &StopFlags, registry: &Registry) -> Result<u8, Failure
 
 pub(super) fn kill(flags: &KillFlags, registry: &Registry) -> Result<u8, Failure> {
     let signal = flags.signal.as_deref().map(parse_signal).transpose()?;
-    for_each(registry, &flags.machines, |entry| {
-        client(entry).kill(KillRequest { signal }).map_err(|err| about(entry, not_alive(entry, err)))?;
-        if signal.is_none_or(|signal| signal == 9) { wait_for_end(entry, END_TIMEOUT) } else { Ok(()) }
+    for_each(registry, &flags.machines, |entry| match signal {
+        None | Some(9) => kill_machine(entry),
+        Some(_) => ask(entry, |client| client.kill(KillRequest { signal }))
+            .map(drop)
+            .map_err(|err| about(entry, not_alive(entry, err))),
     })
+}
+
+/// Ends a machine at once and waits until its monitor is gone. A monitor that does not answer is killed.
+fn kill_machine(entry: &Entry) -> Result<(), Failure> {
+    let killed = ask(entry, |client| client.clone().with_timeout(KILL_TIMEOUT).kill(KillRequest::default()));
+    match killed {
+        Err(ClientError::NoAnswer(_)) => match client(entry).monitor() {
+            // It still holds the machine's lock, so the process is the one that listens.
+            Some(pid) if entry.is_alive() => {
+                rustix::process::kill_process(pid, rustix::process::Signal::KILL).map_err(|err| {
+                    about(entry, format!("its monitor does not answer and cannot be killed ({err})"))
+                })?
+            }
+            _ => {}
+        },
+        Err(err) if entry.life == Life::Alive && matches!(err, ClientError::NotRunning) => {}
+        Err(err) => return Err(about(entry, not_alive(entry, err))),
+        Ok(_) => {}
+    }
+    wait_for_end(entry, END_TIMEOUT)
 }
 
 pub(super) fn wait(flags: &WaitFlags, registry: &Registry) -> Result<u8, Failure> {
@@ -84,9 +108,7 @@ pub(super) fn wait(flags: &WaitFlags, registry: &Registry) -> Result<u8, Failure
 pub(super) fn rm(flags: &RmFlags, registry: &Registry) -> Result<u8, Failure> {
     for_each(registry, &flags.machines, |entry| {
         if flags.force && entry.life == Life::Alive {
-            if !ended_already(entry, client(entry).kill(KillRequest::default()))? {
-                wait_for_end(entry, END_TIMEOUT)?;
-            }
+            kill_machine(entry)?;
             // A machine that removes itself at its end has done so.
             return match registry.remove(entry) {
                 Err(RegistryError::NotFound(_)) => Ok(()),
@@ -97,18 +119,14 @@ pub(super) fn rm(flags: &RmFlags, registry: &Registry) -> Result<u8, Failure> {
     })
 }
 
-/// What is said of a machine that is [`Life::Lost`].
-pub(super) const LOST: &str = "its monitor was killed, so nothing is known of its end";
-
 /// Whether the machine has ended before it could be asked to; that is not a failure of who wants it to end.
 fn ended_already<T>(entry: &Entry, asked: Result<T, ClientError>) -> Result<bool, Failure> {
     match asked {
         Ok(_) => Ok(false),
-        Err(ClientError::NotRunning) => match entry.wait_within(Some(Duration::from_secs(5))) {
-            Ok(Some(_)) | Err(RegistryError::NotFound(_)) => Ok(true),
-            // It begins, or its socket is gone.
-            _ => Err(about(entry, "its monitor cannot be reached: end it by its process id")),
-        },
+        Err(ClientError::NotRunning) if entry.is_alive() => {
+            Err(about(entry, "its monitor lives and cannot be reached: try 'harrier rm --force'"))
+        }
+        Err(ClientError::NotRunning) => Ok(true),
         Err(err) => Err(about(entry, err)),
     }
 }
@@ -120,15 +138,6 @@ fn wait_for_end(entry: &Entry, limit: Duration) -> Result<(), Failure> {
             Err(about(entry, format!("its monitor has not ended within {limit:?}: try 'harrier kill'")))
         }
         Err(err) => Err(err.into()),
-    }
-}
-
-/// The error of a machine that has ended says so.
-fn not_alive(entry: &Entry, err: ClientError) -> String {
-    match (&entry.life, &err) {
-        (Life::Ended(exit), ClientError::NotRunning) => format!("it has ended with code {}", exit.exit_code),
-        (Life::Lost, ClientError::NotRunning) => LOST.to_owned(),
-        _ => err.to_string(),
     }
 }
 

@@ -156,7 +156,7 @@ pub(super) fn to_json(entry: &Entry, status: &Status) -> Value {
     let more = match status {
         Status::Live(info) => serde_json::to_value(info).unwrap_or_default(),
         Status::Ended(exit) => serde_json::to_value(exit).unwrap_or_default(),
-        Status::Lost => json!({ "exit_code": null, "error": super::lifecycle::LOST }),
+        Status::Lost => json!({ "exit_code": null, "error": super::LOST }),
         Status::Silent => json!({}),
     };
     if let (Some(object), Value::Object(more)) = (object.as_object_mut(), more) {

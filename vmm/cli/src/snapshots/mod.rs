@@ -107,6 +107,8 @@ pub(crate) fn restored_config(flags: RunFlags, folder: &Path, remarks: bool) -> 
     }
     let timeout = flags.timeout.as_deref().map(parse_time).transpose();
     Ok(RunConfig {
+        interactive: flags.interactive,
+        tty: false,
         engine: flags.engine.parse()?,
         vcpu_count: machine.vcpu_count,
         memory_bytes: machine.memory_bytes,

@@ -1,6 +1,8 @@
 //! Machines with a name: started, found, paused, ended and killed as a user does it.
 
-use std::process::{Child, Command, Output};
+use std::collections::BTreeSet;
+use std::io::{Read, Write};
+use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -19,11 +21,21 @@ impl Machines {
 
     fn command(&self, args: &[&str]) -> Command {
         let mut command = harrier(args);
-        command.env("HARRIER_RUNTIME_DIR", self.folder.path().join("machines"));
+        command.env("HARRIER_RUNTIME_DIR", self.root());
         command
     }
 
-    fn spawn(&self, args: &[&str]) -> Child {
+    pub(crate) fn root(&self) -> String {
+        self.folder.path().join("machines").to_str().unwrap().to_owned()
+    }
+
+    /// What lies in the registry.
+    pub(crate) fn leftovers(&self) -> BTreeSet<String> {
+        let names = std::fs::read_dir(self.root()).unwrap().flatten();
+        names.map(|entry| entry.file_name().into_string().unwrap()).collect()
+    }
+
+    pub(crate) fn spawn(&self, args: &[&str]) -> Child {
         self.command(args).spawn().unwrap()
     }
 
@@ -55,7 +67,7 @@ impl Machines {
         serde_json::from_str::<Value>(&self.good(&["inspect", name])).unwrap()[0].take()
     }
 
-    fn states(&self) -> Vec<(String, String)> {
+    pub(crate) fn states(&self) -> Vec<(String, String)> {
         let list: Value = serde_json::from_str(&self.good(&["ps", "-a", "--json"])).unwrap();
         let text = |value: &Value| value.as_str().unwrap().to_owned();
         list.as_array().unwrap().iter().map(|entry| (text(&entry["name"]), text(&entry["state"]))).collect()
@@ -72,9 +84,11 @@ impl Drop for Machines {
     }
 }
 
-fn kill_process(pid: &Value) {
-    let pid = pid.as_u64().unwrap().to_string();
-    assert!(Command::new("kill").args(["-KILL", &pid]).status().unwrap().success());
+/// Sends a signal; false if there is no such process.
+pub(crate) fn kill_process(pid: u64, signal: &str) -> bool {
+    let mut kill = Command::new("kill");
+    kill.args([&format!("-{signal}"), &pid.to_string()]).stderr(std::process::Stdio::null());
+    kill.status().unwrap().success()
 }
 
 /// Waits for what comes by itself.
@@ -157,8 +171,9 @@ fn a_killed_monitor_leaves_a_lost_machine_and_no_live_one() {
     machines.good(&["run", "-d", "--rm", "--name", "b", "--", "sleep", "1000"]);
     eventually("the line is kept", || machines.good(&["logs", "a"]) == "kept\n");
     let waiter = machines.spawn(&["wait", "a"]);
-    kill_process(&machines.inspect("a")["pid"]);
-    kill_process(&machines.inspect("b")["pid"]);
+    for name in ["a", "b"] {
+        assert!(kill_process(machines.inspect(name)["pid"].as_u64().unwrap(), "KILL"));
+    }
     eventually("one is lost, the other gone", || machines.states() == [("a".to_owned(), "lost".to_owned())]);
     let (code, stdout, stderr) = texts(wait(waiter));
     assert_eq!((code, stdout.as_str()), (125, ""), "{stderr}");
@@ -188,4 +203,65 @@ fn plain_boots_have_names_and_logs_too_and_kill_is_at_once() {
     machines.good(&["stop", "f"]);
     assert_eq!(wait(child).status.code(), Some(143));
     assert_eq!(machines.states(), [("k".to_owned(), "exited".to_owned())]);
+}
+
+#[test]
+fn further_commands_run_in_a_machine_with_streams_and_codes_of_their_own() {
+    let machines = Machines::new();
+    machines.good(&["run", "-d", "--name", "a", "-e", "X=1", "-w", "/tmp", "--", "sleep", "1000"]);
+    let shell = |script: &str| machines.run(&["exec", "a", "--", "sh", "-c", script]);
+    assert_eq!(shell("echo $X; pwd; echo err >&2; exit 7"), (7, "1\n/tmp\n".to_owned(), "err\n".to_owned()));
+    let with = ["exec", "-e", "X=2", "-w", "/", "a", "sh", "-c", "echo $X; pwd"];
+    assert_eq!(machines.good(&with), "2\n/\n");
+    let (code, _, stderr) = machines.run(&["exec", "a", "--", "no-such-command"]);
+    assert_eq!((code, stderr.lines().count()), (127, 1), "{stderr}");
+
+    let data: Vec<u8> = (0..1_000_000u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    let mut child = machines.command(&["exec", "a", "--", "cat"]).stdin(Stdio::piped()).spawn().unwrap();
+    let (mut stdin, sent) = (child.stdin.take().unwrap(), data.clone());
+    let writer = std::thread::spawn(move || stdin.write_all(&sent));
+    let output = wait(child);
+    writer.join().unwrap().unwrap();
+    assert!(output.stdout == data, "{} bytes", output.stdout.len());
+
+    // A command whose client is killed ends; one that is left goes on.
+    let mut child = machines.spawn(&["exec", "a", "--", "sh", "-c", "echo up; exec sleep 1001"]);
+    let mut up = [0; 3];
+    child.stdout.as_mut().unwrap().read_exact(&mut up).unwrap();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    eventually("the command is gone", || shell("pgrep -f 'sleep 100[1]'").0 == 1);
+    machines.good(&["exec", "-d", "a", "--", "sleep", "1002"]);
+    eventually("the command runs", || shell("pgrep -f 'sleep 100[2]'").0 == 0);
+
+    machines.good(&["pause", "a"]);
+    assert!(machines.bad(&["exec", "a", "--", "true"]).contains("is paused"));
+    machines.good(&["resume", "a"]);
+    let child = machines.spawn(&["exec", "a", "--", "sleep", "1000"]);
+    machines.good(&["kill", "a"]);
+    assert_eq!(wait(child).status.code(), Some(125));
+    assert!(machines.bad(&["exec", "a", "--", "true"]).contains("has ended with code 137"));
+}
+
+#[test]
+fn whoever_attaches_gives_a_machine_its_input_and_gets_its_output_and_code() {
+    let machines = Machines::new();
+    let script = "while read line; do echo got $line; done; exit 3";
+    machines.good(&["run", "-d", "-i", "--name", "a", "--", "sh", "-c", script]);
+    let mut child = machines.command(&["attach", "a"]).stdin(Stdio::piped()).spawn().unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    stdin.write_all(b"one\n").unwrap();
+    let mut first = [0; 8];
+    child.stdout.as_mut().unwrap().read_exact(&mut first).unwrap();
+    assert_eq!(&first, b"got one\n");
+    stdin.write_all(b"two\n").unwrap();
+    drop(stdin);
+    assert_eq!(texts(wait(child)), (3, "got two\n".to_owned(), String::new()));
+    assert_eq!(machines.good(&["logs", "a"]), "got one\ngot two\n");
+    machines.good(&["run", "-d", "--name", "b", "--", "sleep", "1000"]);
+    let child = machines.spawn(&["attach", "b"]);
+    eventually("it is attached or not", || machines.inspect("b")["state"] == "running");
+    machines.good(&["kill", "b"]);
+    let code = wait(child).status.code();
+    assert!(code == Some(137) || code == Some(125), "{code:?}");
 }

@@ -4,6 +4,7 @@ mod bad_input;
 mod guest_kernel;
 mod hypercalls;
 mod machines;
+mod machines_survive;
 mod plain_boot;
 mod run_command;
 mod snapshots;

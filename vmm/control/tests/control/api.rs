@@ -2,7 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use harrier_control::api::{KillRequest, MachineState, SnapshotRequest, StopRequest};
+use harrier_control::api::{
+    AttachRequest, ExecRequest, KillRequest, MachineState, SnapshotRequest, StopRequest,
+};
 use harrier_control::routes::ROUTES;
 use harrier_control::{ApiError, ClientError};
 use serde_json::{Map, Value, json};
@@ -118,6 +120,13 @@ fn every_type_has_the_documents_members() {
     complete(&document, "Usage", &info["usage"]);
     complete(&document, "OutputInfo", &info["output"]);
     complete(&document, "StopRequest", &serde_json::to_value(StopRequest::default()).unwrap());
+    let exec =
+        ExecRequest { workdir: Some("/".to_owned()), tty: Some(Default::default()), ..Default::default() };
+    let exec = serde_json::to_value(exec).unwrap();
+    complete(&document, "ExecRequest", &exec);
+    complete(&document, "TerminalSize", &exec["tty"]);
+    complete(&document, "AttachRequest", &serde_json::to_value(AttachRequest::default()).unwrap());
+    complete(&document, "CommandEnd", &json!({"exit_code": 3, "error": "x"}));
     complete(&document, "KillRequest", &serde_json::to_value(KillRequest { signal: Some(2) }).unwrap());
     complete(&document, "StateChange", &json!({"state": MachineState::Paused}));
     let request = SnapshotRequest { target: "/s".to_owned(), diff: true, resume: false };

@@ -4,4 +4,5 @@ mod api;
 mod hostile;
 mod output;
 mod registry;
+mod streams;
 mod support;

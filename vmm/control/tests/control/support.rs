@@ -2,20 +2,23 @@
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use harrier_control::api::{
-    ApiError, KillRequest, MachineInfo, MachineState, OutputInfo, SnapshotInfo, SnapshotRequest, StopRequest,
-    Usage,
+    ApiError, AttachRequest, ExecRequest, KillRequest, MachineInfo, MachineState, OutputInfo, SnapshotInfo,
+    SnapshotRequest, StopRequest, Usage,
 };
+use harrier_control::exec::{ExecStreams, Execution};
+use harrier_control::stream::CommandEnd;
 use harrier_control::{Claim, Client, Machine, MachineRecord, NewMachine, Registry, Seat, Server};
 
 /// Notes what it is asked for.
 pub(crate) struct FakeMachine {
     record: MachineRecord,
     pub(crate) state: Mutex<MachineState>,
-    pub(crate) asked: Mutex<Vec<String>>,
+    pub(crate) asked: Arc<Mutex<Vec<String>>>,
 }
 
 impl FakeMachine {
@@ -30,6 +33,8 @@ impl Machine for FakeMachine {
         MachineInfo {
             id: self.record.id.clone(),
             name: self.record.name.clone(),
+            tty: false,
+            interactive: false,
             state: *self.state.lock().unwrap(),
             pid: std::process::id(),
             created_ms: self.record.created_ms,
@@ -77,6 +82,67 @@ impl Machine for FakeMachine {
             state: *self.state.lock().unwrap(),
         })
     }
+
+    /// `echo` copies its input, `wait` waits for a signal and ends with it, `flood` writes until it is told to end.
+    fn exec(&self, request: ExecRequest, streams: ExecStreams) -> Result<Arc<dyn Execution>, ApiError> {
+        let [command] = request.command.as_slice() else {
+            return Err(ApiError::bad_request("no command"));
+        };
+        let (told, hears) = channel();
+        let ends = told.clone();
+        let command = command.clone();
+        let asked = Arc::clone(&self.asked);
+        std::thread::spawn(move || {
+            let ExecStreams { mut stdin, mut stdout, mut stderr } = streams;
+            match command.as_str() {
+                "echo" => {
+                    stderr.write_all(b"echo begins\n").unwrap();
+                    let result = std::io::copy(&mut stdin, &mut stdout);
+                    asked.lock().unwrap().push(format!("echo {result:?}"));
+                    let _ = ends.send(0);
+                }
+                "flood" => {
+                    while stdout.write_all(&[b'x'; 50_000]).is_ok() {}
+                    let _ = ends.send(141);
+                }
+                _ => {}
+            }
+        });
+        Ok(Arc::new(FakeExecution {
+            told: Mutex::new(told),
+            hears: Mutex::new(hears),
+            asked: Arc::clone(&self.asked),
+        }))
+    }
+
+    fn attach(&self, request: AttachRequest, _streams: ExecStreams) -> Result<Arc<dyn Execution>, ApiError> {
+        Err(ApiError::conflict(format!("{request:?}")))
+    }
+}
+
+struct FakeExecution {
+    told: Mutex<Sender<u8>>,
+    hears: Mutex<Receiver<u8>>,
+    asked: Arc<Mutex<Vec<String>>>,
+}
+
+impl Execution for FakeExecution {
+    fn signal(&self, number: u8) {
+        let _ = self.told.lock().unwrap().send(128 + number);
+    }
+
+    fn resize(&self, rows: u16, cols: u16) {
+        self.asked.lock().unwrap().push(format!("resize {rows} {cols}"));
+    }
+
+    fn client_gone(&self) {
+        self.asked.lock().unwrap().push("gone".to_owned());
+        let _ = self.told.lock().unwrap().send(1);
+    }
+
+    fn wait(&self) -> CommandEnd {
+        CommandEnd { exit_code: self.hears.lock().unwrap().recv().unwrap(), error: None }
+    }
 }
 
 /// A machine in a registry of its own.
@@ -107,7 +173,7 @@ pub(crate) fn served() -> Served {
     let machine = Arc::new(FakeMachine {
         record: seat.record().clone(),
         state: Mutex::new(MachineState::Starting),
-        asked: Mutex::default(),
+        asked: Arc::default(),
     });
     let server = Server::start_with(
         seat.listen().unwrap(),
