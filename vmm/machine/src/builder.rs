@@ -264,6 +264,19 @@ impl MachineBuilder {
         Ok(self.pio.insert(port.into(), len, device)?)
     }
 
+    /// Puts a device at `len` guest physical addresses from `gpa` on.
+    ///
+    /// # Errors
+    /// [`BuildError::Claim`] if another device is there.
+    pub fn add_at_memory(
+        &mut self,
+        gpa: u64,
+        len: u64,
+        device: impl BusDevice + 'static,
+    ) -> Result<(), BuildError> {
+        Ok(self.mmio.insert(gpa, len, Arc::new(Mutex::new(device)))?)
+    }
+
     /// Adds a namespace object for a device (see [`crate::acpi`]).
     pub fn add_acpi_object(&mut self, object: Vec<u8>) {
         self.acpi_objects.push(object);

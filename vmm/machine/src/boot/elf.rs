@@ -4,6 +4,8 @@
 //! Formats: Tool Interface Standard ELF 1.2, System V ABI AMD64 supplement; PVH entry note: Xen public header
 //! `elfnote.h`, `XEN_ELFNOTE_PHYS32_ENTRY`.
 
+use std::ops::Range;
+
 use harrier_engine::GuestMemory;
 
 use super::image::{self, Image};
@@ -96,8 +98,12 @@ pub(super) fn is_elf(head: &[u8]) -> bool {
     head.starts_with(b"\x7fELF")
 }
 
-/// Checks the whole file against `memory`.
-pub(super) fn plan(image: &dyn Image, memory: &GuestMemory) -> Result<ElfPlan, KernelError> {
+/// Checks the whole file against `memory`. Segments lie above 1 MiB, or in `low` if there is room for them below.
+pub(super) fn plan(
+    image: &dyn Image,
+    low: Option<Range<u64>>,
+    memory: &GuestMemory,
+) -> Result<ElfPlan, KernelError> {
     let name = || image.name().to_owned();
     let header = read_header(image)?;
     match (header.class, header.machine) {
@@ -114,7 +120,7 @@ pub(super) fn plan(image: &dyn Image, memory: &GuestMemory) -> Result<ElfPlan, K
     let mut notes = Notes::default();
     for ph in &program_headers {
         match ph.kind {
-            PT_LOAD if ph.memory_bytes != 0 => segments.push(check_segment(image, ph, memory)?),
+            PT_LOAD if ph.memory_bytes != 0 => segments.push(check_segment(image, ph, low.as_ref(), memory)?),
             PT_NOTE if header.class == Class::Elf64 => notes.add(read_notes(image, ph)?),
             _ => {}
         }
@@ -243,6 +249,7 @@ fn parse_program_header(raw: &[u8], class: Class) -> ProgramHeader {
 fn check_segment(
     image: &dyn Image,
     ph: &ProgramHeader,
+    low: Option<&Range<u64>>,
     memory: &GuestMemory,
 ) -> Result<Segment, KernelError> {
     let name = || image.name().to_owned();
@@ -259,7 +266,8 @@ fn check_segment(
         return Err(truncated(image, file_end));
     }
     let end = ph.paddr.checked_add(ph.memory_bytes).ok_or_else(outside)?;
-    if ph.paddr < KERNEL_START {
+    let below = low.is_some_and(|low| low.start <= ph.paddr && end <= low.end);
+    if ph.paddr < KERNEL_START && !below {
         return Err(outside());
     }
     let low_end = ram_run_end(memory, KERNEL_START);
@@ -414,7 +422,7 @@ pub(crate) mod tests {
     }
 
     fn plan_of(bytes: &[u8]) -> Result<ElfPlan, String> {
-        plan(&BytesImage::new("k", bytes), &memory()).map_err(|err| err.to_string())
+        plan(&BytesImage::new("k", bytes), None, &memory()).map_err(|err| err.to_string())
     }
 
     #[test]

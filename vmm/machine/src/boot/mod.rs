@@ -174,7 +174,7 @@ fn load_kernel(
     if elf_class.is_none() {
         return Err(describe_stranger(kernel, &head));
     }
-    let plan = elf::plan(kernel, memory)?;
+    let plan = elf::plan(kernel, None, memory)?;
     if plan.class == elf::Class::Elf32 {
         return Err(KernelError::Is32Bit { name: name() });
     }

@@ -6,7 +6,7 @@ use super::elf::{self, Class};
 use super::image::{self, Image};
 use super::memory_map::{RangeKind, memory_map};
 use super::{Entry, KernelError, initrd, ram_run_end, write, write_command_line};
-use crate::layout::{COMMAND_LINE, COMMAND_LINE_MAX, KERNEL_START, MMIO_HOLE_START, START_INFO};
+use crate::layout::{BOOT_PARAMS, COMMAND_LINE, COMMAND_LINE_MAX, KERNEL_START, MMIO_HOLE_START, START_INFO};
 
 const HEADER_MAGIC: u32 = 0x1bad_b002;
 const LOADER_MAGIC: u32 = 0x2bad_b002;
@@ -20,6 +20,9 @@ const INFO_MEMORY_MAP: u32 = 1 << 6;
 const INFO_BYTES: u32 = 116;
 /// Bits 0 to 15 ask for things that a loader must provide; it knows pages (0) and memory information (1).
 const KNOWN_REQUIREMENTS: u32 = 0b11;
+
+/// Conventional memory in which this loader puts nothing: programs for real mode may lie there.
+const LOW_ROOM: std::ops::Range<u64> = BOOT_PARAMS..COMMAND_LINE;
 
 /// A multiboot header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,12 +61,12 @@ pub(super) fn load(
     let (entry, end) = if header.flags & HAS_ADDRESSES != 0 {
         load_at_addresses(kernel, header, memory)?
     } else {
-        let plan = elf::plan(kernel, memory)?;
+        let plan = elf::plan(kernel, Some(LOW_ROOM), memory)?;
         if plan.class != Class::Elf32 {
             return Err(not("a 64-bit ELF file with a multiboot header"));
         }
         elf::load(kernel, &plan, memory)?;
-        (plan.entry, plan.end)
+        (plan.entry, plan.end.max(KERNEL_START))
     };
     write_command_line(kernel, command_line, COMMAND_LINE_MAX - 1, memory)?;
     let module = module.map(|image| initrd::place(image, end, MMIO_HOLE_START, memory)).transpose()?;
@@ -195,6 +198,28 @@ mod tests {
         let map = u64::from(word(START_INFO + 48));
         assert_eq!((word(START_INFO + 44), word(map)), (4 * 24, 20));
         assert_eq!(word(0x10_0000), 0x9090_9090);
+    }
+
+    #[test]
+    fn an_elf_segment_may_lie_in_conventional_memory_beside_what_the_loader_writes() {
+        for (gpa, fits) in [(0x8000, true), (0x6800, false), (0x1_fff0, false), (0x3000, false)] {
+            let memory = memory();
+            let mut file = vec![0; 0x1100];
+            file[..7].copy_from_slice(b"\x7fELF\x01\x01\x01");
+            // ET_EXEC for i386 with one program header behind this one.
+            for (at, value) in [(16, 2u32 | 3 << 16), (24, gpa), (28, 52), (40, 52), (42, 32), (44, 1)] {
+                file[at..at + 4].copy_from_slice(&value.to_le_bytes());
+            }
+            let program_header = [1, 0x1000, gpa, gpa, 0x100, 0x100, 5, 4];
+            for (word, place) in program_header.iter().zip(file[52..84].chunks_exact_mut(4)) {
+                place.copy_from_slice(&u32::to_le_bytes(*word));
+            }
+            for (at, word) in [(96, HEADER_MAGIC), (100, 0), (104, 0u32.wrapping_sub(HEADER_MAGIC))] {
+                file[at..at + 4].copy_from_slice(&word.to_le_bytes());
+            }
+            let loaded = try_load(&file, &memory);
+            assert_eq!(loaded.is_ok(), fits, "{gpa:#x}: {loaded:?}");
+        }
     }
 
     #[test]
