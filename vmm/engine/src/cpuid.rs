@@ -29,7 +29,8 @@ features! {
     XSAVE = 38; AVX = 39; AVX2 = 40; BMI1 = 41; BMI2 = 42; FMA = 43; F16C = 44; MOVBE = 45; LZCNT = 46;
     SMEP = 47; SMAP = 48; UMIP = 49; FSGSBASE = 50; RDPID = 51; RDRAND = 52; RDSEED = 53; CLFLUSHOPT = 54;
     CLWB = 55; PCID = 56; INVPCID = 57; LFENCE_SERIALIZES = 59; NULL_CLEARS_BASE = 60;
-    FP_ERROR_POINTERS = 61; VME = 62;
+    FP_ERROR_POINTERS = 61; VME = 62; AES = 63; PCLMULQDQ = 64; SHA = 65; GFNI = 66; VAES = 67; VPCLMULQDQ = 68;
+    PDPE1GB = 69; XSAVEOPT = 70; XSAVEC = 71; XGETBV1 = 72;
 }
 
 impl Features {
@@ -37,6 +38,11 @@ impl Features {
     pub fn of(model: CpuModel) -> Features {
         let set = FEATURES.iter().filter(|row| row.model <= model).fold(0, |set, row| set | row.feature.0);
         Features(set)
+    }
+
+    /// These features without those of `others`.
+    pub fn without(self, others: Features) -> Features {
+        Features(self.0 & !others.0)
     }
 
     /// Whether all features of `wanted` are there.
@@ -65,8 +71,10 @@ pub struct FeatureBit {
     pub name: &'static str,
     /// The lowest model that has it.
     pub model: CpuModel,
-    /// CPUID leaf (subleaf 0).
+    /// CPUID leaf.
     pub leaf: u32,
+    /// Its subleaf.
+    pub subleaf: u32,
     /// Index into the answer: [`EAX`], [`EBX`], [`ECX`] or [`EDX`].
     pub register: usize,
     /// Bit of that register.
@@ -81,7 +89,12 @@ const fn row(
     register: usize,
     bit: u32,
 ) -> FeatureBit {
-    FeatureBit { feature, name, model, leaf, register, bit }
+    FeatureBit { feature, name, model, leaf, subleaf: 0, register, bit }
+}
+
+/// A way of saving registers, from leaf 0xd.
+const fn xsave_row(feature: Features, name: &'static str, bit: u32) -> FeatureBit {
+    FeatureBit { feature, name, model: CpuModel::Host, leaf: 0xd, subleaf: 1, register: EAX, bit }
 }
 
 /// All features with their bits (AMD APM volume 3, appendix E). What is not here is hidden.
@@ -156,6 +169,27 @@ pub const FEATURES: &[FeatureBit] = {
         row(Features::AVX2, "avx2", V3, 7, EBX, 5),
         row(Features::BMI2, "bmi2", V3, 7, EBX, 8),
         row(Features::LZCNT, "lzcnt", V3, AMD, ECX, 5),
+        row(Features::PCLMULQDQ, "pclmulqdq", Host, 1, ECX, 1),
+        row(Features::PCID, "pcid", Host, 1, ECX, 17),
+        row(Features::AES, "aes", Host, 1, ECX, 25),
+        row(Features::RDRAND, "rdrand", Host, 1, ECX, 30),
+        row(Features::FSGSBASE, "fsgsbase", Host, 7, EBX, 0),
+        row(Features::SMEP, "smep", Host, 7, EBX, 7),
+        row(Features::INVPCID, "invpcid", Host, 7, EBX, 10),
+        row(Features::RDSEED, "rdseed", Host, 7, EBX, 18),
+        row(Features::SMAP, "smap", Host, 7, EBX, 20),
+        row(Features::CLFLUSHOPT, "clflushopt", Host, 7, EBX, 23),
+        row(Features::CLWB, "clwb", Host, 7, EBX, 24),
+        row(Features::SHA, "sha_ni", Host, 7, EBX, 29),
+        row(Features::UMIP, "umip", Host, 7, ECX, 2),
+        row(Features::GFNI, "gfni", Host, 7, ECX, 8),
+        row(Features::VAES, "vaes", Host, 7, ECX, 9),
+        row(Features::VPCLMULQDQ, "vpclmulqdq", Host, 7, ECX, 10),
+        row(Features::RDPID, "rdpid", Host, 7, ECX, 22),
+        row(Features::PDPE1GB, "pdpe1gb", Host, AMD, EDX, 26),
+        xsave_row(Features::XSAVEOPT, "xsaveopt", 0),
+        xsave_row(Features::XSAVEC, "xsavec", 1),
+        xsave_row(Features::XGETBV1, "xgetbv1", 2),
     ]
 };
 
@@ -187,8 +221,19 @@ const fn word(bytes: &[u8; 4]) -> u32 {
 ///
 /// OSXSAVE, and APIC while the APIC is off, follow the processor's state and are up to the engine.
 pub fn leaf(config: &VmConfig, id: u32, tsc_khz: u32, leaf: u32, subleaf: u32) -> [u32; 4] {
-    let model = Features::of(config.cpu_model);
-    let xsave = model.has(Features::XSAVE);
+    leaf_of(Features::of(config.cpu_model), config, id, tsc_khz, leaf, subleaf)
+}
+
+/// The same with features that an engine has chosen.
+pub fn leaf_of(
+    features: Features,
+    config: &VmConfig,
+    id: u32,
+    tsc_khz: u32,
+    leaf: u32,
+    subleaf: u32,
+) -> [u32; 4] {
+    let xsave = features.has(Features::XSAVE);
     let count = config.vcpu_count.clamp(1, 255);
     let id_bits = count.next_power_of_two().trailing_zeros();
     let mut out = match leaf {
@@ -215,10 +260,10 @@ pub fn leaf(config: &VmConfig, id: u32, tsc_khz: u32, leaf: u32, subleaf: u32) -
         0x8000_001e => [id, id, 0, 0],
         _ => [0; 4],
     };
-    if subleaf == 0 || leaf != 7 {
-        for row in FEATURES.iter().filter(|row| row.leaf == leaf && model.has(row.feature)) {
-            out[row.register] |= 1 << row.bit;
-        }
+    let subleaf = if matches!(leaf, 7 | 0xd) { subleaf } else { 0 };
+    let here = |row: &&FeatureBit| row.leaf == leaf && row.subleaf == subleaf && features.has(row.feature);
+    for row in FEATURES.iter().filter(here) {
+        out[row.register] |= 1 << row.bit;
     }
     out
 }

@@ -10,7 +10,7 @@ use crate::native::host;
 
 /// Models that this engine offers on this host.
 pub(crate) fn supported_models() -> Vec<CpuModel> {
-    [CpuModel::V1, CpuModel::V2, CpuModel::V3]
+    [CpuModel::V1, CpuModel::V2, CpuModel::V3, CpuModel::Host]
         .into_iter()
         .filter(|&model| host::can_offer(model).is_ok())
         .collect()
@@ -18,17 +18,18 @@ pub(crate) fn supported_models() -> Vec<CpuModel> {
 
 /// Refuses a model that this engine or host cannot offer.
 pub(crate) fn check_model(model: CpuModel) -> Result<(), EngineError> {
-    let missing = match model {
-        // What the host has beyond the third baseline is not emulated.
-        CpuModel::Host => {
-            FEATURES.iter().filter(|row| row.model == CpuModel::Host).map(|row| row.name).collect()
-        }
-        _ => match host::can_offer(model) {
-            Ok(()) => return Ok(()),
-            Err(missing) => missing,
-        },
-    };
-    Err(EngineError::ModelUnsupported { model, missing: missing.join(" ") })
+    host::can_offer(model)
+        .map_err(|missing| EngineError::ModelUnsupported { model, missing: missing.join(" ") })
+}
+
+/// Refuses a model whose user code cannot be lent: on the host's processor it could change state that stays here, like
+/// the bases of FS and GS.
+pub(crate) fn check_lent_model(model: CpuModel) -> Result<(), EngineError> {
+    if model == CpuModel::Host {
+        let beyond = FEATURES.iter().filter(|row| row.model == CpuModel::Host).map(|row| row.name);
+        return Err(EngineError::ModelUnsupported { model, missing: beyond.collect::<Vec<_>>().join(" ") });
+    }
+    check_model(model)
 }
 
 /// What this engine derives from a set of features.
@@ -64,9 +65,12 @@ impl FeatureRules for Features {
     }
 
     fn allows(self, instruction: &Instruction) -> bool {
-        // Without their features these are BSF and BSR with a prefix that says nothing.
-        matches!(instruction.mnemonic(), Mnemonic::Tzcnt | Mnemonic::Lzcnt)
-            || instruction.cpuid_features().iter().all(|&feature| allows_feature(self, feature))
+        // Without their features the first two are BSF and BSR with a prefix that says nothing. The others are KVM's
+        // hypercalls, which belong to the paravirtual clock's interface.
+        matches!(
+            instruction.mnemonic(),
+            Mnemonic::Tzcnt | Mnemonic::Lzcnt | Mnemonic::Vmcall | Mnemonic::Vmmcall
+        ) || instruction.cpuid_features().iter().all(|&feature| allows_feature(self, feature))
     }
 }
 
@@ -117,6 +121,14 @@ fn allows_feature(features: Features, feature: CpuidFeature) -> bool {
         C::RDTSCP => Features::RDTSCP,
         C::RDPMC => Features::FPU,
         C::XSAVE => Features::XSAVE,
+        C::XSAVEOPT => Features::XSAVEOPT,
+        C::XSAVEC => Features::XSAVEC,
+        C::AES => Features::AES,
+        C::PCLMULQDQ => Features::PCLMULQDQ,
+        C::SHA => Features::SHA,
+        C::GFNI => Features::GFNI,
+        C::VAES => Features::VAES,
+        C::VPCLMULQDQ => Features::VPCLMULQDQ,
         C::AVX => Features::AVX,
         C::AVX2 => Features::AVX2,
         C::BMI1 => Features::BMI1,
@@ -141,8 +153,8 @@ fn allows_feature(features: Features, feature: CpuidFeature) -> bool {
 impl Cpu {
     /// EAX, EBX, ECX and EDX of a leaf, with the bits that follow the processor's state.
     pub(crate) fn cpuid(&self, leaf: u32, subleaf: u32) -> [u32; 4] {
-        let mut out =
-            cpuid::leaf(&self.shared.config, self.index, self.shared.clock.tsc_khz(), leaf, subleaf);
+        let khz = self.shared.clock.tsc_khz();
+        let mut out = cpuid::leaf_of(self.features, &self.shared.config, self.index, khz, leaf, subleaf);
         let apic_on = self.msrs.apic_base & 1 << 11 != 0;
         match leaf {
             1 => {
@@ -156,6 +168,9 @@ impl Cpu {
             0x8000_0001 if !apic_on => out[EDX] &= !(1 << 9),
             // Size of the area for the components that are switched on, of which AVX is the only one beyond.
             0xd if subleaf == 0 && self.xcr0 & 4 != 0 => out[EBX] = out[ECX],
+            0xd if subleaf == 1 && self.features.has(Features::XSAVEC) => {
+                out[EBX] = if self.xcr0 & 4 != 0 { 832 } else { 576 };
+            }
             _ => {}
         }
         out
@@ -168,7 +183,7 @@ mod tests {
 
     #[test]
     fn a_model_that_is_not_offered_names_what_is_missing() {
-        let error = check_model(CpuModel::Host).unwrap_err().to_string();
+        let error = check_lent_model(CpuModel::Host).unwrap_err().to_string();
         assert!(error.contains("rdtscp"), "{error}");
         assert!(!error.contains("sse4_2"), "{error}");
         for model in supported_models() {

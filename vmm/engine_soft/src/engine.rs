@@ -19,11 +19,12 @@ pub struct SoftEngine;
 
 impl SoftwareEngine for SoftEngine {
     fn cpu_models(&self) -> Vec<CpuModel> {
-        crate::cpuid::supported_models()
+        let all = crate::cpuid::supported_models().into_iter();
+        all.filter(|&model| crate::cpuid::check_lent_model(model).is_ok()).collect()
     }
 
     fn create_assistant(&self, config: &VmConfig) -> Result<Box<dyn Assistant>, EngineError> {
-        let offered = crate::cpuid::supported_models();
+        let offered = SoftwareEngine::cpu_models(self);
         // A processor that is the host's own is served as far as the best model goes.
         let cpu_model = match config.cpu_model {
             CpuModel::Host => offered.into_iter().max().unwrap_or(CpuModel::V1),
@@ -40,6 +41,7 @@ impl SoftwareEngine for SoftEngine {
         user_mode: Arc<dyn UserMode>,
     ) -> Result<Box<dyn Vm>, EngineError> {
         check(config)?;
+        crate::cpuid::check_lent_model(config.cpu_model)?;
         Ok(Box::new(SoftVm::new(config, Some(user_mode))))
     }
 }

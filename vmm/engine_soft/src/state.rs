@@ -82,7 +82,7 @@ impl Cpu {
             pending_interrupt: None,
             triple_fault: false,
             unsupported: None,
-            features: Features::of(shared.config.cpu_model),
+            features: crate::native::host::features(shared.config.cpu_model),
             tsc_offset: 0,
             clock_seen: 0,
             lent: LentPages::default(),
@@ -92,6 +92,7 @@ impl Cpu {
             spins: 0,
             io_accesses: 0,
         };
+        cpu.mmu.gigabyte_pages = cpu.features.has(Features::PDPE1GB);
         cpu.reset_registers();
         cpu.msrs.apic_base = 0xfee0_0800 | if index == 0 { 0x100 } else { 0 };
         cpu.msrs.pat = 0x0007_0406_0007_0406;

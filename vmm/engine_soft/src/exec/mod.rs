@@ -9,6 +9,7 @@ pub(crate) mod bits;
 pub(crate) mod branch;
 pub(crate) mod far;
 pub(crate) mod flags;
+pub(crate) mod hypercall;
 pub(crate) mod io;
 pub(crate) mod mov;
 pub(crate) mod muldiv;
@@ -50,6 +51,7 @@ pub(crate) fn integer_select(instruction: &Instruction, op: &mut Op, mode: Mode)
 /// Handlers of everything else: system instructions, segments, port I/O, SIMD and x87.
 pub(crate) fn select_other(instruction: &Instruction, op: &mut Op, mode: Mode) -> Option<Selected> {
     system::select(instruction, op, mode)
+        .or_else(|| hypercall::select(instruction))
         .or_else(|| far::select(instruction, op, mode))
         .or_else(|| segment::select(instruction, op, mode))
         .or_else(|| io::select(instruction, op, mode))

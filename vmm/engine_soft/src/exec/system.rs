@@ -75,12 +75,22 @@ pub(crate) fn select(instruction: &Instruction, op: &mut Op, mode: Mode) -> Opti
         Mnemonic::Clflush | Mnemonic::Clflushopt | Mnemonic::Clwb => (flush_line, false),
         Mnemonic::Xgetbv => (xgetbv, false),
         Mnemonic::Xsetbv => (xsetbv, true),
+        Mnemonic::Invpcid => {
+            op.aux = instruction.op0_register().size() as u16;
+            (invpcid, true)
+        }
+        Mnemonic::Rdrand => {
+            op.aux = size;
+            (random::<false>, false)
+        }
+        Mnemonic::Rdseed => {
+            op.aux = size;
+            (random::<true>, false)
+        }
         Mnemonic::Monitor
         | Mnemonic::Mwait
         | Mnemonic::Monitorx
         | Mnemonic::Mwaitx
-        | Mnemonic::Vmcall
-        | Mnemonic::Vmmcall
         | Mnemonic::Rsm
         | Mnemonic::Getsec => (super::undefined, true),
         _ => match instruction.code() {
@@ -188,6 +198,7 @@ impl Cpu {
         if value >> 32 != 0
             || (paging && value & cr0::PE == 0)
             || (value & cr0::NW != 0 && value & cr0::CD == 0)
+            || (!paging && self.cr4 & cr4::PCIDE != 0)
         {
             return self.raise_gp();
         }
@@ -228,6 +239,8 @@ impl Cpu {
 
     fn write_cr3(&mut self, value: u64) -> Step {
         let value = if self.long_mode() { value } else { value & 0xffff_ffff };
+        // Bit 63 says that translations of the address space may stay; none do here.
+        let value = if self.cr4 & cr4::PCIDE != 0 { value & !(1 << 63) } else { value };
         if value >> PHYSICAL_BITS != 0 {
             return self.raise_gp();
         }
@@ -248,13 +261,17 @@ impl Cpu {
             return self.raise_gp();
         }
         let changed = value ^ self.cr4;
+        // Process-context identifiers start in long mode and with identifier 0 (Intel SDM volume 3, 4.10.1).
+        if changed & value & cr4::PCIDE != 0 && (!self.long_mode() || self.cr3 & 0xfff != 0) {
+            return self.raise_gp();
+        }
         let pae = self.cr0 & cr0::PG != 0 && value & cr4::PAE != 0 && !self.long_mode();
         let paging_bits = cr4::PAE | cr4::PGE | cr4::PSE | cr4::SMEP;
         if pae && changed & paging_bits != 0 && !self.mmu.load_pdptes(self.cr3) {
             return self.raise_gp();
         }
         self.cr4 = value;
-        if changed & (paging_bits | cr4::SMAP) != 0 {
+        if changed & (paging_bits | cr4::SMAP | cr4::PCIDE) != 0 {
             self.mmu.flush();
         }
         self.mode_changed();
@@ -554,10 +571,11 @@ fn xgetbv(cpu: &mut Cpu, _op: &Op) -> Step {
     if cpu.cr4 & cr4::OSXSAVE == 0 {
         return cpu.raise_ud();
     }
-    if cpu.regs[RCX] as u32 != 0 {
-        return cpu.raise_gp();
-    }
-    let value = cpu.xcr0;
+    let value = match cpu.regs[RCX] as u32 {
+        0 => cpu.xcr0,
+        1 if cpu.features.has(Features::XGETBV1) => cpu.xcr0 & cpu.fpu.in_use(),
+        _ => return cpu.raise_gp(),
+    };
     set_pair(cpu, value);
     Ok(())
 }
@@ -593,6 +611,40 @@ fn invlpg(cpu: &mut Cpu, op: &Op) -> Step {
     let va = if cpu.code64() { va } else { va & 0xffff_ffff };
     cpu.mmu.flush_page(va);
     cpu.end_block(op)
+}
+
+/// INVPCID (Intel SDM volume 2). Address spaces are not told apart: each kind forgets more than it has to.
+fn invpcid(cpu: &mut Cpu, op: &Op) -> Step {
+    privileged(cpu)?;
+    if cpu.real_mode() || cpu.v86() {
+        return cpu.raise_ud();
+    }
+    let kind = if op.aux == 8 { cpu.reg::<u64>(op.reg) } else { u64::from(cpu.reg::<u32>(op.reg)) };
+    let va = cpu.addr(op, 16, Intent::Read)?;
+    let identifier = cpu.load::<u64>(va)?;
+    let address = cpu.load::<u64>(va.wrapping_add(8))?;
+    let named = matches!(kind, 0 | 1);
+    if kind > 3
+        || (kind != 2 && kind != 3 && identifier >> 12 != 0)
+        || (named && identifier != 0 && cpu.cr4 & cr4::PCIDE == 0)
+        || (kind == 0 && !cpu.canonical(address))
+    {
+        return cpu.raise_gp();
+    }
+    if kind == 0 {
+        cpu.mmu.flush_page(address)
+    } else {
+        cpu.mmu.flush()
+    }
+    cpu.end_block(op)
+}
+
+/// RDRAND and RDSEED: CF says whether there was a number; without one the register is zero.
+fn random<const SEED: bool>(cpu: &mut Cpu, op: &Op) -> Step {
+    let number = crate::native::random::number(SEED);
+    set_register(cpu, op, number.unwrap_or(0));
+    cpu.flags = Flags::from_rflags(u64::from(number.is_some()));
+    Ok(())
 }
 
 /// INVD and WBINVD: there is no cache to write back.

@@ -1,5 +1,5 @@
-//! XSAVE and XRSTOR in the standard layout (Intel SDM volume 1, chapter 13). Their optimised and compacted forms
-//! are not offered by any CPU model.
+//! XSAVE, XSAVEOPT, XSAVEC and XRSTOR (Intel SDM volume 1, chapter 13). With three components, the compacted layout
+//! puts them where the standard one does; what differs is the header.
 
 use iced_x86::{Instruction, Mnemonic};
 
@@ -8,8 +8,19 @@ use crate::decode::lower::Selected;
 use crate::decode::op::{Exec, Op, Step, Stop};
 use crate::fault::vector;
 use crate::fpu::area::{AVX_AT, AVX_SIZE, AVX_STATE, LEGACY, SSE_STATE, X87_STATE};
-use crate::fpu::{Fpu, MXCSR_MASK};
+use crate::fpu::{Fpu, MXCSR_MASK, MXCSR_RESET};
 use crate::mmu::Intent;
+use harrier_engine::cpuid::Features;
+
+/// Bit of XCOMP_BV that says that the layout is the compacted one.
+const COMPACTED: u64 = 1 << 63;
+
+/// XSAVE writes what it is asked for.
+const PLAIN: u8 = 0;
+/// XSAVEOPT leaves out what is in its initial state.
+const OPTIMISED: u8 = 1;
+/// XSAVEC too, and writes a whole header.
+const COMPACT: u8 = 2;
 
 /// Bytes of the area with all components that this processor has.
 const WHOLE: usize = AVX_AT + AVX_SIZE;
@@ -34,31 +45,40 @@ fn registers(cpu: &Cpu) -> usize {
     if cpu.code64() { 16 } else { 8 }
 }
 
-/// XSAVE; `LONG` with REX.W. Only what takes part is written.
-fn save<const LONG: bool>(cpu: &mut Cpu, op: &Op) -> Step {
+/// XSAVE and its kin; `LONG` with REX.W. Only what takes part is written.
+fn save<const LONG: bool, const FORM: u8>(cpu: &mut Cpu, op: &Op) -> Step {
     let (va, size, components) = prepare(cpu, op, Intent::Write)?;
     cpu.probe_write(va, size)?;
     let mut present = [0; 8];
     cpu.read(va.wrapping_add(LEGACY as u64), &mut present)?;
     let count = registers(cpu);
-    let in_use = cpu.fpu.in_use();
+    let mut in_use = cpu.fpu.in_use();
+    if FORM == COMPACT && cpu.fpu.mxcsr.get() != MXCSR_RESET {
+        // In the compacted layout MXCSR is part of this component.
+        in_use |= SSE_STATE;
+    }
     let mut area = [0; WHOLE];
     cpu.fpu.put_x87(&mut area, LONG);
     cpu.fpu.put_mxcsr(&mut area);
     cpu.fpu.put_xmm(&mut area, count);
     cpu.fpu.put_avx(&mut area, count);
-    let header = u64::from_le_bytes(present) & !components | in_use & components;
+    let header = if FORM == COMPACT { 0 } else { u64::from_le_bytes(present) & !components };
+    let header = header | in_use & components;
     area[LEGACY..LEGACY + 8].copy_from_slice(&header.to_le_bytes());
+    area[LEGACY + 8..LEGACY + 16].copy_from_slice(&(COMPACTED | components).to_le_bytes());
+    let written = if FORM == PLAIN { components } else { components & in_use };
+    // The standard layout has MXCSR with either component of vector registers, whether in use or not.
+    let mxcsr = if FORM == COMPACT { written & SSE_STATE } else { components & (SSE_STATE | AVX_STATE) };
     let pieces = [
-        (X87_STATE, 0..24),
-        (SSE_STATE | AVX_STATE, 24..32),
-        (X87_STATE, 32..160),
-        (SSE_STATE, 160..160 + 16 * count),
-        (u64::MAX, LEGACY..LEGACY + 8),
-        (AVX_STATE, AVX_AT..AVX_AT + 16 * count),
+        (written & X87_STATE, 0..24),
+        (mxcsr, 24..32),
+        (written & X87_STATE, 32..160),
+        (written & SSE_STATE, 160..160 + 16 * count),
+        (u64::MAX, LEGACY..LEGACY + if FORM == COMPACT { 64 } else { 8 }),
+        (written & AVX_STATE, AVX_AT..AVX_AT + 16 * count),
     ];
     for (of, range) in pieces {
-        if of & components != 0 || of == u64::MAX {
+        if of != 0 {
             cpu.write(va.wrapping_add(range.start as u64), &area[range])?;
         }
     }
@@ -72,11 +92,19 @@ fn restore<const LONG: bool>(cpu: &mut Cpu, op: &Op) -> Step {
     cpu.read(va, &mut area[..size])?;
     let word = |at: usize| area[at..].first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
     let present = word(LEGACY);
-    if present & !cpu.xcr0 != 0 || word(LEGACY + 8) | word(LEGACY + 16) != 0 {
+    let layout = word(LEGACY + 8);
+    let compacted = layout & COMPACTED != 0 && cpu.features.has(Features::XSAVEC);
+    let (known, reserved) = if compacted {
+        (layout & !COMPACTED, (LEGACY + 16..AVX_AT).step_by(8).map(word).fold(0, |all, word| all | word))
+    } else {
+        (cpu.xcr0, layout | word(LEGACY + 16))
+    };
+    if present & !known != 0 || known & !cpu.xcr0 != 0 || reserved != 0 {
         return cpu.raise_gp();
     }
-    let mxcsr = Fpu::mxcsr_of(&area);
-    let with_mxcsr = components & (SSE_STATE | AVX_STATE) != 0;
+    let absent_mxcsr = compacted && present & SSE_STATE == 0;
+    let mxcsr = if absent_mxcsr { MXCSR_RESET } else { Fpu::mxcsr_of(&area) };
+    let with_mxcsr = if compacted { SSE_STATE } else { SSE_STATE | AVX_STATE } & components != 0;
     if with_mxcsr && mxcsr & !MXCSR_MASK != 0 {
         return cpu.raise_gp();
     }
@@ -110,8 +138,12 @@ fn restore<const LONG: bool>(cpu: &mut Cpu, op: &Op) -> Step {
 /// Handler of one of these instructions.
 pub(crate) fn select(instruction: &Instruction) -> Option<Selected> {
     let exec: Exec = match instruction.mnemonic() {
-        Mnemonic::Xsave => save::<false>,
-        Mnemonic::Xsave64 => save::<true>,
+        Mnemonic::Xsave => save::<false, PLAIN>,
+        Mnemonic::Xsave64 => save::<true, PLAIN>,
+        Mnemonic::Xsaveopt => save::<false, OPTIMISED>,
+        Mnemonic::Xsaveopt64 => save::<true, OPTIMISED>,
+        Mnemonic::Xsavec => save::<false, COMPACT>,
+        Mnemonic::Xsavec64 => save::<true, COMPACT>,
         Mnemonic::Xrstor => restore::<false>,
         Mnemonic::Xrstor64 => restore::<true>,
         _ => return None,

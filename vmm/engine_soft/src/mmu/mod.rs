@@ -95,6 +95,8 @@ pub(crate) struct Mmu {
     upper_half_is_local: bool,
     /// Physical pages of the block that is being executed.
     pub running: [u64; 2],
+    /// The processor has pages of 1 GiB.
+    pub gigabyte_pages: bool,
 }
 
 impl Mmu {
@@ -115,6 +117,7 @@ impl Mmu {
             space_switches: 0,
             upper_half_is_local: false,
             running: [u64::MAX; 2],
+            gigabyte_pages: false,
         }
     }
 

@@ -157,8 +157,8 @@ impl Mmu {
             }
             if large {
                 // Bit 12 is PAT, the rest up to the page's size must be zero. PML4 entries have no size bit.
-                // Pages of 1 GiB are not offered.
-                reserved |= if level >= 3 { LARGE } else { ((1 << shift) - 1) & !0x1fff };
+                let unknown = level == 4 || (level == 3 && !self.gigabyte_pages);
+                reserved |= if unknown { LARGE } else { ((1 << shift) - 1) & !0x1fff };
             }
             if entry & reserved != 0 {
                 return self.fault(error::PRESENT | error::RESERVED, rights, intent);

@@ -26,31 +26,54 @@ pub(crate) fn has(feature: CpuidFeature) -> bool {
         C::BMI1 => is_x86_feature_detected!("bmi1"),
         C::BMI2 => is_x86_feature_detected!("bmi2"),
         C::LZCNT => is_x86_feature_detected!("lzcnt"),
+        C::RDRAND => is_x86_feature_detected!("rdrand"),
+        C::RDSEED => is_x86_feature_detected!("rdseed"),
         _ => true,
     }
 }
 
+/// Features whose instructions the host itself has to execute.
+const NATIVE: &[(Features, CpuidFeature)] = &[
+    (Features::SSE3, CpuidFeature::SSE3),
+    (Features::SSSE3, CpuidFeature::SSSE3),
+    (Features::SSE4_1, CpuidFeature::SSE4_1),
+    (Features::SSE4_2, CpuidFeature::SSE4_2),
+    (Features::POPCNT, CpuidFeature::POPCNT),
+    (Features::AVX, CpuidFeature::AVX),
+    (Features::AVX2, CpuidFeature::AVX2),
+    (Features::FMA, CpuidFeature::FMA),
+    (Features::F16C, CpuidFeature::F16C),
+    (Features::BMI1, CpuidFeature::BMI1),
+    (Features::BMI2, CpuidFeature::BMI2),
+    (Features::LZCNT, CpuidFeature::LZCNT),
+    (Features::AES, CpuidFeature::AES),
+    (Features::PCLMULQDQ, CpuidFeature::PCLMULQDQ),
+    (Features::SHA, CpuidFeature::SHA),
+    (Features::GFNI, CpuidFeature::GFNI),
+    (Features::VAES, CpuidFeature::VAES),
+    (Features::VPCLMULQDQ, CpuidFeature::VPCLMULQDQ),
+    (Features::RDRAND, CpuidFeature::RDRAND),
+    (Features::RDSEED, CpuidFeature::RDSEED),
+];
+
+/// Features of the set that the host cannot execute.
+fn lacking(set: Features) -> impl Iterator<Item = Features> {
+    NATIVE
+        .iter()
+        .filter(move |&&(feature, instructions)| set.has(feature) && !has(instructions))
+        .map(|&(feature, _)| feature)
+}
+
+/// What the guest gets: all of a named model, and of `host` what this host can execute.
+pub(crate) fn features(model: CpuModel) -> Features {
+    let all = Features::of(model);
+    if model == CpuModel::Host { lacking(all).fold(all, Features::without) } else { all }
+}
+
 /// Whether the guest can have this model here; otherwise the names of what the host lacks.
 pub(crate) fn can_offer(model: CpuModel) -> Result<(), Vec<&'static str>> {
-    let native = [
-        (Features::SSE3, CpuidFeature::SSE3),
-        (Features::SSSE3, CpuidFeature::SSSE3),
-        (Features::SSE4_1, CpuidFeature::SSE4_1),
-        (Features::SSE4_2, CpuidFeature::SSE4_2),
-        (Features::POPCNT, CpuidFeature::POPCNT),
-        (Features::AVX, CpuidFeature::AVX),
-        (Features::AVX2, CpuidFeature::AVX2),
-        (Features::FMA, CpuidFeature::FMA),
-        (Features::F16C, CpuidFeature::F16C),
-        (Features::BMI1, CpuidFeature::BMI1),
-        (Features::BMI2, CpuidFeature::BMI2),
-        (Features::LZCNT, CpuidFeature::LZCNT),
-    ];
-    let wanted = Features::of(model);
-    let missing: Vec<_> = native
-        .into_iter()
-        .filter(|&(feature, instructions)| wanted.has(feature) && !has(instructions))
-        .filter_map(|(feature, _)| FEATURES.iter().find(|row| row.feature == feature).map(|row| row.name))
+    let missing: Vec<_> = lacking(features(model))
+        .filter_map(|feature| FEATURES.iter().find(|row| row.feature == feature).map(|row| row.name))
         .collect();
     if missing.is_empty() { Ok(()) } else { Err(missing) }
 }

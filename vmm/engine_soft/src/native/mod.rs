@@ -7,6 +7,7 @@ pub(crate) mod alu;
 pub(crate) mod host;
 pub(crate) mod mem;
 pub(crate) mod mxcsr;
+pub(crate) mod random;
 pub(crate) mod thunk;
 pub(crate) mod tsc;
 pub(crate) mod wide;
