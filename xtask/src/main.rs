@@ -65,6 +65,12 @@ enum XtaskCommand {
     Bench(bench::BenchArguments),
     /// Set up, then check format, lints and every test
     Test,
+    /// Run a test suite of others on the engines: `conformance --help` lists them
+    Conformance {
+        /// The suite, its directory, and options
+        #[arg(last = true)]
+        arguments: Vec<OsString>,
+    },
     /// Set up, build `harrier` in release mode and run `harrier run` with the given arguments
     Run {
         /// Arguments of `harrier run`, for example: -- uname -a
@@ -83,10 +89,11 @@ fn main() -> ExitCode {
     }
 }
 
-/// Puts a "--" behind "run": the words after it are harrier's, its own "--" among them, which clap would take for itself.
+/// Puts a "--" behind "run" and "conformance": the words after it are another program's, its own "--" among them, which
+/// clap would take for itself.
 fn escaped(words: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
     let mut words: Vec<_> = words.into_iter().collect();
-    if words.get(1).is_some_and(|word| word == "run") {
+    if words.get(1).is_some_and(|word| word == "run" || word == "conformance") {
         words.insert(2, "--".into());
     }
     words
@@ -118,21 +125,26 @@ fn execute(command: XtaskCommand) -> Result<ExitCode> {
         }
         XtaskCommand::Bench(arguments) => bench::run(&cache, root, &arguments)?,
         XtaskCommand::Test => checks::run(&cache, root)?,
+        XtaskCommand::Conformance { arguments } => {
+            return run_program(root, "harrier-conformance", "harrier-conformance", &arguments);
+        }
         XtaskCommand::Run { arguments } => {
             guest::set_up(&cache, root, None)?;
-            return run_harrier(root, &arguments);
+            let arguments: Vec<_> = std::iter::once("run".into()).chain(arguments).collect();
+            return run_program(root, "harrier", "harrier", &arguments);
         }
     }
     Ok(ExitCode::SUCCESS)
 }
 
-/// Replaces this program by `cargo run` of `harrier run`, so that terminal, signals and exit code are its own.
-fn run_harrier(root: &Path, arguments: &[OsString]) -> Result<ExitCode> {
+/// Replaces this program by `cargo run` of a program of the workspace, so that terminal, signals and exit code are its
+/// own.
+fn run_program(root: &Path, package: &str, program: &str, arguments: &[OsString]) -> Result<ExitCode> {
     use std::os::unix::process::CommandExt as _;
     let error = checks::cargo()
-        .args(["run", "--quiet", "--release", "--package", "harrier", "--bin", "harrier", "--manifest-path"])
+        .args(["run", "--quiet", "--release", "--package", package, "--bin", program, "--manifest-path"])
         .arg(root.join("Cargo.toml"))
-        .args(["--", "run"])
+        .arg("--")
         .args(arguments)
         .exec();
     Err(anyhow::Error::new(error).context("cannot run cargo"))

@@ -1,9 +1,11 @@
 //! Runs the bare-metal guests of `guest-kernel/bare-metal` on the engines.
 //!
 //! [`engines`] is the one list of engines that the tests know, [`GUESTS`] the one list of guests. [`run`] boots a
-//! guest in a whole machine and [`Transcript`] is what it said.
+//! guest in a whole machine and [`Transcript`] is what it said. [`suites`] runs the test suites of others.
 
+pub mod diff;
 pub mod relay;
+pub mod suites;
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -195,12 +197,7 @@ pub fn run_with(
     }
     let tsc_khz = machine.vm().tsc_khz();
     let report = machine.wait();
-    let bytes = said.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
-    Ok(Outcome {
-        report,
-        transcript: Transcript { text: String::from_utf8_lossy(&bytes).into_owned() },
-        tsc_khz,
-    })
+    Ok(Outcome { report, transcript: Transcript { text: said.text() }, tsc_khz })
 }
 
 /// Runs `guest` on `engine` and checks everything that it says.

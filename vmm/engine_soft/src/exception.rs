@@ -458,7 +458,9 @@ impl Cpu {
             return false;
         }
         let watching = self.dr7 & 0xff != 0;
-        if watching && self.rflags & rflags::RF == 0 && !self.mov_ss_shadow {
+        // The shadow of MOV SS holds data breakpoints and single steps back, on AMD's processors not these (APM volume 2,
+        // 13.1.4).
+        if watching && self.rflags & rflags::RF == 0 {
             let hits = self.code_breakpoints();
             if hits != 0 {
                 self.fault = Fault { vector: vector::DB, address: hits, ..Fault::default() };

@@ -19,6 +19,8 @@ use crate::mmu::map::chunk_mask;
 use crate::mmu::{Intent, PAGE, Rights};
 use crate::native::mem;
 
+/// WBNOINVD is WBINVD with a prefix; and what one processor prefetches with, another takes for a NOP.
+const OPTIONS: u32 = DecoderOptions::NO_WBNOINVD | DecoderOptions::FORCE_RESERVED_NOP;
 /// Most operations in a block.
 const MAX_OPS: usize = 64;
 /// Longest instruction in bytes (Intel SDM volume 2, 2.3.11).
@@ -210,7 +212,7 @@ impl CodeCache {
 
     /// Decodes whole instructions from the start of `bytes`; answers their length.
     fn decode_ops(&mut self, cpu: &Cpu, bytes: &[u8], mode: Mode) -> usize {
-        let mut decoder = Decoder::with_ip(mode.bits(), bytes, 0, DecoderOptions::NO_WBNOINVD);
+        let mut decoder = Decoder::with_ip(mode.bits(), bytes, 0, OPTIONS);
         let mut instruction = Instruction::default();
         for _ in 0..MAX_OPS {
             let at = decoder.position();
@@ -230,7 +232,7 @@ impl CodeCache {
     }
 
     fn decode_one(&mut self, cpu: &Cpu, bytes: &[u8], mode: Mode) -> usize {
-        let mut decoder = Decoder::with_ip(mode.bits(), bytes, 0, DecoderOptions::NO_WBNOINVD);
+        let mut decoder = Decoder::with_ip(mode.bits(), bytes, 0, OPTIONS);
         let instruction = decoder.decode();
         self.push(cpu, &instruction, bytes, 0, mode);
         self.ops.last().map_or(1, |op| usize::from(op.len))

@@ -115,7 +115,6 @@ pub(crate) fn segment_slot(register: Register, mode: Mode) -> u8 {
     match (mode, register) {
         (Mode::Bits64, Register::FS) => FS as u8,
         (Mode::Bits64, Register::GS) => GS as u8,
-        (Mode::Bits64, Register::SS) => SEG_FLAT_STACK,
         (Mode::Bits64, _) => SEG_FLAT,
         _ => segment_index(register) as u8,
     }
@@ -183,6 +182,11 @@ fn set_memory(op: &mut Op, instruction: &Instruction, mode: Mode) {
         op.imm = displacement;
     }
     op.seg = segment_slot(instruction.memory_segment(), mode);
+    let by_stack = matches!(base.full_register(), Register::RSP | Register::RBP);
+    if op.seg == SEG_FLAT && by_stack {
+        // In 64-bit mode prefixes for the other segments count for nothing (Intel SDM volume 1, 3.3.4).
+        op.seg = SEG_FLAT_STACK;
+    }
     op.addr = address_kind(size, mode);
 }
 

@@ -188,10 +188,13 @@ fn output_element<W: Word>(cpu: &mut Cpu, op: &Op) -> Step {
 }
 
 fn input_string<W: Word>(cpu: &mut Cpu, op: &Op) -> Step {
+    // Without the right to use the port not even no elements are moved.
+    cpu.check_port(cpu.regs[RDX] as u16, W::SIZE as u64)?;
     repeat(cpu, op, input_element::<W>)
 }
 
 fn output_string<W: Word>(cpu: &mut Cpu, op: &Op) -> Step {
+    cpu.check_port(cpu.regs[RDX] as u16, W::SIZE as u64)?;
     repeat(cpu, op, output_element::<W>)
 }
 

@@ -201,6 +201,7 @@ fn repeated<E: Element, W: Word>(cpu: &mut Cpu, op: &Op) -> Step {
     let mask = address_mask(op);
     let mut elements = 0u64;
     let mut bytes = 0u64;
+    let flags = cpu.flags;
     loop {
         let count = cpu.regs[RCX] & mask;
         if count == 0 {
@@ -212,7 +213,11 @@ fn repeated<E: Element, W: Word>(cpu: &mut Cpu, op: &Op) -> Step {
             bytes += bulk * W::SIZE as u64;
         } else {
             // A fault in the middle leaves the registers at the element that faulted.
-            E::one::<W>(cpu, op)?;
+            if let Err(stop) = E::one::<W>(cpu, op) {
+                // The flags are what they were before the instruction (Intel SDM volume 2, REP).
+                cpu.flags = flags;
+                return Err(stop);
+            }
             set_masked(cpu, RCX, mask, count - 1);
             elements += 1;
             if E::COMPARES && cpu.flags.zf() != (op.aux == REP) {

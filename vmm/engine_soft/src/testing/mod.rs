@@ -1,7 +1,5 @@
 //! A machine for unit tests: flat 64-bit code without paging, in memory where guest and host addresses agree.
 
-mod differential;
-mod simd;
 mod simd_faults;
 mod simd_speed;
 

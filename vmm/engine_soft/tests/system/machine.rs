@@ -70,7 +70,11 @@ impl Io for Devices {
 
 impl Machine {
     pub(crate) fn new(vcpu_count: u32) -> Machine {
-        let config = VmConfig { cpu_model: CpuModel::V2, vcpu_count, tsc_khz: Some(1_000_000) };
+        Machine::with_model(vcpu_count, CpuModel::V2)
+    }
+
+    pub(crate) fn with_model(vcpu_count: u32, cpu_model: CpuModel) -> Machine {
+        let config = VmConfig { cpu_model, vcpu_count, tsc_khz: Some(1_000_000) };
         let vm = SoftEngine.create_vm(&config).unwrap();
         let mapping = MmapRegion::<PageLog>::new(1 << 20).unwrap();
         let region = Arc::new(GuestRegion::new(mapping, GuestAddress(0)).unwrap());

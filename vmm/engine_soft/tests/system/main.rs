@@ -5,6 +5,7 @@
 mod apic;
 mod clock;
 mod exceptions;
+mod features;
 mod machine;
 mod paging;
 mod state;

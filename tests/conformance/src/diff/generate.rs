@@ -1,0 +1,727 @@
+//! Cases: every encoding that iced-x86 knows of the features that host and engine share, with random operands, prefixes,
+//! registers and addresses, alone and in sequences.
+
+use iced_x86::{
+    Code, CpuidFeature, Encoder, EncodingKind, FlowControl, Instruction, InstructionInfoFactory,
+    MemoryOperand, Mnemonic, OpAccess, OpCodeOperandKind as K, OpKind, Register,
+};
+
+use super::layout::{
+    CODE, Context, DATA, DATA_LEN, HOLE, READ_ONLY, SAVER, SLOT, TAKEN, TAKEN_POINTER, XSAVE_LEN,
+};
+use super::random::Random;
+
+/// Instructions of a sequence.
+const SEQUENCE: u64 = 6;
+
+/// What is run in one go.
+pub(super) struct Case {
+    pub(super) instructions: Vec<Instruction>,
+    /// Their bytes, with the jump behind them.
+    pub(super) bytes: Vec<u8>,
+    /// Length of the instructions alone.
+    pub(super) code_len: usize,
+    pub(super) context: Context,
+}
+
+/// Features whose instructions are compared, and the name by which Linux shows them; the first ones are everywhere.
+const FEATURES: &[(CpuidFeature, &str)] = {
+    use CpuidFeature::*;
+    &[
+        (INTEL8086, ""),
+        (INTEL8086_ONLY, ""),
+        (INTEL186, ""),
+        (INTEL286, ""),
+        (INTEL386, ""),
+        (INTEL486, ""),
+        (X64, ""),
+        (FPU, ""),
+        (FPU287, ""),
+        (FPU387, ""),
+        (MULTIBYTENOP, ""),
+        (PAUSE, ""),
+        (CMOV, "cmov"),
+        (CX8, "cx8"),
+        (CMPXCHG16B, "cx16"),
+        (MMX, "mmx"),
+        (SSE, "sse"),
+        (SSE2, "sse2"),
+        (CLFSH, "clflush"),
+        (SSE3, "pni"),
+        (SSSE3, "ssse3"),
+        (SSE4_1, "sse4_1"),
+        (SSE4_2, "sse4_2"),
+        (POPCNT, "popcnt"),
+        (LZCNT, "abm"),
+        (BMI1, "bmi1"),
+        (BMI2, "bmi2"),
+        (MOVBE, "movbe"),
+        (PREFETCHW, "3dnowprefetch"),
+        (AVX, "avx"),
+        (AVX2, "avx2"),
+        (FMA, "fma"),
+        (F16C, "f16c"),
+        (AES, "aes"),
+        (PCLMULQDQ, "pclmulqdq"),
+        (SHA, "sha_ni"),
+        (GFNI, "gfni"),
+        (VAES, "vaes"),
+        (VPCLMULQDQ, "vpclmulqdq"),
+        (CLFLUSHOPT, "clflushopt"),
+        (CLWB, "clwb"),
+    ]
+};
+
+/// What cannot be compared in user mode, and why.
+pub(super) fn left_out(mnemonic: Mnemonic) -> Option<&'static str> {
+    use Mnemonic::*;
+    Some(match mnemonic {
+        Syscall | Sysenter | Sysexit | Sysexitq | Sysret | Sysretq | Int => {
+            "enters the kernel, which is another one"
+        }
+        Iret | Iretd | Iretq | Retf => "loads selectors, and the descriptor tables differ",
+        Lds | Les | Lfs | Lgs | Lss | Lar | Lsl | Verr | Verw | Arpl | Str | Sldt | Lldt | Ltr => {
+            "reads descriptors or selectors, and the tables differ"
+        }
+        Sgdt | Sidt | Smsw => "Linux answers for the processor where it has UMIP",
+        Cpuid | Rdtsc | Rdtscp | Rdpid | Rdpmc | Rdrand | Rdseed | Xgetbv | Rdmsr | Wrmsr => {
+            "its answer is the processor's own"
+        }
+        Rdfsbase | Rdgsbase | Wrfsbase | Wrgsbase | Swapgs => "the host's thread lives behind these bases",
+        Fxsave | Fxsave64 | Xsave | Xsave64 | Xsaveopt | Xsaveopt64 | Xsavec | Xsavec64 | Fnsave | Fsave
+        | Fnstenv | Fstenv | Fldenv | Frstor | Fxrstor | Fxrstor64 | Xrstor | Xrstor64 => {
+            "has the x87 unit's last addresses, or a processor's own header; tested by themselves"
+        }
+        Db | Dw | Dd | Dq | Zero_bytes => "is no instruction",
+        Ret | Jmpe => "goes where memory says",
+        Monitor | Mwait | Monitorx | Mwaitx | Hlt | Vmcall | Vmmcall | Rsm | Getsec => {
+            "waits, or leaves the processor"
+        }
+        Ud0 => "has several lengths",
+        _ => return None,
+    })
+}
+
+/// The encodings that are compared.
+pub(super) fn encodings() -> Vec<Code> {
+    let flags = host_flags();
+    let here = |feature: &CpuidFeature| {
+        let row = FEATURES.iter().find(|(known, _)| known == feature);
+        row.is_some_and(|(_, name)| name.is_empty() || flags.iter().any(|flag| flag == name))
+    };
+    let mut random = Random::new(1);
+    Code::values()
+        .filter(|code| {
+            let info = code.op_code();
+            let mut instruction = Instruction::default();
+            instruction.set_code(*code);
+            matches!(info.encoding(), EncodingKind::Legacy | EncodingKind::VEX)
+                && info.mode64()
+                && !info.fwait()
+                && *code != Code::INVALID
+                && left_out(code.mnemonic()).is_none()
+                && !instruction.cpuid_features().is_empty()
+                && instruction.cpuid_features().iter().all(here)
+        })
+        .filter(|code| (0..20).any(|_| Generator::instruction(&mut random, *code).is_some()))
+        .collect()
+}
+
+/// The processor's features by Linux's names.
+fn host_flags() -> Vec<String> {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let line = text.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
+    line.split_whitespace().map(str::to_owned).collect()
+}
+
+/// Makes cases.
+pub(super) struct Generator {
+    encodings: Vec<Code>,
+    /// Those that may stand in a sequence.
+    steady: Vec<Code>,
+    next: usize,
+    info: InstructionInfoFactory,
+    encoder: Encoder,
+}
+
+impl Generator {
+    pub(super) fn new(encodings: Vec<Code>) -> Generator {
+        let steady = encodings.iter().copied().filter(|code| is_steady(*code)).collect();
+        Generator {
+            encodings,
+            steady,
+            next: 0,
+            info: InstructionInfoFactory::new(),
+            encoder: Encoder::new(64),
+        }
+    }
+
+    /// The next case, in slot `slot`.
+    pub(super) fn case(&mut self, random: &mut Random, slot: usize) -> Case {
+        loop {
+            let made = if random.one_in(6) && !self.steady.is_empty() {
+                self.sequence(random, slot)
+            } else {
+                let code = self.encodings[self.next % self.encodings.len()];
+                self.next += 1;
+                self.single(random, code, slot)
+            };
+            if let Some(case) = made {
+                return case;
+            }
+        }
+    }
+
+    fn single(&mut self, random: &mut Random, code: Code, slot: usize) -> Option<Case> {
+        let mut instruction = Generator::instruction(random, code)?;
+        let mut context = random.context();
+        place(random, &mut instruction, &mut context);
+        let at = CODE + (slot * SLOT) as u64;
+        let branches = is_branch(&instruction);
+        if branches {
+            // Over the jump that every case ends with, to one of its own.
+            instruction.set_near_branch64(at);
+            let len = self.encode(&instruction, at)?.len();
+            instruction.set_near_branch64(at + (len + JUMP) as u64);
+        }
+        if is_indirect_branch(&instruction) {
+            if instruction.op0_kind() != OpKind::Register || instruction.op0_register().size() != 8 {
+                return None;
+            }
+            context.gpr[instruction.op0_register().number()] = TAKEN;
+        }
+        let mut bytes = Vec::new();
+        // Segments count for nothing in 64-bit mode, but for FS and GS. Repeated prefixes are allowed.
+        if random.one_in(16) && !branches {
+            bytes.push(random.pick(&[0x26u8, 0x2e, 0x36, 0x3e]));
+        }
+        bytes.extend(self.encode(&instruction, at + bytes.len() as u64)?);
+        let code_len = bytes.len();
+        let mut bytes = finish(bytes);
+        if branches {
+            bytes.extend([0xff, 0x24, 0x25]);
+            bytes.extend((TAKEN_POINTER as u32).to_le_bytes());
+        }
+        Some(Case { instructions: vec![instruction], bytes, code_len, context })
+    }
+
+    /// Instructions one after the other, whose memory operands are based on RBX and indexed by R15, which nothing
+    /// among them writes.
+    fn sequence(&mut self, random: &mut Random, slot: usize) -> Option<Case> {
+        let mut context = random.context();
+        context.gpr[3] = DATA + 0x800 + random.below(64);
+        context.gpr[15] = random.below(16);
+        let at = CODE + (slot * SLOT) as u64;
+        let mut bytes = Vec::new();
+        let mut instructions = Vec::new();
+        while (instructions.len() as u64) < SEQUENCE {
+            let code = random.pick(&self.steady);
+            let Some(mut instruction) = Generator::instruction(random, code) else { continue };
+            if has_memory(&instruction) {
+                let aligned = is_aligned(code) || is_locked(&instruction);
+                let displacement = if aligned { random.below(16) * 32 } else { random.below(512) };
+                let index = if aligned || random.one_in(2) { Register::None } else { Register::R15 };
+                let scale = if index == Register::None { 1 } else { 1 << random.below(4) };
+                set_memory(&mut instruction, Register::RBX, index, scale, displacement as i64);
+                if aligned {
+                    context.gpr[3] &= !31;
+                }
+            }
+            if self.disturbs(&instruction) {
+                continue;
+            }
+            let Some(encoded) = self.encode(&instruction, at + bytes.len() as u64) else { continue };
+            bytes.extend(encoded);
+            instructions.push(instruction);
+        }
+        let code_len = bytes.len();
+        Some(Case { instructions, bytes: finish(bytes), code_len, context })
+    }
+
+    /// Whether an instruction writes a register that a sequence's addresses depend on.
+    fn disturbs(&mut self, instruction: &Instruction) -> bool {
+        let writes = |access: OpAccess| {
+            !matches!(access, OpAccess::None | OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess)
+        };
+        self.info.info(instruction).used_registers().iter().any(|used| {
+            let full = used.register().full_register();
+            writes(used.access()) && matches!(full, Register::RBX | Register::R15 | Register::RSP)
+        })
+    }
+
+    fn encode(&mut self, instruction: &Instruction, at: u64) -> Option<Vec<u8>> {
+        let encoded = self.encoder.encode(instruction, at);
+        // What cannot be encoded leaves its first bytes there.
+        let bytes = self.encoder.take_buffer();
+        encoded.ok().map(|_| bytes)
+    }
+
+    /// An instruction of this encoding with random registers and immediates; a memory operand has no address yet.
+    fn instruction(random: &mut Random, code: Code) -> Option<Instruction> {
+        let info = code.op_code();
+        let mut instruction = Instruction::default();
+        instruction.set_code(code);
+        for operand in 0..info.op_count() {
+            set_operand(random, &mut instruction, operand, info.op_kind(operand))?;
+        }
+        let memory = instruction.op0_kind() == OpKind::Memory;
+        if info.can_use_lock_prefix() && memory && random.one_in(3) {
+            instruction.set_has_lock_prefix(true);
+        }
+        if instruction.is_string_instruction() {
+            match random.below(3) {
+                0 if info.can_use_rep_prefix() => instruction.set_has_rep_prefix(true),
+                1 if info.can_use_repne_prefix() => instruction.set_has_repne_prefix(true),
+                _ => {}
+            }
+        }
+        let distinct = vsib_is_distinct(&instruction);
+        distinct.then_some(instruction)
+    }
+}
+
+fn general(size: usize, number: u64) -> Register {
+    let first = match size {
+        2 => Register::AX,
+        4 => Register::EAX,
+        _ => Register::RAX,
+    };
+    first + number as u32
+}
+
+fn byte(random: &mut Random) -> Register {
+    use Register::*;
+    random.pick(&[AL, CL, DL, BL, AH, CH, DH, BH, SPL, BPL, SIL, DIL, R8L, R9L, R12L, R13L, R15L])
+}
+
+fn set_operand(random: &mut Random, instruction: &mut Instruction, operand: u32, kind: K) -> Option<()> {
+    let as_memory = random.one_in(2);
+    let number = random.below(16);
+    let vector = random.below(16) as u32;
+    let register = match kind {
+        K::r8_reg | K::r8_opcode => byte(random),
+        K::r16_reg | K::r16_opcode | K::r16_rm => general(2, number),
+        K::r32_reg | K::r32_opcode | K::r32_rm | K::r32_vvvv => general(4, number),
+        K::r64_reg | K::r64_opcode | K::r64_rm | K::r64_vvvv => general(8, number),
+        K::r8_or_mem if !as_memory => byte(random),
+        K::r16_or_mem if !as_memory => general(2, number),
+        K::r32_or_mem if !as_memory => general(4, number),
+        K::r64_or_mem if !as_memory => general(8, number),
+        K::xmm_reg | K::xmm_rm | K::xmm_vvvv | K::xmm_is4 => Register::XMM0 + vector,
+        K::ymm_reg | K::ymm_rm | K::ymm_vvvv | K::ymm_is4 => Register::YMM0 + vector,
+        K::mm_reg | K::mm_rm => Register::MM0 + vector % 8,
+        K::xmm_or_mem if !as_memory => Register::XMM0 + vector,
+        K::ymm_or_mem if !as_memory => Register::YMM0 + vector,
+        K::mm_or_mem if !as_memory => Register::MM0 + vector % 8,
+        K::al => Register::AL,
+        K::cl => Register::CL,
+        K::ax => Register::AX,
+        K::dx => Register::DX,
+        K::eax => Register::EAX,
+        K::rax => Register::RAX,
+        K::st0 => Register::ST0,
+        K::sti_opcode => Register::ST0 + vector % 8,
+        K::r8_or_mem
+        | K::r16_or_mem
+        | K::r32_or_mem
+        | K::r64_or_mem
+        | K::xmm_or_mem
+        | K::ymm_or_mem
+        | K::mm_or_mem
+        | K::mem => {
+            instruction.set_op_kind(operand, OpKind::Memory);
+            return Some(());
+        }
+        K::mem_vsib32x | K::mem_vsib64x | K::mem_vsib32y | K::mem_vsib64y => {
+            instruction.set_op_kind(operand, OpKind::Memory);
+            let first =
+                if matches!(kind, K::mem_vsib32x | K::mem_vsib64x) { Register::XMM0 } else { Register::YMM0 };
+            instruction.set_memory_index(first + vector);
+            return Some(());
+        }
+        K::imm8 => {
+            instruction.set_op_kind(operand, OpKind::Immediate8);
+            instruction.set_immediate8(random.value() as u8);
+            return Some(());
+        }
+        K::imm8_const_1 => {
+            instruction.set_op_kind(operand, OpKind::Immediate8);
+            instruction.set_immediate8(1);
+            return Some(());
+        }
+        K::imm8sex16 => {
+            instruction.set_op_kind(operand, OpKind::Immediate8to16);
+            instruction.set_immediate8to16(i16::from(random.value() as i8));
+            return Some(());
+        }
+        K::imm8sex32 => {
+            instruction.set_op_kind(operand, OpKind::Immediate8to32);
+            instruction.set_immediate8to32(i32::from(random.value() as i8));
+            return Some(());
+        }
+        K::imm8sex64 => {
+            instruction.set_op_kind(operand, OpKind::Immediate8to64);
+            instruction.set_immediate8to64(i64::from(random.value() as i8));
+            return Some(());
+        }
+        K::imm16 => {
+            instruction.set_op_kind(operand, OpKind::Immediate16);
+            instruction.set_immediate16(random.value() as u16);
+            return Some(());
+        }
+        K::imm32 => {
+            instruction.set_op_kind(operand, OpKind::Immediate32);
+            instruction.set_immediate32(random.value() as u32);
+            return Some(());
+        }
+        K::imm32sex64 => {
+            instruction.set_op_kind(operand, OpKind::Immediate32to64);
+            instruction.set_immediate32to64(i64::from(random.value() as i32));
+            return Some(());
+        }
+        K::imm64 => {
+            instruction.set_op_kind(operand, OpKind::Immediate64);
+            instruction.set_immediate64(random.value());
+            return Some(());
+        }
+        K::br64_1 | K::br64_4 => {
+            instruction.set_op_kind(operand, OpKind::NearBranch64);
+            return Some(());
+        }
+        K::seg_rSI => {
+            instruction.set_op_kind(operand, OpKind::MemorySegRSI);
+            return Some(());
+        }
+        K::es_rDI => {
+            instruction.set_op_kind(operand, OpKind::MemoryESRDI);
+            return Some(());
+        }
+        K::seg_rDI => {
+            instruction.set_op_kind(operand, OpKind::MemorySegRDI);
+            return Some(());
+        }
+        _ => return None,
+    };
+    instruction.set_op_kind(operand, OpKind::Register);
+    instruction.set_op_register(operand, register);
+    Some(())
+}
+
+fn set_memory(instruction: &mut Instruction, base: Register, index: Register, scale: u32, displacement: i64) {
+    let size = if displacement == 0 && base != Register::None { 0 } else { 1 };
+    let operand = MemoryOperand::new(base, index, scale, displacement, size, false, Register::None);
+    instruction.set_memory_base(operand.base);
+    instruction.set_memory_index(operand.index);
+    instruction.set_memory_index_scale(operand.scale);
+    instruction.set_memory_displacement64(displacement as u64);
+    instruction.set_memory_displ_size(operand.displ_size);
+}
+
+pub(super) fn has_memory(instruction: &Instruction) -> bool {
+    (0..instruction.op_count()).any(|operand| instruction.op_kind(operand) == OpKind::Memory)
+}
+
+/// Near jumps and calls through a register or memory.
+fn is_indirect_branch(instruction: &Instruction) -> bool {
+    matches!(instruction.flow_control(), FlowControl::IndirectBranch | FlowControl::IndirectCall)
+}
+
+fn is_branch(instruction: &Instruction) -> bool {
+    instruction.op_count() > 0 && instruction.op0_kind() == OpKind::NearBranch64
+}
+
+/// Gathers raise #UD if two of their three registers are the same.
+fn vsib_is_distinct(instruction: &Instruction) -> bool {
+    if !instruction.memory_index().is_vector_register() {
+        return true;
+    }
+    let index = instruction.memory_index().number();
+    let others = [instruction.op0_register().number(), instruction.op2_register().number()];
+    !others.contains(&index) && others[0] != others[1]
+}
+
+/// Whether an instruction may stand in a sequence: it goes on with the next one, and leaves no flag undefined.
+fn is_steady(code: Code) -> bool {
+    let mut instruction = Instruction::default();
+    instruction.set_code(code);
+    instruction.flow_control() == FlowControl::Next
+        && !instruction.is_string_instruction()
+        && !instruction.is_stack_instruction()
+        && !instruction.is_privileged()
+        && instruction.rflags_undefined() == 0
+        && super::compare::undefined(&instruction) == 0
+        && !code
+            .op_code()
+            .op_kinds()
+            .iter()
+            .any(|kind| matches!(kind, K::mem_vsib32x | K::mem_vsib64x | K::mem_vsib32y | K::mem_vsib64y))
+        && !is_bit_string(code)
+        && !matches!(code.mnemonic(), Mnemonic::Maskmovq | Mnemonic::Maskmovdqu | Mnemonic::Vmaskmovdqu)
+        && !matches!(
+            code.mnemonic(),
+            Mnemonic::In | Mnemonic::Out | Mnemonic::Cli | Mnemonic::Sti | Mnemonic::Xlatb
+        )
+}
+
+fn is_bit_string(code: Code) -> bool {
+    use Code::*;
+    matches!(
+        code,
+        Bt_rm16_r16
+            | Bt_rm32_r32
+            | Bt_rm64_r64
+            | Bts_rm16_r16
+            | Bts_rm32_r32
+            | Bts_rm64_r64
+            | Btr_rm16_r16
+            | Btr_rm32_r32
+            | Btr_rm64_r64
+            | Btc_rm16_r16
+            | Btc_rm32_r32
+            | Btc_rm64_r64
+    )
+}
+
+/// Whether an access is atomic. Hosts slow those down by tens of milliseconds that cross a cache line (Linux's split lock
+/// detection), so none here does.
+fn is_locked(instruction: &Instruction) -> bool {
+    instruction.has_lock_prefix() || matches!(instruction.mnemonic(), Mnemonic::Xchg | Mnemonic::Cmpxchg8b)
+}
+
+/// Whether a memory operand has to be aligned to its size, or #GP.
+pub(super) fn is_aligned(code: Code) -> bool {
+    use Mnemonic::*;
+    let mut instruction = Instruction::default();
+    instruction.set_code(code);
+    let features = instruction.cpuid_features();
+    match code.op_code().encoding() {
+        EncodingKind::VEX => matches!(
+            code.mnemonic(),
+            Vmovaps | Vmovapd | Vmovdqa | Vmovntps | Vmovntpd | Vmovntdq | Vmovntdqa
+        ),
+        _ => {
+            code.mnemonic() == Cmpxchg16b
+                || (instruction.memory_size().size() == 16
+                    && !features.contains(&CpuidFeature::FPU)
+                    && !matches!(code.mnemonic(), Movups | Movupd | Movdqu | Lddqu))
+        }
+    }
+}
+
+/// An address for an operand of `size` bytes: mostly where memory is, now and then where it ends or is forbidden.
+fn target(random: &mut Random, size: u64, aligned: bool) -> u64 {
+    let end = DATA + DATA_LEN as u64;
+    let mut address = match random.below(32) {
+        0 => end - size,
+        1 => HOLE - 1 - random.below(size.max(2) - 1),
+        2 => READ_ONLY + random.below(0x800),
+        3 => READ_ONLY - 1 - random.below(size.max(2) - 1),
+        4 => HOLE + random.below(0x1000 - 64),
+        5 => 0x8000_0000_0000 + random.below(1 << 40),
+        6..=9 => (DATA + 0x1000).wrapping_sub(1 + random.below(size.max(2) - 1)),
+        _ => DATA + 0x100 + random.below(0x800),
+    };
+    if aligned && !random.one_in(10) {
+        address &= !(size.max(16) - 1);
+    }
+    address
+}
+
+/// Gives memory operands, explicit and implicit, their addresses, and the registers the values that lead there.
+fn place(random: &mut Random, instruction: &mut Instruction, context: &mut Context) {
+    let code = instruction.code();
+    // The stack lies in the data.
+    context.gpr[4] = DATA + 0x1800 + random.below(0x100) * 8;
+    if random.one_in(2) {
+        context.gpr[5] = DATA + 0x1800 + random.below(0x200) * 8;
+    }
+    if random.one_in(40) && instruction.is_stack_instruction() {
+        context.gpr[4] =
+            random.pick(&[HOLE, HOLE + 4, HOLE + 0x1000, READ_ONLY + 0x40, 0x8000_0000_0000, DATA]);
+    }
+    if matches!(code.mnemonic(), Mnemonic::Leave | Mnemonic::Enter) && !random.one_in(10) {
+        context.gpr[5] = DATA + 0x1800 + random.below(0x200) * 8;
+    }
+    if instruction.is_string_instruction() {
+        context.gpr[6] = target(random, 8, false);
+        context.gpr[7] = target(random, 8, false);
+        // Of two operands that fault, a processor may see either first.
+        context.gpr[random.pick(&[6, 7])] = DATA + 0x400 + random.below(0x200);
+        context.gpr[1] = random.below(24);
+        if random.one_in(2) {
+            context.rflags |= 1 << 10;
+        }
+    }
+    if matches!(code.mnemonic(), Mnemonic::Maskmovq | Mnemonic::Maskmovdqu | Mnemonic::Vmaskmovdqu) {
+        context.gpr[7] = target(random, 16, false);
+    }
+    if code.mnemonic() == Mnemonic::Xlatb {
+        context.gpr[3] = target(random, 256, false);
+    }
+    if matches!(
+        code.mnemonic(),
+        Mnemonic::Loop | Mnemonic::Loope | Mnemonic::Loopne | Mnemonic::Jrcxz | Mnemonic::Jecxz
+    ) {
+        context.gpr[1] = random.pick(&[0, 1, 2, 1 << 32]);
+    }
+    if !has_memory(instruction) {
+        return;
+    }
+    // Where iced-x86 does not know, it is two bytes or one of the big areas.
+    let size = match instruction.memory_size().size() {
+        0 => 64,
+        size => size as u64,
+    };
+    let mut address = target(random, size, is_aligned(code));
+    if is_bit_string(code) {
+        let offset = instruction.op1_register().full_register().number();
+        context.gpr[offset] = random.below(2048).wrapping_sub(1024);
+        if instruction.op1_register().size() == 2 {
+            context.gpr[offset] &= 0xffff;
+        }
+        address = DATA + 0x800 + random.below(0x200);
+    }
+    if is_locked(instruction) {
+        address &= !(size - 1);
+    }
+    if instruction.memory_index().is_vector_register() {
+        let index = instruction.memory_index();
+        scatter(random, context, index.number(), code);
+        let base = general(8, random.pick(&[0u64, 1, 2, 3, 5, 6, 7, 8, 13]));
+        context.gpr[base.number()] = DATA + 0x800;
+        set_memory(instruction, base, index, random.pick(&[1, 2, 4, 8]), 0);
+        return;
+    }
+    let taken =
+        if is_bit_string(code) { instruction.op1_register().full_register().number() as u64 } else { 99 };
+    let free = |random: &mut Random| loop {
+        // RSP holds the stack, and RAX and the like may be implicit operands: their values may change for an address.
+        let number = random.below(16);
+        if number != 4 && number != taken {
+            return number;
+        }
+    };
+    let displacement = match random.below(3) {
+        0 => 0,
+        1 => random.below(256) as i64 - 128,
+        _ => random.below(1 << 20) as i64 - (1 << 19),
+    };
+    match random.below(8) {
+        0 => set_memory(instruction, Register::RIP, Register::None, 1, address as i64),
+        1 if address < 1 << 31 => {
+            set_memory(instruction, Register::None, Register::None, 1, address as i64);
+            instruction.set_memory_displ_size(8);
+        }
+        2 if address >> 32 == 0 => {
+            // 32-bit addresses: the upper half of the base counts for nothing.
+            let base = free(random);
+            context.gpr[base as usize] =
+                address.wrapping_sub(displacement as u64) & 0xffff_ffff | random.next() << 32;
+            set_memory(instruction, general(4, base), Register::None, 1, displacement);
+        }
+        3 | 4 => {
+            let (base, index) = (free(random), free(random));
+            if base == index {
+                return set_base(instruction, context, base, address, displacement);
+            }
+            let scale = random.pick(&[1u32, 2, 4, 8]);
+            let by = context.gpr[index as usize].wrapping_mul(u64::from(scale));
+            context.gpr[base as usize] = address.wrapping_sub(by).wrapping_sub(displacement as u64);
+            set_memory(instruction, general(8, base), general(8, index), scale, displacement);
+        }
+        5 => {
+            // Through RSP and RBP, with the stack's segment.
+            context.gpr[5] = address.wrapping_sub(displacement as u64);
+            set_memory(instruction, Register::RBP, Register::None, 1, displacement);
+        }
+        _ => {
+            let base = free(random);
+            set_base(instruction, context, base, address, displacement);
+        }
+    }
+    if taken == 5 {
+        let base = 3;
+        set_base(instruction, context, base, address, displacement);
+    }
+}
+
+fn set_base(
+    instruction: &mut Instruction,
+    context: &mut Context,
+    base: u64,
+    address: u64,
+    displacement: i64,
+) {
+    context.gpr[base as usize] = address.wrapping_sub(displacement as u64);
+    set_memory(instruction, general(8, base), Register::None, 1, displacement);
+}
+
+/// Small indices of a gather's width, some of them negative.
+fn scatter(random: &mut Random, context: &mut Context, register: usize, code: Code) {
+    let wide = code.op_code().op_kinds().iter().any(|kind| matches!(kind, K::mem_vsib64x | K::mem_vsib64y));
+    let mut index = || random.below(192) as i64 - 96;
+    for half in 0..2 {
+        let mut bytes = [0; 16];
+        if wide {
+            bytes[..8].copy_from_slice(&index().to_le_bytes());
+            bytes[8..].copy_from_slice(&index().to_le_bytes());
+        } else {
+            for part in bytes.chunks_exact_mut(4) {
+                part.copy_from_slice(&(index() as i32).to_le_bytes());
+            }
+        }
+        let place = if half == 0 { context.xmm_mut(register) } else { context.upper_mut(register) };
+        place.copy_from_slice(&bytes);
+    }
+}
+
+/// Length of the jump that a case ends with.
+pub(super) const JUMP: usize = 7;
+
+/// The jump to where registers are saved.
+fn finish(mut bytes: Vec<u8>) -> Vec<u8> {
+    bytes.extend([0xff, 0x24, 0x25]);
+    bytes.extend((SAVER as u32).to_le_bytes());
+    assert!(bytes.len() <= SLOT, "a case of {} bytes", bytes.len());
+    bytes
+}
+
+impl Random {
+    /// Registers in which anything may be.
+    fn context(&mut self) -> Context {
+        let mut xsave = Box::new([0u8; XSAVE_LEN]);
+        let unmask = self.one_in(4);
+        let masks = |random: &mut Random| if unmask { random.next() & 0x3f } else { 0x3f };
+        let control = masks(self) | 0x40 | (self.next() & 0xf00);
+        let flags = if self.one_in(2) { self.next() & 0x3f } else { 0 };
+        let status = flags | self.next() & 0x4700 | self.below(8) << 11;
+        // The summary bits follow from flags and masks.
+        let summary = if flags & !control & 0x3f != 0 { 0x8080 } else { 0 };
+        xsave[0..2].copy_from_slice(&(control as u16).to_le_bytes());
+        xsave[2..4].copy_from_slice(&((status | summary) as u16).to_le_bytes());
+        xsave[4] = match self.below(3) {
+            0 => 0xff,
+            1 => 0,
+            _ => self.next() as u8,
+        };
+        let rounding = if self.one_in(2) { 0 } else { self.next() & 0xe040 };
+        let mxcsr = rounding | masks(self) << 7 | if self.one_in(2) { self.next() & 0x3f } else { 0 };
+        xsave[24..28].copy_from_slice(&(mxcsr as u32).to_le_bytes());
+        for register in 0..8 {
+            xsave[32 + 16 * register..][..10].copy_from_slice(&self.extended());
+        }
+        for at in (160..416).chain(576..832).step_by(8) {
+            if !(416..576).contains(&at) {
+                xsave[at..at + 8].copy_from_slice(&self.word().to_le_bytes());
+            }
+        }
+        xsave[512] = 7;
+        let integers = self.one_in(2);
+        Context {
+            gpr: std::array::from_fn(|_| if integers { self.value() } else { self.word() }),
+            rflags: self.next() & 0x8d5 | 0x202,
+            xsave,
+            fault: [0; 4],
+        }
+    }
+}

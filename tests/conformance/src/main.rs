@@ -1,0 +1,129 @@
+//! `cargo xtask conformance`: other people's test suites on Harrier's engines.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use harrier_conformance::diff;
+use harrier_conformance::suites::report::Table;
+use harrier_conformance::suites::{EngineName, SuiteError, engine, fex, kvm_unit_tests};
+
+/// Runs a test suite of others, which lies in a directory of its own, and prints what passed.
+#[derive(Parser)]
+#[command(bin_name = "cargo xtask conformance")]
+struct Arguments {
+    #[command(subcommand)]
+    suite: Suite,
+}
+
+#[derive(Subcommand)]
+enum Suite {
+    /// Random instructions, beside the processor that this runs on
+    Diff(DiffArguments),
+    /// FEX's unittests/ASM in DIR
+    Fex(FexArguments),
+    /// kvm-unit-tests, built for x86_64 in DIR
+    KvmUnitTests {
+        /// The suite's directory, after `./configure && make`
+        dir: PathBuf,
+        #[command(flatten)]
+        how: How,
+        /// Run each entry under QEMU's translator too, and print both results side by side
+        #[arg(long)]
+        qemu: bool,
+        /// Run only entries with one of these names
+        #[arg(long, value_name = "NAME", value_delimiter = ',')]
+        only: Vec<String>,
+        /// Print what each failing entry said last
+        #[arg(long)]
+        output: bool,
+    },
+}
+
+#[derive(clap::Args)]
+struct FexArguments {
+    /// Directory with the sources of FEX; nasm assembles the tests
+    dir: PathBuf,
+    #[command(flatten)]
+    how: How,
+    /// Run only tests whose name contains this
+    #[arg(long, value_name = "NAME")]
+    only: Option<String>,
+    /// List the tests that passed too
+    #[arg(long)]
+    all: bool,
+}
+
+#[derive(clap::Args)]
+struct DiffArguments {
+    /// Where the random numbers begin
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Instructions to compare
+    #[arg(long, default_value_t = 1_000_000)]
+    count: u64,
+    /// Only encodings whose name contains this, as iced-x86 writes them: Add_rm32_r32
+    #[arg(long, value_name = "NAME")]
+    only: Option<String>,
+    #[command(flatten)]
+    how: How,
+}
+
+#[derive(clap::Args)]
+struct How {
+    /// Engine to test
+    #[arg(long, value_enum, default_value_t = EngineName::Soft)]
+    engine: EngineName,
+    /// Print JSON instead of a table
+    #[arg(long)]
+    json: bool,
+}
+
+fn main() -> ExitCode {
+    match run(Arguments::parse().suite) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("xtask: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Whether nothing failed.
+fn run(suite: Suite) -> Result<bool, SuiteError> {
+    match suite {
+        Suite::Diff(DiffArguments { seed, count, only, how }) => {
+            let engine = engine(how.engine)?;
+            let options = diff::Options { seed, count, only, progress: 5_000_000 };
+            let outcome = diff::run(engine.as_ref(), &options)?;
+            if how.json {
+                println!("{}", serde_json::to_string_pretty(&outcome).unwrap_or_default());
+            } else {
+                print!("{outcome}");
+            }
+            Ok(outcome.mismatches.is_empty())
+        }
+        Suite::Fex(FexArguments { dir, how, only, all }) => {
+            let table = fex::run(&dir, how.engine, only.as_deref())?;
+            if how.json || all {
+                return print(&table, how.json);
+            }
+            print!("{}", table.without_passes());
+            Ok(table.succeeded())
+        }
+        Suite::KvmUnitTests { dir, how, qemu, only, output } => {
+            let options = kvm_unit_tests::Options { engine: how.engine, qemu, only, output };
+            print(&kvm_unit_tests::run(&dir, &options)?, how.json)
+        }
+    }
+}
+
+fn print(table: &Table, json: bool) -> Result<bool, SuiteError> {
+    if json {
+        println!("{}", table.to_json());
+    } else {
+        print!("{table}");
+    }
+    Ok(table.succeeded())
+}
