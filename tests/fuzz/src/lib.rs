@@ -1,5 +1,7 @@
-//! What the fuzz targets share: reading decisions from the input, and a guest around a virtio device.
+//! What the fuzz targets share: reading decisions from the input, a guest around a virtio device,
+//! a software processor.
 
+pub mod cpu;
 pub mod input;
 pub mod sinks;
 pub mod virtio;

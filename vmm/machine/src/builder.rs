@@ -264,11 +264,24 @@ impl MachineBuilder {
         Ok(self.pio.insert(port.into(), len, device)?)
     }
 
-    /// Puts a device at `len` guest physical addresses from `gpa` on.
+    /// Puts a test device without state at `len` ports from `port` on, in a machine that is never saved.
     ///
     /// # Errors
     /// [`BuildError::Claim`] if another device is there.
-    pub fn add_at_memory(
+    pub fn add_test_ports(
+        &mut self,
+        port: u16,
+        len: u64,
+        device: impl BusDevice + 'static,
+    ) -> Result<(), BuildError> {
+        Ok(self.pio.insert(port.into(), len, Arc::new(Mutex::new(device)))?)
+    }
+
+    /// The same at `len` guest physical addresses from `gpa` on.
+    ///
+    /// # Errors
+    /// [`BuildError::Claim`] if another device is there.
+    pub fn add_test_memory(
         &mut self,
         gpa: u64,
         len: u64,

@@ -21,11 +21,11 @@ const MEMORY_BYTES: usize = 0x1_0000;
 
 /// Puts all of it into a machine.
 pub(super) fn add(builder: &mut MachineBuilder) -> Result<(), BuildError> {
-    builder.add_at_ports(REGISTER_PORT, REGISTER_BYTES as u64, Bytes::new(REGISTER_BYTES))?;
-    builder.add_at_ports(FLUSH_PORT, 4, Bytes::new(4))?;
+    builder.add_test_ports(REGISTER_PORT, REGISTER_BYTES as u64, Bytes::new(REGISTER_BYTES))?;
+    builder.add_test_ports(FLUSH_PORT, 4, Bytes::new(4))?;
     let lines = (0..LINES).map(|gsi| builder.interrupt_line(gsi)).collect();
-    builder.add_at_ports(LINES_PORT, u64::from(LINES), Lines(lines))?;
-    builder.add_at_memory(MEMORY_GPA, MEMORY_BYTES as u64, Bytes::new(MEMORY_BYTES))
+    builder.add_test_ports(LINES_PORT, u64::from(LINES), Lines(lines))?;
+    builder.add_test_memory(MEMORY_GPA, MEMORY_BYTES as u64, Bytes::new(MEMORY_BYTES))
 }
 
 /// Keeps what is written to it.
