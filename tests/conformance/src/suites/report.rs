@@ -124,7 +124,7 @@ impl Table {
             }
             let reasons: Vec<_> = row.verdicts.iter().map(Verdict::reason).collect();
             match reasons.iter().find(|reason| !reason.is_empty()) {
-                Some(first) if reasons.iter().all(|reason| reason.is_empty() || reason == first) => {
+                Some(first) if reasons.iter().all(|reason| reason == first) => {
                     write!(f, "  {first}")?;
                 }
                 Some(_) => {
