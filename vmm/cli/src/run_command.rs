@@ -9,11 +9,13 @@ use std::time::{Duration, Instant};
 use harrier_control::output::Stream;
 use harrier_devices::virtio::vsock::VsockListener;
 use harrier_engine::{CpuModel, Engine};
+use harrier_jobs::session::{Restored, Role};
 use harrier_jobs::{
-    CommandSpec, ExecuteError, FdOutput, Outcome, ROOT_DISK_SERIAL, Root, Session, SessionOptions, Stdin,
-    Stdio, WindowSize,
+    Command, CommandSpec, ExecuteError, FdOutput, Outcome, ROOT_DISK_SERIAL, Root, Session, SessionOptions,
+    Stdin, Stdio, WindowSize,
 };
 use harrier_machine::{MachineEnd, MachineHandle, RunReport};
+use harrier_snapshot::Snapshot;
 use signal_hook::consts::SIGINT;
 
 use crate::attempt;
@@ -46,16 +48,22 @@ pub(crate) fn run(
     run: &mut Run<'_>,
 ) -> Result<u8, Failure> {
     let mut prepared = prepare(config, engine, model, None, None)?;
-    let session =
-        Session::new(SessionOptions { reconnect: None, ..SessionOptions::default() }).map_err(|err| {
-            Failure::new(format!("no session with the guest's agent ({err}): raise the limit of threads"))
-        })?;
     let detached = run.monitor.is_some_and(Monitor::is_detached);
     let tty = config.tty || (terminal::is_interactive() && !config.output.json && !detached);
     // The user's own terminal, as opposed to one that the command has anyway.
     let raw = tty && !detached && !config.output.json && terminal::is_interactive();
     let stdio = open_streams(config, tty, run)?;
     let spec = spec(command, tty);
+    let (session, begun) = match &config.restore {
+        None => (new_session()?, Begun::Not(stdio)),
+        Some(restored) => {
+            let (session, command) = resume_session(restored.0.snapshot(), stdio)?;
+            (session, Begun::InSnapshot(command))
+        }
+    };
+    if let Some(kept) = prepared.kept.as_mut() {
+        kept.keep_session(session.clone());
+    }
     if let Some(monitor) = run.monitor {
         monitor.set_session(session.clone(), spec.clone());
     }
@@ -72,10 +80,8 @@ pub(crate) fn run(
         std::thread::Builder::new().name("machine".to_owned()).spawn(move || machine.wait()).map_err(
             |err| Failure::new(format!("no thread for the machine ({err}): raise the limit of processes")),
         )?;
-    let result = prepared.agent.as_ref().and_then(|agent| wait_for_agent(agent, &handle)).map(|connection| {
-        run.record.agent_connected = Some(Instant::now());
-        session.connect(connection);
-        let command = session.run(&spec, stdio)?;
+    let result = connect(&session, begun, &spec, prepared.agent.take(), &handle, run).map(|command| {
+        let command = command?;
         if let Some(monitor) = run.monitor {
             monitor.set_command(command.controller());
         }
@@ -98,6 +104,83 @@ pub(crate) fn run(
     terminal::restore();
     run.record.ended(&report);
     conclude(config, run, &report, result, &prepared.console)
+}
+
+/// What is to become the machine's command.
+enum Begun {
+    /// It is to be started, with these streams.
+    Not(Stdio),
+    /// It runs in the snapshot that the machine is made of.
+    InSnapshot(Command),
+}
+
+fn no_session(err: &dyn std::fmt::Display) -> Failure {
+    Failure::new(format!("no session with the guest's agent ({err}): raise the limit of threads"))
+}
+
+fn new_session() -> Result<Session, Failure> {
+    Session::new(SessionOptions { reconnect: None, ..SessionOptions::default() })
+        .map_err(|err| no_session(&err))
+}
+
+/// Goes on with the session of a snapshot. Its first command is the machine's; who executed others beside it is not there
+/// any more.
+fn resume_session(snapshot: &Snapshot, stdio: Stdio) -> Result<(Session, Command), Failure> {
+    let state = crate::snapshots::read_session(snapshot)?;
+    let mut restored = Restored { role: Role::Restored, generation: 1, ..Restored::default() };
+    rustix::rand::getrandom(&mut restored.entropy, rustix::rand::GetRandomFlags::empty())
+        .map_err(|err| Failure::new(format!("the host gives no random numbers ({err})")))?;
+    let mut stdio = Some(stdio);
+    let nowhere =
+        || Stdio { stdin: Stdin::Empty, stdout: Box::new(io::sink()), stderr: Box::new(io::sink()) };
+    let streams = |_: &harrier_jobs::session::CommandState| stdio.take().unwrap_or_else(nowhere);
+    let (session, commands) = Session::resume(&state, &restored, SessionOptions::default(), streams)
+        .map_err(|err| match err {
+            ExecuteError::State(err) => {
+                Failure::new(format!("snapshot '{}': {err}", snapshot.path().display()))
+            }
+            err => no_session(&err),
+        })?;
+    let mut commands = commands.into_iter();
+    let command = commands.next().ok_or_else(|| {
+        Failure::new(format!("snapshot '{}': no command runs in it", snapshot.path().display()))
+    })?;
+    commands.for_each(|other| other.controller().cancel());
+    Ok((session, command))
+}
+
+/// Brings session and agent together and answers the machine's command; `None` if the machine ends before.
+fn connect(
+    session: &Session,
+    begun: Begun,
+    spec: &CommandSpec,
+    agent: Option<VsockListener>,
+    handle: &MachineHandle,
+    run: &mut Run<'_>,
+) -> Option<Result<Command, ExecuteError>> {
+    let agent = agent?;
+    match begun {
+        Begun::Not(stdio) => {
+            let connection = wait_for_agent(&agent, handle)?;
+            run.record.agent_connected = Some(Instant::now());
+            session.connect(connection);
+            Some(session.run(spec, stdio))
+        }
+        Begun::InSnapshot(command) => {
+            // It ran long before anybody asks.
+            if let Some(monitor) = run.monitor {
+                monitor.on_running()();
+            }
+            let (session, handle) = (session.clone(), handle.clone());
+            let dialled = std::thread::Builder::new().name("agent-dials".to_owned()).spawn(move || {
+                while let Some(connection) = wait_for_agent(&agent, &handle) {
+                    session.connect(connection);
+                }
+                session.machine_ended();
+            });
+            Some(dialled.map(|_| command).map_err(|err| ExecuteError::Setup(Arc::new(err))))
+        }
+    }
 }
 
 fn conclude(

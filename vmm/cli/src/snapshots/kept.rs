@@ -1,5 +1,5 @@
 //! What the command line keeps in a snapshot beside the machine: which disks it has, with the content of those that the
-//! guest can write, and what runs in it.
+//! guest can write, what runs in it, and how far the session with its agent has come.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -7,9 +7,11 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use harrier_devices::virtio::block::Block;
+use harrier_jobs::{Session, SessionState};
 use harrier_machine::snapshot::HOST_PREFIX;
 use harrier_snapshot::{Chain, Section, Snapshot, SnapshotWriter};
 use rustix::fs::{SeekFrom, seek};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::config::{CommandConfig, DiskConfig, RunConfig, Workload};
@@ -21,16 +23,35 @@ fn section_name() -> String {
     format!("{HOST_PREFIX}run")
 }
 
+/// The session's state has a version of its own inside.
+const SESSION_VERSION: u32 = 1;
+
+fn session_section_name() -> String {
+    format!("{HOST_PREFIX}session")
+}
+
 /// The section.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct HostState {
-    /// Program and arguments under the agent, as far as they are text; none for a plain boot.
-    command: Option<Vec<String>>,
+    /// What runs under the agent; none for a plain boot.
+    command: Option<HostCommand>,
     /// The image of the root file system, which nobody writes.
     rootfs: Option<PathBuf>,
     /// Further disks in their order.
     disks: Vec<HostDisk>,
+}
+
+/// The command that the machine was started for, as far as it is text. The agent knows it better: this is for people and for
+/// what is executed beside it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct HostCommand {
+    argv: Vec<String>,
+    env: Vec<(String, String)>,
+    workdir: Option<String>,
+    /// It has a terminal.
+    tty: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -50,7 +71,12 @@ impl HostState {
             Workload::Console => None,
         };
         HostState {
-            command: command.map(|command| command.argv.iter().map(text).collect()),
+            command: command.map(|command| HostCommand {
+                argv: command.argv.iter().map(text).collect(),
+                env: command.env.iter().map(|(name, value)| (text(name), text(value))).collect(),
+                workdir: command.workdir.as_ref().map(text),
+                tty: config.tty,
+            }),
             rootfs: command.and_then(|command| command.rootfs.as_deref()).map(absolute),
             disks: config
                 .disks
@@ -61,18 +87,7 @@ impl HostState {
     }
 
     pub(crate) fn read(snapshot: &Snapshot) -> Result<Self, Failure> {
-        let section = snapshot.section(&section_name())?;
-        let wrong = |reason: String| {
-            Failure::new(format!(
-                "snapshot '{}': section '{}': {reason}",
-                snapshot.path().display(),
-                section.name
-            ))
-        };
-        if section.version != VERSION {
-            return Err(wrong(format!("version {} is unknown, this harrier has {VERSION}", section.version)));
-        }
-        serde_json::from_slice(&section.bytes).map_err(|err| wrong(err.to_string()))
+        read_section(snapshot, &section_name(), VERSION)
     }
 
     pub(crate) fn disks(&self) -> Vec<DiskConfig> {
@@ -82,17 +97,39 @@ impl HostState {
 
     pub(crate) fn workload(&self, snapshot: &Snapshot) -> Result<Workload, Failure> {
         let Some(command) = &self.command else { return Ok(Workload::Console) };
-        if command.is_empty() {
+        if command.argv.is_empty() {
             let path = snapshot.path().display();
             return Err(Failure::new(format!("snapshot '{path}': it has an empty command")));
         }
+        let bytes = |text: &String| text.as_bytes().to_vec();
         Ok(Workload::Command(CommandConfig {
-            argv: command.iter().map(|arg| arg.as_bytes().to_vec()).collect(),
-            env: Vec::new(),
-            workdir: None,
+            argv: command.argv.iter().map(bytes).collect(),
+            env: command.env.iter().map(|(name, value)| (bytes(name), bytes(value))).collect(),
+            workdir: command.workdir.as_ref().map(bytes),
             rootfs: self.rootfs.clone(),
         }))
     }
+
+    /// Whether the command has a terminal.
+    pub(crate) fn tty(&self) -> bool {
+        self.command.as_ref().is_some_and(|command| command.tty)
+    }
+}
+
+/// How far the session with the agent of a snapshot's machine had come.
+pub(crate) fn read_session(snapshot: &Snapshot) -> Result<SessionState, Failure> {
+    read_section(snapshot, &session_section_name(), SESSION_VERSION)
+}
+
+fn read_section<T: DeserializeOwned>(snapshot: &Snapshot, name: &str, known: u32) -> Result<T, Failure> {
+    let section = snapshot.section(name)?;
+    let wrong = |reason: String| {
+        Failure::new(format!("snapshot '{}': section '{name}': {reason}", snapshot.path().display()))
+    };
+    if section.version != known {
+        return Err(wrong(format!("version {} is unknown, this harrier has {known}", section.version)));
+    }
+    serde_json::from_slice(&section.bytes).map_err(|err| wrong(err.to_string()))
 }
 
 /// What a snapshot of the machine of this process keeps.
@@ -100,16 +137,18 @@ pub(crate) struct KeptByHost {
     state: HostState,
     /// Disks that the guest writes: their number and content.
     disks: Vec<(usize, File)>,
+    /// With the agent, if there is one.
+    session: Option<Session>,
 }
 
 impl KeptByHost {
     pub(crate) fn new(config: &RunConfig) -> Self {
-        KeptByHost { state: HostState::of(config), disks: Vec::new() }
+        KeptByHost { state: HostState::of(config), disks: Vec::new(), session: None }
     }
 
-    /// Whether something runs under the agent.
-    pub(crate) fn has_command(&self) -> bool {
-        self.state.command.is_some()
+    /// Has the session with the agent kept.
+    pub(crate) fn keep_session(&mut self, session: Session) {
+        self.session = Some(session);
     }
 
     /// Has the content of a disk kept.
@@ -121,6 +160,14 @@ impl KeptByHost {
     pub(crate) fn add_to(&mut self, writer: &mut SnapshotWriter<'_>) -> Result<(), String> {
         let bytes = serde_json::to_vec(&self.state).map_err(|err| err.to_string())?;
         writer.add_section(Section { name: section_name(), version: VERSION, bytes });
+        if let Some(session) = &self.session {
+            let state = session.state().map_err(|err| err.to_string())?;
+            if state.commands.is_empty() {
+                return Err("the machine's command has not started yet, or has ended".to_owned());
+            }
+            let bytes = serde_json::to_vec(&state).map_err(|err| err.to_string())?;
+            writer.add_section(Section { name: session_section_name(), version: SESSION_VERSION, bytes });
+        }
         for (index, content) in &self.disks {
             let copy = writer.create_file(&disk_file(*index)).map_err(|err| err.to_string())?;
             copy_content(content, &copy).map_err(|err| format!("disk {index} cannot be copied: {err}"))?;

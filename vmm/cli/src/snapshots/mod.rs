@@ -23,14 +23,11 @@ use crate::exit::Failure;
 use crate::flags::{RestoreFlags, RunFlags, SnapshotFlags};
 use crate::units::parse_time;
 
-pub(crate) use kept::{KeptByHost, open_for_copies, open_own_disk};
+pub(crate) use kept::{KeptByHost, open_for_copies, open_own_disk, read_session};
 pub(crate) use manage::run;
 
 /// The program that writes snapshots.
 const PRODUCER: &str = concat!("harrier ", env!("CARGO_PKG_VERSION"));
-/// Why some machines are not kept: what runs under the agent would be lost.
-const NO_COMMANDS: &str =
-    "snapshots of machines that run a command are not there yet: boot with --kernel and without a command";
 /// How long a monitor may take for one: as long as a large memory takes to a slow disk.
 const TAKE_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
 
@@ -102,13 +99,10 @@ pub(crate) fn restored_config(flags: RunFlags, folder: &Path, remarks: bool) -> 
     let machine = saved.config(chain.snapshot())?;
     let host = kept::HostState::read(chain.snapshot())?;
     let workload = host.workload(chain.snapshot())?;
-    if matches!(workload, Workload::Command(_)) {
-        return Err(Failure::new(format!("snapshot '{}': {NO_COMMANDS}", folder.display())));
-    }
     let timeout = flags.timeout.as_deref().map(parse_time).transpose();
     Ok(RunConfig {
         interactive: flags.interactive,
-        tty: false,
+        tty: host.tty(),
         engine: flags.engine.parse()?,
         vcpu_count: machine.vcpu_count,
         memory_bytes: machine.memory_bytes,
@@ -163,9 +157,6 @@ fn take_one(machine: &MachineHandle, kept: &mut KeptByHost, request: &SnapshotRe
     let target = Path::new(&request.target);
     if !target.is_absolute() {
         return Err(ApiError::bad_request(format!("'{}' is no absolute path", request.target)));
-    }
-    if kept.has_command() {
-        return Err(ApiError::conflict(NO_COMMANDS));
     }
     let report = machine.snapshot(Request {
         target,
