@@ -37,7 +37,7 @@ fn boot_script(machines: &Machines, name: &str, cpus: &str, script: &str) {
 
 fn wait_for_line(machines: &Machines, name: &str, line: &str) {
     crate::machines::eventually(&format!("{name} says {line}"), || {
-        machines.good(&["logs", name]).lines().any(|said| said.trim_end() == line)
+        machines.run(&["logs", name]).1.lines().any(|said| said.trim_end() == line)
     });
 }
 
@@ -99,6 +99,52 @@ fn linux_goes_on_in_the_middle_of_its_work_on_either_engine_and_again_and_again(
             assert_eq!(machines.good(&["snapshots", "verify", text(&again)]).matches("whole").count(), 1);
         }
     }
+}
+
+#[test]
+fn a_command_goes_on_where_it_was_with_its_output_and_its_exit_code() {
+    let machines = Machines::new();
+    let kept = tempfile::tempdir().unwrap();
+    let script = "trap 'exit 9' USR1; i=0; while [ $i -lt 60 ]; do echo step $i; echo err $i >&2; i=$((i+1)); \
+                  usleep 50000; done; cat; exit 7";
+    machines.good(&[
+        "run",
+        "-d",
+        "--name",
+        "job",
+        "--memory",
+        "128M",
+        "--cpu-model",
+        "v1",
+        "--",
+        "sh",
+        "-c",
+        script,
+    ]);
+    wait_for_line(&machines, "job", "step 3");
+    let target = kept.path().join("job");
+    machines.good(&["snapshot", "job", "--to", text(&target)]);
+    // The machine itself goes on, and its session knows nothing of the copies.
+    assert_eq!(machines.run(&["wait", "job"]).1.trim(), "7");
+    let (_, whole, _) = machines.run(&["logs", "job"]);
+    assert_eq!(lines(&whole, "step").len(), 60, "{whole}");
+
+    let engines: &[&str] = if kvm_is_there(&machines) { &["kvm", "soft"] } else { &["soft"] };
+    for engine in engines {
+        let (code, out, err) =
+            machines.run(&["restore", text(&target), "--engine", engine, "--timeout", "60s"]);
+        assert_eq!(code, 7, "{engine}: {err}");
+        let steps = lines(&out, "step");
+        let expected: Vec<String> = (60 - steps.len()..60).map(|i| format!("step {i}")).collect();
+        assert!(steps.len() < 60 && steps == expected, "{engine}: {out}");
+        assert_eq!(lines(&err, "err").last().map(String::as_str), Some("err 59"), "{engine}: {err}");
+    }
+
+    // Signals and further commands reach it, too.
+    machines.good(&["restore", text(&target), "-d", "--name", "again"]);
+    assert_eq!(machines.good(&["exec", "again", "--", "echo", "beside"]).trim(), "beside");
+    machines.good(&["kill", "again", "--signal", "USR1"]);
+    assert_eq!(machines.run(&["wait", "again"]).1.trim(), "9");
 }
 
 #[test]
