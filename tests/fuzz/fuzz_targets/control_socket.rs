@@ -6,7 +6,8 @@
 use std::sync::Arc;
 
 use harrier_control::api::{
-    ApiError, AttachRequest, ExecRequest, KillRequest, MachineInfo, MachineState, SnapshotInfo, SnapshotRequest, StopRequest,
+    ApiError, AttachRequest, ExecRequest, KillRequest, MachineInfo, MachineState, SnapshotInfo,
+    SnapshotRequest, StopRequest,
 };
 use harrier_control::exec::{ExecStreams, Execution};
 use harrier_control::http::{HttpError, read_request, read_response};
@@ -76,7 +77,10 @@ fuzz_target!(|data: &[u8]| {
         }
     };
     if let Some(response) = response {
-        assert!(matches!(response.status, 200 | 400 | 404 | 405 | 409 | 411 | 413 | 426 | 431 | 501), "{response:?}");
+        assert!(
+            matches!(response.status, 200 | 400 | 404 | 405 | 409 | 411 | 413 | 426 | 431 | 501),
+            "{response:?}"
+        );
         let mut bytes = Vec::new();
         response.write(&mut bytes).expect("a vector takes everything");
         let read = read_response(&mut bytes.as_slice()).expect("what is written is read");
