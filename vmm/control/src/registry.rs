@@ -16,6 +16,7 @@
 //! A folder whose lock is free and whose exit record is empty belonged to a monitor that was killed. Such a machine is
 //! [`Life::Lost`] if it has run, and is removed if it never did or was to be removed at its end.
 
+use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File, TryLockError};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
@@ -356,7 +357,7 @@ impl Registry {
     /// [`RegistryError::Root`] if the directory cannot be read.
     pub fn list(&self) -> Result<Vec<Entry>, RegistryError> {
         let mut entries = self.entries()?;
-        if entries.iter().any(Entry::is_debris) {
+        if entries.iter().any(Entry::is_debris) || self.has_hidden()? {
             let _guard = self.guard()?;
             entries = self.entries()?;
             for entry in entries.iter().filter(|entry| entry.is_debris()) {
@@ -458,6 +459,12 @@ impl Registry {
         Ok(entries)
     }
 
+    /// Whether something is half made or half removed, by somebody who works or was killed.
+    fn has_hidden(&self) -> Result<bool, RegistryError> {
+        let error = |source| RegistryError::Root { path: self.root.clone(), source };
+        Ok(fs::read_dir(&self.root).map_err(error)?.flatten().any(|item| is_hidden(&item.file_name())))
+    }
+
     /// Holds the registry's lock, and removes what others had to leave half made or half removed.
     fn guard(&self) -> Result<File, RegistryError> {
         let error = |source| RegistryError::Root { path: self.root.clone(), source };
@@ -471,15 +478,18 @@ impl Registry {
             .map_err(error)?;
         lock.lock().map_err(error)?;
         for item in fs::read_dir(&self.root).map_err(error)?.flatten() {
-            let name = item.file_name();
-            let name = name.to_string_lossy();
-            if name.starts_with(NEW_PREFIX) || name.starts_with(OLD_PREFIX) {
+            if is_hidden(&item.file_name()) {
                 // If it cannot go now, it stays hidden.
                 let _ = fs::remove_dir_all(item.path());
             }
         }
         Ok(lock)
     }
+}
+
+fn is_hidden(name: &OsStr) -> bool {
+    let name = name.to_string_lossy();
+    name.starts_with(NEW_PREFIX) || name.starts_with(OLD_PREFIX)
 }
 
 fn make_folder(path: &Path, record: &MachineRecord) -> io::Result<File> {

@@ -101,10 +101,7 @@ const fn answering(
     Route { method, path, handler: Handler::Answer(handler) }
 }
 
-const fn streaming(
-    path: &'static str,
-    handler: fn(&dyn Machine, &[u8], ExecStreams) -> Result<Arc<dyn Execution>, ApiError>,
-) -> Route {
+const fn streaming(path: &'static str, handler: StreamHandler) -> Route {
     Route { method: "POST", path, handler: Handler::Stream(handler) }
 }
 

@@ -68,7 +68,9 @@ fn a_starter_that_is_killed_leaves_a_machine_that_is_found_or_none() {
         if !machines.states().is_empty() {
             machines.good(&["rm", "-f", "a"]);
         }
-        assert_eq!(machines.leftovers(), BTreeSet::from(["lock".to_owned()]), "{delay_ms} ms");
+        // Even the registry's lock may not be there yet.
+        let left = machines.leftovers();
+        assert!(left.iter().all(|name| name == "lock"), "{delay_ms} ms: {left:?}");
     }
 }
 
@@ -77,7 +79,7 @@ fn of_many_starters_with_one_name_one_wins() {
     let machines = Machines::new();
     let kernel = KernelFile::new(Code::default().halt());
     let start =
-        || machines.spawn(&["run", "-d", "--name", "one", "--memory", "16M", "--kernel", &kernel.path]);
+        || machines.spawn(&["run", "-d", "--name", "one", "--memory", "32M", "--kernel", &kernel.path]);
     let starters: Vec<_> = (0..8).map(|_| start()).collect();
     let ends: Vec<_> = starters.into_iter().map(|starter| texts(wait(starter))).collect();
     let won = ends.iter().filter(|(code, _, _)| *code == 0).count();
@@ -94,7 +96,7 @@ fn fifty_machines_are_listed_and_ended_together() {
     let kernel = KernelFile::new(Code::default().halt());
     let mut ids = BTreeSet::new();
     for _ in 0..5 {
-        let start = || machines.spawn(&["run", "-d", "--memory", "16M", "--kernel", &kernel.path]);
+        let start = || machines.spawn(&["run", "-d", "--memory", "32M", "--kernel", &kernel.path]);
         let starters: Vec<_> = (0..10).map(|_| start()).collect();
         for starter in starters {
             let (code, stdout, stderr) = texts(wait(starter));
@@ -141,7 +143,7 @@ fn stop_kill_and_rm_at_the_same_time_leave_nothing_and_hang_nowhere() {
 fn a_monitor_that_stands_still_is_seen_to_and_can_be_removed() {
     let machines = Machines::new();
     let kernel = KernelFile::new(Code::default().halt());
-    machines.good(&["run", "-d", "--name", "a", "--memory", "16M", "--kernel", &kernel.path]);
+    machines.good(&["run", "-d", "--name", "a", "--memory", "32M", "--kernel", &kernel.path]);
     let pid = machines.inspect("a")["pid"].as_u64().unwrap();
     assert!(kill_process(pid, "STOP"));
     assert_eq!(machines.states(), [("a".to_owned(), "unresponsive".to_owned())]);
@@ -154,7 +156,7 @@ fn a_monitor_that_stands_still_is_seen_to_and_can_be_removed() {
 fn a_monitor_is_not_started_by_hand() {
     let machines = Machines::new();
     let kernel = KernelFile::new(Code::default().halt());
-    machines.good(&["run", "-d", "--name", "a", "--memory", "16M", "--kernel", &kernel.path]);
+    machines.good(&["run", "-d", "--name", "a", "--memory", "32M", "--kernel", &kernel.path]);
     let folder = machines.inspect("a")["folder"].as_str().unwrap().to_owned();
     assert!(machines.bad(&["monitor", &folder, "run", "--", "true"]).contains("run --detach"));
     assert!(machines.bad(&["monitor", "/nowhere", "run", "--", "true"]).contains("run --detach"));

@@ -64,7 +64,11 @@ fn clients_that_go_away_in_the_middle_leave_nothing_behind() {
             let _ = stream.write_all(bytes);
         }
     }
-    assert_eq!(served.raw(GET).0, 200);
+    // On a busy host their connections may still be on their way out.
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    while served.raw(GET).0 != 200 {
+        assert!(std::time::Instant::now() < deadline);
+    }
 }
 
 #[test]
