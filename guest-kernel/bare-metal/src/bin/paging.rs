@@ -338,11 +338,12 @@ fn addresses() {
             0x8000_0000_0000,
             vector::SS,
         ),
+        // The prefix counts for nothing in 64-bit mode (Intel SDM volume 1, 3.3.4).
         (
             "non-canonical with an ss override",
             code!("mov al, ss:[rdi]", "int 0xff"),
             0x8000_0000_0000,
-            vector::SS,
+            vector::GP,
         ),
         (
             "non-canonical through rsp",
