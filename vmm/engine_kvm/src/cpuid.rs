@@ -162,9 +162,40 @@ pub(crate) fn xsave_components(supported: &CpuId) -> Vec<Component> {
         .collect()
 }
 
+/// The models of these that user code can have on a processor whose XCR0 is the host's and cannot be changed, as under a KVM
+/// that emulates kernel mode. A model that shows XSAVE shows the size of its own components; where the processor saves more
+/// than those, an XSAVE of user code (the C library's dynamic linker has one) writes past its end.
+pub(crate) fn with_host_xcr0(models: Vec<CpuModel>, supported: &CpuId) -> Vec<CpuModel> {
+    /// x87, SSE and AVX: components 0 to 2.
+    const LAST_OF_V3: u32 = 2;
+    let has_more = xsave_components(supported).iter().any(|component| component.bit > LAST_OF_V3);
+    models.into_iter().filter(|model| !has_more || *model < CpuModel::V3).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn user_code_is_shown_xsave_only_where_the_processor_saves_no_more_than_it_is_told() {
+        let models = || vec![CpuModel::V1, CpuModel::V2, CpuModel::V3];
+        let entries = |more: &[(u32, u32)]| {
+            let components = [(2, 576)].iter().chain(more);
+            let entries: Vec<_> = components
+                .map(|&(index, offset)| kvm_bindings::kvm_cpuid_entry2 {
+                    function: XSAVE_AREA,
+                    index,
+                    eax: 256,
+                    ebx: offset,
+                    ..Default::default()
+                })
+                .collect();
+            CpuId::from_entries(&entries).unwrap()
+        };
+        assert_eq!(with_host_xcr0(models(), &entries(&[])), models());
+        let masks_of_avx512 = entries(&[(5, 1088)]);
+        assert_eq!(with_host_xcr0(models(), &masks_of_avx512), [CpuModel::V1, CpuModel::V2]);
+    }
 
     fn list(entries: &[(u32, [u32; 4])]) -> CpuId {
         let entries: Vec<_> = entries

@@ -138,11 +138,12 @@ impl Engine for KvmEngine {
     }
 
     fn cpu_models(&self) -> Vec<CpuModel> {
-        if let Some(software) = self.kernel_mode() {
-            return software.cpu_models();
-        }
         let supported = probe::open(&self.path).ok().and_then(|host| cpuid::supported(&host.kvm).ok());
-        supported.map_or_else(Vec::new, |supported| cpuid::models(&supported))
+        let Some(supported) = supported else { return Vec::new() };
+        match self.kernel_mode() {
+            Some(software) => cpuid::with_host_xcr0(software.cpu_models(), &supported),
+            None => cpuid::models(&supported),
+        }
     }
 
     fn create_vm(&self, config: &VmConfig) -> Result<Box<dyn Vm>, EngineError> {
