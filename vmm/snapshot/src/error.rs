@@ -87,7 +87,7 @@ pub enum SnapshotError {
     },
     /// Others need what is to be removed.
     #[error(
-        "snapshot '{}' is needed by {}: remove those first, or make them full with compact",
+        "snapshot '{}' is needed by {}: remove those first",
         .path.display(), .children.join(", ")
     )]
     Needed {
