@@ -151,7 +151,7 @@ fn programs_mark_and_end_the_machine_through_the_device() {
 #[test]
 fn the_patched_kernel_boots_elsewhere_as_any_other() {
     const QEMU: &str = "qemu-system-x86_64";
-    let guest = cache().join("guest/current");
+    let guest = cache().join("guest").join(harrier_jobs::protocol::VERSION_TAG);
     let script = "test -e /dev/harrier || echo absent; echo $((6*7)); poweroff -f";
     let append = format!(
         "tsc_early_khz=2000000 {} rdinit=/bin/sh -- -c \"{script}\"",
