@@ -3,6 +3,7 @@
 //! [`engines`] is the one list of engines that the tests know, [`GUESTS`] the one list of guests. [`run`] boots a
 //! guest in a whole machine and [`Transcript`] is what it said. [`suites`] runs the test suites of others.
 
+pub mod coverage;
 pub mod diff;
 pub mod relay;
 pub mod suites;

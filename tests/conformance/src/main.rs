@@ -4,9 +4,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use harrier_conformance::diff;
 use harrier_conformance::suites::report::Table;
 use harrier_conformance::suites::{EngineName, SuiteError, engine, fex, kvm_unit_tests};
+use harrier_conformance::{coverage, diff};
 
 /// Runs a test suite of others, which lies in a directory of its own, and prints what passed.
 #[derive(Parser)]
@@ -18,6 +18,8 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Suite {
+    /// Which instructions each CPU model has: docs/instructions.md on standard output
+    Coverage,
     /// Random instructions, beside the processor that this runs on
     Diff(DiffArguments),
     /// FEX's unittests/ASM in DIR
@@ -93,6 +95,13 @@ fn main() -> ExitCode {
 /// Whether nothing failed.
 fn run(suite: Suite) -> Result<bool, SuiteError> {
     match suite {
+        Suite::Coverage => {
+            let survey = coverage::survey().map_err(SuiteError::Coverage)?;
+            print!("{}", coverage::page(&survey));
+            let disagreements = survey.disagreements();
+            disagreements.iter().for_each(|line| eprintln!("xtask: {line}"));
+            Ok(disagreements.is_empty())
+        }
         Suite::Diff(DiffArguments { seed, count, only, how }) => {
             let engine = engine(how.engine)?;
             let options = diff::Options { seed, count, only, progress: 5_000_000 };

@@ -30,7 +30,7 @@ features! {
     SMEP = 47; SMAP = 48; UMIP = 49; FSGSBASE = 50; RDPID = 51; RDRAND = 52; RDSEED = 53; CLFLUSHOPT = 54;
     CLWB = 55; PCID = 56; INVPCID = 57; LFENCE_SERIALIZES = 59; NULL_CLEARS_BASE = 60;
     FP_ERROR_POINTERS = 61; VME = 62; AES = 63; PCLMULQDQ = 64; SHA = 65; GFNI = 66; VAES = 67; VPCLMULQDQ = 68;
-    PDPE1GB = 69; XSAVEOPT = 70; XSAVEC = 71; XGETBV1 = 72;
+    PDPE1GB = 69; XSAVEOPT = 70; XSAVEC = 71; XGETBV1 = 72; ADX = 73;
 }
 
 impl Features {
@@ -177,6 +177,7 @@ pub const FEATURES: &[FeatureBit] = {
         row(Features::SMEP, "smep", Host, 7, EBX, 7),
         row(Features::INVPCID, "invpcid", Host, 7, EBX, 10),
         row(Features::RDSEED, "rdseed", Host, 7, EBX, 18),
+        row(Features::ADX, "adx", Host, 7, EBX, 19),
         row(Features::SMAP, "smap", Host, 7, EBX, 20),
         row(Features::CLFLUSHOPT, "clflushopt", Host, 7, EBX, 23),
         row(Features::CLWB, "clwb", Host, 7, EBX, 24),

@@ -123,6 +123,7 @@ fn allows_feature(features: Features, feature: CpuidFeature) -> bool {
         C::XSAVE => Features::XSAVE,
         C::XSAVEOPT => Features::XSAVEOPT,
         C::XSAVEC => Features::XSAVEC,
+        C::ADX => Features::ADX,
         C::AES => Features::AES,
         C::PCLMULQDQ => Features::PCLMULQDQ,
         C::SHA => Features::SHA,

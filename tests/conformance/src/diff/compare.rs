@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use iced_x86::{CpuidFeature, Instruction, Mnemonic, OpKind};
+use iced_x86::{Code, CpuidFeature, Instruction, Mnemonic, OpKind};
 
 use super::generate::Case;
 use super::layout::{CODE, Context, SLOT, XSAVE_AT};
@@ -123,6 +123,17 @@ pub(super) fn normalise(case: &Case, result: &mut Context) {
         area[2..5].fill(0);
         area[32..160].fill(0);
     }
+    let repeated = |instruction: &Instruction| {
+        use Mnemonic::{Cmpsb, Cmpsd, Cmpsq, Cmpsw, Scasb, Scasd, Scasq, Scasw};
+        let string =
+            [Cmpsb, Cmpsw, Cmpsd, Cmpsq, Scasb, Scasw, Scasd, Scasq].contains(&instruction.mnemonic());
+        string && (instruction.has_repe_prefix() || instruction.has_repne_prefix())
+    };
+    if result.fault[0] != 0 && case.instructions.iter().any(repeated) {
+        // Intel's processors put the flags back that the instruction began with (SDM volume 2, REP), AMD's have those of
+        // the last element.
+        result.rflags &= !STATUS;
+    }
     let products = |instruction: &Instruction| {
         use Mnemonic::{Dppd, Dpps, Vdppd, Vdpps};
         matches!(instruction.mnemonic(), Dpps | Dppd | Vdpps | Vdppd)
@@ -150,11 +161,53 @@ const OPEN: &[(&[Mnemonic], &str)] = {
     ]
 };
 
-/// Whether a case ends with a fault in an instruction of [`OPEN`], on either side.
+/// What a fault of an instruction depends on that the makers of processors do not agree on. The engine does what stands
+/// in Intel's manual.
+const MAKERS: &[(&[Code], &str)] = {
+    use Code::*;
+    &[
+        (
+            &[
+                Sha1rnds4_xmm_xmmm128_imm8,
+                Sha1nexte_xmm_xmmm128,
+                Sha1msg1_xmm_xmmm128,
+                Sha1msg2_xmm_xmmm128,
+                Sha256rnds2_xmm_xmmm128,
+                Sha256msg1_xmm_xmmm128,
+                Sha256msg2_xmm_xmmm128,
+            ],
+            "an operand of SHA that is not aligned: #GP on Intel's (SDM volume 2, exceptions type 4), read on AMD's",
+        ),
+        (&[Movsxd_r16_rm16], "Intel's read two bytes (SDM volume 2, MOVSXD), AMD's four"),
+        (
+            &[Ldmxcsr_m32, VEX_Vldmxcsr_m32],
+            "bit 17 of MXCSR: reserved on Intel's, the misaligned exception mask on AMD's (APM volume 2, 11.3.1)",
+        ),
+    ]
+};
+
+/// Whether a case ends with a fault, on either side, in an instruction of the list of those that do not count.
+fn faults_in(case: &Case, host: &Context, engine: &Context, listed: impl Fn(&Instruction) -> bool) -> bool {
+    (host.fault[0] != 0 || engine.fault[0] != 0) && case.instructions.iter().any(listed)
+}
+
+/// Whether a case met one of the [`open_differences`].
 pub(super) fn is_open(case: &Case, host: &Context, engine: &Context) -> bool {
-    let open =
-        |instruction: &Instruction| OPEN.iter().any(|(list, _)| list.contains(&instruction.mnemonic()));
-    (host.fault[0] != 0 || engine.fault[0] != 0) && case.instructions.iter().any(open)
+    faults_in(case, host, engine, |instruction| {
+        OPEN.iter().any(|(list, _)| list.contains(&instruction.mnemonic()))
+    })
+}
+
+/// Whether a case met one of the [`differences_of_makers`].
+pub(super) fn is_of_makers(case: &Case, host: &Context, engine: &Context) -> bool {
+    faults_in(case, host, engine, |instruction| {
+        MAKERS.iter().any(|(list, _)| list.contains(&instruction.code()))
+    })
+}
+
+/// Where AMD's and Intel's processors differ from each other.
+pub fn differences_of_makers() -> impl Iterator<Item = &'static str> {
+    MAKERS.iter().map(|(_, what)| *what)
 }
 
 /// What is known to differ.

@@ -40,6 +40,9 @@ pub enum SuiteError {
     /// The host refuses a temporary file.
     #[error("no temporary file ({0}): make room")]
     Temporary(std::io::Error),
+    /// The survey of instructions.
+    #[error("instructions cannot be executed one by one: {0}")]
+    Coverage(String),
     /// The comparison with the processor.
     #[error(transparent)]
     Diff(#[from] crate::diff::DiffError),

@@ -136,7 +136,8 @@ fn stop_kill_and_rm_at_the_same_time_leave_nothing_and_hang_nowhere() {
         assert!(code == 0 || (code == 125 && stderr.lines().count() == 1), "{args:?}: {code} {stderr}");
     }
     eventually("it is gone", || machines.states().is_empty());
-    assert_eq!(monitors(&machines), Vec::<u64>::new());
+    // The kernel gives a lock back a little before it forgets the process.
+    eventually("its process is gone", || monitors(&machines).is_empty());
 }
 
 #[test]

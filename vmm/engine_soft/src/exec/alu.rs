@@ -36,6 +36,15 @@ binary! {
     And: |a, b, _f| Arith::and(a, b);
     Or: |a, b, _f| Arith::or(a, b);
     Xor: |a, b, _f| Arith::xor(a, b);
+    // Two carry chains side by side, each in a flag of its own (Intel SDM volume 2, ADCX and ADOX).
+    Adcx: |a, b, f| {
+        let (r, new) = Arith::adc(a, b, f);
+        (r, f.merge(new, Flags::CF))
+    };
+    Adox: |a, b, f| {
+        let (r, new) = Arith::adc(a, b, f.with(Flags::CF, f.of()));
+        (r, f.with(Flags::OF, new.cf()))
+    };
 }
 
 /// One of the one-operand instructions.
@@ -252,6 +261,8 @@ pub(crate) fn select(instruction: &Instruction, _op: &mut Op) -> Option<Selected
         Mnemonic::Sub => pick_binary::<Sub>(instruction, true),
         Mnemonic::Adc => pick_binary::<Adc>(instruction, false),
         Mnemonic::Sbb => pick_binary::<Sbb>(instruction, false),
+        Mnemonic::Adcx => pick_binary::<Adcx>(instruction, false),
+        Mnemonic::Adox => pick_binary::<Adox>(instruction, false),
         Mnemonic::And => pick_binary::<And>(instruction, false),
         Mnemonic::Or => pick_binary::<Or>(instruction, false),
         Mnemonic::Xor => pick_binary::<Xor>(instruction, true),
