@@ -11,7 +11,7 @@
 
 /* Version */
 #define HARRIER_VERSION_MAJOR 1
-#define HARRIER_VERSION_MINOR 0
+#define HARRIER_VERSION_MINOR 1
 
 /* The doorbell: discovery and registers */
 #define HARRIER_ACPI_ID "HARV0001"
@@ -31,8 +31,9 @@
 /* Events: bits of HARRIER_REG_EVENTS */
 #define HARRIER_EVENT_CLOCK 0x1 /* the clock in the shared page has changed in a step */
 #define HARRIER_EVENT_CONSOLE_ROOM 0x2 /* the console has room again after it took less than all */
-#define HARRIER_EVENT_GENERATION 0x100 /* the machine was restored or forked (reserved) */
-#define HARRIER_EVENT_QUIESCE 0x200 /* the host asks the guest to come to rest (reserved) */
+#define HARRIER_EVENT_GENERATION 0x100 /* the machine was restored or forked: see IDENTITY, whose feature bit asks for it */
+#define HARRIER_EVENT_QUIESCE 0x200 /* the host asks the guest to come to rest: see QUIESCE, whose feature bit asks for it */
+#define HARRIER_EVENT_THAW 0x400 /* the guest need not be at rest any more */
 
 /* Calls */
 #define HARRIER_CALL_FEATURES 1
@@ -98,6 +99,16 @@
 #define HARRIER_EXIT_FAILED 0x1 /* the guest cannot go on */
 #define HARRIER_EXIT_PANIC 0x2 /* the guest's kernel has crashed */
 #define HARRIER_EXIT_RESTART 0x3 /* the guest asks to be started again */
+
+/* Operations of QUIESCE */
+#define HARRIER_QUIESCE_ASK 0x0 /* what does the host want? */
+#define HARRIER_QUIESCE_READY 0x1 /* the guest is at rest, until the event THAW */
+
+/* Roles of CHECKPOINT and IDENTITY */
+#define HARRIER_ROLE_ORIGINAL 0x0 /* the machine was booted, or is the one that made the call */
+#define HARRIER_ROLE_RESTORED 0x1 /* it was made of a snapshot */
+#define HARRIER_ROLE_CLONE 0x2 /* it was forked: others like it may run beside it */
+#define HARRIER_ROLE_MIGRATED 0x3 /* it has moved here from another host */
 
 /* Flags of the clock page */
 #define HARRIER_CLOCK_VALID 0x1
@@ -235,7 +246,7 @@ struct harrier_features_args {
 	/*
 	 * The features that the guest will use, as far as they ask something of
 	 * it. The host keeps the word for those that are requests to the guest
-	 * (QUIESCE) and ignores bits that it does not know.
+	 * (QUIESCE, IDENTITY) and ignores bits that it does not know.
 	 */
 	__u64 guest_features;
 };
@@ -442,5 +453,102 @@ struct harrier_exit_args {
 	__u8 message[32];
 };
 _Static_assert(sizeof(struct harrier_exit_args) == 40, "layout of ExitArgs");
+
+/*
+ * Which snapshot the guest wants.
+ */
+struct harrier_checkpoint_args {
+	/*
+	 * Zero.
+	 */
+	__u32 flags;
+	/*
+	 * Zero.
+	 */
+	__u32 reserved;
+};
+_Static_assert(sizeof(struct harrier_checkpoint_args) == 8, "layout of CheckpointArgs");
+
+/*
+ * Who returns from the call.
+ */
+struct harrier_checkpoint_result {
+	/*
+	 * The restores that led to this machine; zero in one that was booted.
+	 */
+	__u64 generation;
+	/*
+	 * Who this machine is: see the table of roles. ORIGINAL: the snapshot is
+	 * there, and this machine goes on.
+	 */
+	__u32 role;
+	/*
+	 * Tells the clones of one fork apart, from zero; zero in other machines.
+	 */
+	__u32 clone_index;
+};
+_Static_assert(sizeof(struct harrier_checkpoint_result) == 16, "layout of CheckpointResult");
+
+/*
+ * What the guest asks or says about coming to rest.
+ */
+struct harrier_quiesce_args {
+	/*
+	 * ASK or READY: see the table of operations.
+	 */
+	__u32 op;
+	/*
+	 * Zero.
+	 */
+	__u32 reserved;
+	/*
+	 * For READY the request that the guest has met, else zero.
+	 */
+	__u64 request;
+};
+_Static_assert(sizeof(struct harrier_quiesce_args) == 16, "layout of QuiesceArgs");
+
+/*
+ * What the host wants at this moment.
+ */
+struct harrier_quiesce_result {
+	/*
+	 * The request's number; zero: the guest is not asked to come to rest, or
+	 * need not be at rest any more.
+	 */
+	__u64 request;
+	/*
+	 * How long the host still waits for READY, in milliseconds.
+	 */
+	__u32 remaining_ms;
+	/*
+	 * Zero.
+	 */
+	__u32 reserved;
+};
+_Static_assert(sizeof(struct harrier_quiesce_result) == 16, "layout of QuiesceResult");
+
+/*
+ * Who this machine is now.
+ */
+struct harrier_identity_result {
+	/*
+	 * The restores that led to this machine; zero in one that was booted.
+	 */
+	__u64 generation;
+	/*
+	 * How this machine came to be: see the table of roles.
+	 */
+	__u32 role;
+	/*
+	 * Tells the clones of one fork apart, from zero; zero in other machines.
+	 */
+	__u32 clone_index;
+	/*
+	 * Random bytes that nobody else has, other ones in each call.
+	 */
+	__u8 entropy[32];
+};
+_Static_assert(sizeof(struct harrier_identity_result) == 48, "layout of IdentityResult");
 
 #endif /* _HARRIER_HYPERCALL_H */

@@ -135,7 +135,7 @@ fn a_guest_finds_everything_at_the_port() {
     let mut guest = guest();
     let registers = [
         (port::REG_SIGNATURE, u32::from_le_bytes(*b"HARV")),
-        (port::REG_VERSION, 0x1_0000),
+        (port::REG_VERSION, 0x1_0001),
         (port::REG_FEATURES_LOW, ALL as u32),
         (port::REG_FEATURES_HIGH, 0),
         (port::REG_EVENTS, 0),

@@ -99,7 +99,8 @@ statuses! {
     BadPointer = -4, "BAD_POINTER";
     /// Another argument is out of its range, or a reserved field is not zero.
     BadArgument = -5, "BAD_ARGUMENT";
-    /// The sequence number is lower than the channel's last one, or was used for another call.
+    /// The sequence number is lower than the channel's last one, or was used for another call; or what the call
+    /// answers is over.
     Stale = -6, "STALE";
     /// The call exists, but this host does not offer it.
     Unsupported = -7, "UNSUPPORTED";

@@ -69,11 +69,11 @@ pub mod number {
     pub const MEM_RELEASE: u16 = 6;
     /// See [`super::ExitArgs`].
     pub const EXIT: u16 = 7;
-    /// Reserved.
+    /// See [`super::CheckpointArgs`].
     pub const CHECKPOINT: u16 = 8;
-    /// Reserved.
+    /// See [`super::QuiesceArgs`].
     pub const QUIESCE: u16 = 9;
-    /// Reserved.
+    /// See [`super::IdentityResult`].
     pub const IDENTITY: u16 = 10;
 }
 
@@ -91,11 +91,11 @@ pub mod features {
     pub const MEM_RELEASE: u64 = 1 << 4;
     /// EXIT.
     pub const EXIT: u64 = 1 << 5;
-    /// CHECKPOINT. Reserved.
+    /// CHECKPOINT.
     pub const CHECKPOINT: u64 = 1 << 6;
-    /// QUIESCE and its event. Reserved.
+    /// QUIESCE and the events QUIESCE and THAW, which are sent to guests that have set the bit themselves.
     pub const QUIESCE: u64 = 1 << 7;
-    /// IDENTITY and the event GENERATION. Reserved.
+    /// IDENTITY and the event GENERATION, which is sent to guests that have set the bit themselves.
     pub const IDENTITY: u64 = 1 << 8;
 }
 
@@ -118,7 +118,7 @@ layout! {
     /// What the guest tells about itself.
     pub struct FeaturesArgs {
         /// The features that the guest will use, as far as they ask something of it. The host keeps the word for
-        /// those that are requests to the guest (QUIESCE) and ignores bits that it does not know.
+        /// those that are requests to the guest (QUIESCE, IDENTITY) and ignores bits that it does not know.
         pub guest_features: u64,
     }
 }
@@ -257,6 +257,92 @@ layout! {
     }
 }
 
+layout! {
+    /// Which snapshot the guest wants.
+    pub struct CheckpointArgs {
+        /// Zero.
+        pub flags: u32,
+        /// Zero.
+        pub reserved: u32,
+    }
+}
+
+layout! {
+    /// Who returns from the call.
+    pub struct CheckpointResult {
+        /// The restores that led to this machine; zero in one that was booted.
+        pub generation: u64,
+        /// Who this machine is: see the table of roles. ORIGINAL: the snapshot is there, and this machine goes on.
+        pub role: u32,
+        /// Tells the clones of one fork apart, from zero; zero in other machines.
+        pub clone_index: u32,
+    }
+}
+
+layout! {
+    /// What the guest asks or says about coming to rest.
+    pub struct QuiesceArgs {
+        /// ASK or READY: see the table of operations.
+        pub op: u32,
+        /// Zero.
+        pub reserved: u32,
+        /// For READY the request that the guest has met, else zero.
+        pub request: u64,
+    }
+}
+
+layout! {
+    /// What the host wants at this moment.
+    pub struct QuiesceResult {
+        /// The request's number; zero: the guest is not asked to come to rest, or need not be at rest any more.
+        pub request: u64,
+        /// How long the host still waits for READY, in milliseconds.
+        pub remaining_ms: u32,
+        /// Zero.
+        pub reserved: u32,
+    }
+}
+
+layout! {
+    /// Who this machine is now.
+    pub struct IdentityResult {
+        /// The restores that led to this machine; zero in one that was booted.
+        pub generation: u64,
+        /// How this machine came to be: see the table of roles.
+        pub role: u32,
+        /// Tells the clones of one fork apart, from zero; zero in other machines.
+        pub clone_index: u32,
+        /// Random bytes that nobody else has, other ones in each call.
+        pub entropy: [u8; 32],
+    }
+}
+
+/// [`QuiesceArgs::op`]: what does the host want?
+pub const QUIESCE_ASK: u32 = 0;
+/// [`QuiesceArgs::op`]: the guest is at rest.
+pub const QUIESCE_READY: u32 = 1;
+/// Operations of [`QuiesceArgs::op`]: number, name, meaning.
+pub const QUIESCE_OPS: &[(u32, &str, &str)] = &[
+    (QUIESCE_ASK, "ASK", "what does the host want?"),
+    (QUIESCE_READY, "READY", "the guest is at rest, until the event THAW"),
+];
+
+/// [`CheckpointResult::role`]: the machine was booted, or is the one that made the call.
+pub const ROLE_ORIGINAL: u32 = 0;
+/// [`CheckpointResult::role`]: it was made of a snapshot.
+pub const ROLE_RESTORED: u32 = 1;
+/// [`CheckpointResult::role`]: it was forked.
+pub const ROLE_CLONE: u32 = 2;
+/// [`CheckpointResult::role`]: it has moved here.
+pub const ROLE_MIGRATED: u32 = 3;
+/// Roles of [`CheckpointResult::role`] and [`IdentityResult::role`]: number, name, meaning.
+pub const ROLES: &[(u32, &str, &str)] = &[
+    (ROLE_ORIGINAL, "ORIGINAL", "the machine was booted, or is the one that made the call"),
+    (ROLE_RESTORED, "RESTORED", "it was made of a snapshot"),
+    (ROLE_CLONE, "CLONE", "it was forked: others like it may run beside it"),
+    (ROLE_MIGRATED, "MIGRATED", "it has moved here from another host"),
+];
+
 /// Phases of [`MarkArgs::phase`]: number, name, meaning.
 pub const PHASES: &[(u32, &str, &str)] = &[
     (0, "CUSTOM", "a mark of the guest's own, with a name"),
@@ -371,38 +457,44 @@ pub const CALLS: &[Call] = &[
     Call {
         number: number::CHECKPOINT,
         name: "CHECKPOINT",
-        doc: "Reserved: takes a snapshot and returns like fork, with the role of who returns.",
-        args: None,
-        result: None,
-        errors: &[],
+        doc: "Takes a snapshot and returns like fork: once here, when the snapshot is there, and once in each machine \
+              that is made of it, with the role of who returns. The calling processor waits, the others run on. Where \
+              the snapshot goes, and how many are kept, the host decides.",
+        args: Some(&CheckpointArgs::LAYOUT),
+        result: Some(&CheckpointResult::LAYOUT),
+        errors: &[Status::BadArgument, Status::Full, Status::HostFailed],
         feature: features::CHECKPOINT,
-        cost: "",
-        since_minor: 0,
-        reserved: true,
+        cost: "a copy of the memory that is in use",
+        since_minor: 1,
+        reserved: false,
     },
     Call {
         number: number::QUIESCE,
         name: "QUIESCE",
-        doc: "Reserved: the guest's answer to the event QUIESCE, that it has come to rest.",
-        args: None,
-        result: None,
-        errors: &[],
+        doc: "Asks what the event QUIESCE is about, or says that the guest has come to rest: what it does not want to \
+              find half done after a restore is done. The host takes its snapshot when every request is met or its \
+              time is over, and signals THAW in the machine that goes on and in every one that is restored. READY \
+              for a request that is over is STALE.",
+        args: Some(&QuiesceArgs::LAYOUT),
+        result: Some(&QuiesceResult::LAYOUT),
+        errors: &[Status::BadArgument],
         feature: features::QUIESCE,
-        cost: "",
-        since_minor: 0,
-        reserved: true,
+        cost: "nothing more",
+        since_minor: 1,
+        reserved: false,
     },
     Call {
         number: number::IDENTITY,
         name: "IDENTITY",
-        doc: "Reserved: what is new after a restore or a fork: address, token, entropy.",
+        doc: "Answers who this machine is, with randomness for it alone. After the event GENERATION all of it is new. \
+              The answer is never from memory, whatever the sequence number.",
         args: None,
-        result: None,
-        errors: &[],
+        result: Some(&IdentityResult::LAYOUT),
+        errors: &[Status::HostFailed],
         feature: features::IDENTITY,
-        cost: "",
-        since_minor: 0,
-        reserved: true,
+        cost: "the host's random numbers",
+        since_minor: 1,
+        reserved: false,
     },
 ];
 

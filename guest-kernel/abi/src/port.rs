@@ -55,16 +55,29 @@ pub mod event {
     pub const CLOCK: u32 = 1 << 0;
     /// The console has room again after a CONSOLE call that took less than all.
     pub const CONSOLE_ROOM: u32 = 1 << 1;
-    /// The machine was restored or forked: entropy, identity and addresses are to be replaced. Reserved.
+    /// The machine was restored or forked: entropy, identity and addresses are to be replaced, see IDENTITY. Only for
+    /// a guest that has set the feature IDENTITY.
     pub const GENERATION: u32 = 1 << 8;
-    /// The host asks the guest to come to rest: the guest answers with QUIESCE. Reserved.
+    /// The host asks the guest to come to rest: the guest answers with QUIESCE. Only for a guest that has set the
+    /// feature QUIESCE.
     pub const QUIESCE: u32 = 1 << 9;
+    /// The guest need not be at rest any more. As QUIESCE.
+    pub const THAW: u32 = 1 << 10;
 
     /// Name, bit, meaning.
     pub const EVENTS: &[(&str, u32, &str)] = &[
         ("CLOCK", CLOCK, "the clock in the shared page has changed in a step"),
         ("CONSOLE_ROOM", CONSOLE_ROOM, "the console has room again after it took less than all"),
-        ("GENERATION", GENERATION, "the machine was restored or forked (reserved)"),
-        ("QUIESCE", QUIESCE, "the host asks the guest to come to rest (reserved)"),
+        (
+            "GENERATION",
+            GENERATION,
+            "the machine was restored or forked: see IDENTITY, whose feature bit asks for it",
+        ),
+        (
+            "QUIESCE",
+            QUIESCE,
+            "the host asks the guest to come to rest: see QUIESCE, whose feature bit asks for it",
+        ),
+        ("THAW", THAW, "the guest need not be at rest any more"),
     ];
 }

@@ -3,7 +3,7 @@
 use core::fmt::{self, Write};
 
 use crate::block::{self, Block, Status};
-use crate::calls::{self, CALLS, COMMON_ERRORS, Call, EXIT_REASONS, MemRange, PHASES};
+use crate::calls::{self, CALLS, COMMON_ERRORS, Call, EXIT_REASONS, MemRange, PHASES, QUIESCE_OPS, ROLES};
 use crate::layout::{Kind, Layout};
 use crate::port::{self, event};
 use crate::shared_page::{self, ClockPage};
@@ -72,6 +72,14 @@ pub fn c_header(out: &mut dyn Write) -> fmt::Result {
     group.next("Reasons of EXIT")?;
     for (reason, name, doc) in EXIT_REASONS {
         group.hex_named("EXIT_", name, u64::from(*reason), doc)?;
+    }
+    group.next("Operations of QUIESCE")?;
+    for (op, name, doc) in QUIESCE_OPS {
+        group.hex_named("QUIESCE_", name, u64::from(*op), doc)?;
+    }
+    group.next("Roles of CHECKPOINT and IDENTITY")?;
+    for (role, name, doc) in ROLES {
+        group.hex_named("ROLE_", name, u64::from(*role), doc)?;
     }
     group.next("Flags of the clock page")?;
     group.hex("CLOCK_VALID", shared_page::CLOCK_VALID.into(), "")?;
@@ -270,6 +278,8 @@ fn markdown_call(out: &mut dyn Write, call: &Call) -> fmt::Result {
     let extra = match call.name {
         "MARK" => Some(("phase", PHASES)),
         "EXIT" => Some(("reason", EXIT_REASONS)),
+        "QUIESCE" => Some(("operation", QUIESCE_OPS)),
+        "CHECKPOINT" | "IDENTITY" => Some(("role", ROLES)),
         "MEM_RELEASE" => {
             out.write_str("\nA range:\n\n")?;
             structure(out, &MemRange::LAYOUT)?;

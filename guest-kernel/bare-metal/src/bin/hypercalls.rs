@@ -57,7 +57,7 @@ fn discovery() {
         | features::PARK
         | features::MEM_RELEASE
         | features::EXIT;
-    check("the version", hypercall::register(port::REG_VERSION).into(), 0x1_0000);
+    check("the version", hypercall::register(port::REG_VERSION).into(), 0x1_0001);
     let word = u64::from(hypercall::register(port::REG_FEATURES_LOW))
         | u64::from(hypercall::register(port::REG_FEATURES_HIGH)) << 32;
     check("all calls that are not reserved are offered", word & offered, offered);
@@ -94,7 +94,11 @@ fn errors() {
         ("a wrong length", Block { args_len: 4, ..good }, Status::BadLength),
         ("a channel too many", Block { channel: 256, ..good }, Status::BadArgument),
         ("a flag", Block { flags: 1, ..good }, Status::BadArgument),
-        ("a reserved call", Block { number: number::CHECKPOINT, args_len: 0, ..good }, Status::Unsupported),
+        (
+            "a call that is not offered",
+            Block { number: number::CHECKPOINT, args_len: 0, ..good },
+            Status::Unsupported,
+        ),
     ] {
         check(name, hypercall::ring(&bad).code(), code(status));
     }
