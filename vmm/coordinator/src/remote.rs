@@ -3,14 +3,16 @@
 use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use harrier_control::http::read_response;
 use harrier_jobs::protocol::Stream;
 use harrier_jobs::queue::{Attempt, Dependency, Event, Host, HostAd, Job, JobId, LeaseKey, NewJob};
 use harrier_jobs::store::{
-    Action, ActionResult, Claim, ClaimRequest, EventQuery, JobFilter, OutputPiece, OutputQuery, Renewal,
-    Report, Result, Stats, Store, StoreError,
+    Action, ActionResult, Claim, ClaimRequest, EventQuery, JobFilter, LEASE_MS, OutputPiece, OutputQuery,
+    Renewal, Report, Result, Stats, Store, StoreError,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -19,8 +21,12 @@ use ureq::tls::{Certificate, RootCerts, TlsConfig};
 
 use crate::wire::{Act, OfJob, OutputHead, OutputPlace, Renew, Reported, Submit};
 
-/// How long a worker waits for an answer: much shorter than a lease, so that it can still let its jobs stand still.
+/// How long a worker waits for an answer at most, and which part of a lease that may be: it has to be able to let its jobs
+/// stand still in time.
 const WORKER_TIMEOUT: Duration = Duration::from_secs(5);
+const LEASE_SHARE: u32 = 6;
+/// How long nobody asks again after a call without an answer: at first and at most.
+const BACK_OFF: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(4));
 /// How long a user's command waits.
 const USER_TIMEOUT: Duration = Duration::from_secs(60);
 /// The longest answer that is taken.
@@ -31,6 +37,18 @@ pub struct RemoteStore {
     name: String,
     way: Way,
     token: Option<String>,
+    /// The leases that it hands out, in milliseconds.
+    lease_ms: AtomicU64,
+    silence: Mutex<Option<Silence>>,
+}
+
+/// A worker's calls are not answered: those that follow fail at once for a while, so that none of its threads waits for
+/// one time-out after the other.
+#[derive(Clone, Debug)]
+struct Silence {
+    until: Instant,
+    wait: Duration,
+    reason: String,
 }
 
 enum Way {
@@ -65,7 +83,9 @@ impl RemoteStore {
             }
             Way::Http { agent: config.build().into(), base: url.trim_end_matches('/').to_owned() }
         };
-        Ok(Self { name: url.to_owned(), way, token })
+        let name = url.to_owned();
+        let lease_ms = AtomicU64::new(LEASE_MS);
+        Ok(Self { name, way, token, lease_ms, silence: Mutex::new(None) })
     }
 
     fn unreachable(&self, err: impl std::fmt::Display) -> StoreError {
@@ -101,14 +121,52 @@ impl RemoteStore {
         Ok(Answer { status, body })
     }
 
-    fn call<T: DeserializeOwned>(&self, method: &str, args: &impl Serialize, timeout: Duration) -> Result<T> {
+    /// How long a worker's call may take.
+    fn worker_timeout(&self) -> Duration {
+        let lease = Duration::from_millis(self.lease_ms.load(Ordering::Relaxed));
+        (lease / LEASE_SHARE).clamp(Duration::from_millis(100), WORKER_TIMEOUT)
+    }
+
+    /// A worker's call: nobody waits for a coordinator that has just been found silent.
+    fn worker_post(&self, path: &str, body: &[u8], timeout: Duration) -> Result<Answer> {
+        let mut silence = self.silence.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = silence.as_ref()
+            && known.until > Instant::now()
+        {
+            return Err(self.unreachable(&known.reason));
+        }
+        drop(silence);
+        let answer = self.post(path, body, timeout);
+        silence = self.silence.lock().unwrap_or_else(PoisonError::into_inner);
+        match &answer {
+            Err(StoreError::Unreachable(_, reason)) => {
+                let wait = silence.as_ref().map_or(BACK_OFF.0, |known| (known.wait * 2).min(BACK_OFF.1));
+                let wait = wait.min(timeout);
+                *silence = Some(Silence { until: Instant::now() + wait, wait, reason: reason.clone() });
+            }
+            _ => *silence = None,
+        }
+        answer
+    }
+
+    fn worker_call<T: DeserializeOwned>(&self, method: &str, args: &impl Serialize) -> Result<T> {
         let body = serde_json::to_vec(args).map_err(|err| StoreError::Invalid(err.to_string()))?;
-        let answer = self.post(&format!("/v1/{method}"), &body, timeout)?;
+        let answer = self.worker_post(&format!("/v1/{method}"), &body, self.worker_timeout())?;
+        self.understand(&answer)
+    }
+
+    fn understand<T: DeserializeOwned>(&self, answer: &Answer) -> Result<T> {
         serde_json::from_slice(&answer.body).map_err(|err| {
             self.unreachable(format!(
                 "its answer is not understood: {err}; is it another version of harrier?"
             ))
         })
+    }
+
+    fn call<T: DeserializeOwned>(&self, method: &str, args: &impl Serialize, timeout: Duration) -> Result<T> {
+        let body = serde_json::to_vec(args).map_err(|err| StoreError::Invalid(err.to_string()))?;
+        let answer = self.post(&format!("/v1/{method}"), &body, timeout)?;
+        self.understand(&answer)
     }
 }
 
@@ -170,19 +228,28 @@ impl Store for RemoteStore {
     }
 
     fn advertise(&self, ad: &HostAd) -> Result<()> {
-        self.call("advertise", ad, WORKER_TIMEOUT)
+        self.worker_call("advertise", ad)
     }
 
     fn claim(&self, request: &ClaimRequest) -> Result<Vec<Claim>> {
-        self.call("claim", request, WORKER_TIMEOUT)
+        let claims: Vec<Claim> = self.worker_call("claim", request)?;
+        if let Some(claim) = claims.first() {
+            self.lease_ms.store(claim.lease_ms, Ordering::Relaxed);
+        }
+        Ok(claims)
     }
 
     fn renew(&self, host: &str, keys: &[LeaseKey]) -> Result<Vec<Renewal>> {
-        self.call("renew", &Renew { host: host.to_owned(), keys: keys.to_vec() }, WORKER_TIMEOUT)
+        let renewals: Vec<Renewal> =
+            self.worker_call("renew", &Renew { host: host.to_owned(), keys: keys.to_vec() })?;
+        if let Some(lease) = renewals.iter().find_map(|renewal| renewal.lease) {
+            self.lease_ms.store(lease.lease_ms, Ordering::Relaxed);
+        }
+        Ok(renewals)
     }
 
     fn report(&self, key: &LeaseKey, report: &Report) -> Result<()> {
-        self.call("report", &Reported { key: key.clone(), report: report.clone() }, WORKER_TIMEOUT)
+        self.worker_call("report", &Reported { key: key.clone(), report: report.clone() })
     }
 
     fn read_output(&self, query: &OutputQuery) -> Result<OutputPiece> {
@@ -209,7 +276,7 @@ impl Store for RemoteStore {
             "/v1/write_output?job={}&epoch={}&token={token}&stderr={}&offset={}",
             place.job, place.epoch, place.stderr, place.offset
         );
-        self.post(&path, bytes, WORKER_TIMEOUT).map(drop)
+        self.worker_post(&path, bytes, self.worker_timeout()).map(drop)
     }
 
     fn local_output(&self, _key: &LeaseKey) -> Option<[PathBuf; 2]> {

@@ -41,15 +41,50 @@ pub(crate) enum JobCommand {
     /// One signal lets the worker give its jobs back and end; a second ends it at once, and what it ran ends with its
     /// leases.
     Worker(Box<WorkerFlags>),
+    /// Serve a queue to other hosts.
+    ///
+    /// Commands and workers elsewhere reach it with --queue and the address that it prints.
+    Coordinator(CoordinatorFlags),
 }
 
 /// Which queue.
 #[derive(Debug, Args)]
 pub(crate) struct QueuePlace {
-    /// The queue: a folder; the default is $HARRIER_QUEUE, else $XDG_STATE_HOME/harrier/queue, else
-    /// ~/.local/state/harrier/queue.
+    /// The queue: a folder, or a coordinator's http://HOST:PORT, https://HOST:PORT or unix:PATH; the default is
+    /// $HARRIER_QUEUE, else $XDG_STATE_HOME/harrier/queue, else ~/.local/state/harrier/queue.
     #[arg(long = "queue", value_name = "PLACE")]
     pub(crate) place: Option<String>,
+    /// A file with the coordinator's token; the default is $HARRIER_TOKEN_FILE.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) token_file: Option<PathBuf>,
+    /// PEM certificates that the coordinator's is to be signed by, instead of the usual ones; the default is
+    /// $HARRIER_CA_FILE.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) ca_file: Option<PathBuf>,
+}
+
+/// How a queue is served.
+#[derive(Debug, Args)]
+pub(crate) struct CoordinatorFlags {
+    /// The queue's folder; the default is $HARRIER_QUEUE, else $XDG_STATE_HOME/harrier/queue, else
+    /// ~/.local/state/harrier/queue.
+    #[arg(long = "queue", value_name = "DIR")]
+    pub(crate) folder: Option<String>,
+    /// Where it listens: ADDRESS:PORT, or unix:PATH.
+    #[arg(long, value_name = "PLACE", default_value = "127.0.0.1:7707")]
+    pub(crate) listen: String,
+    /// A file with the word that everybody has to know; needed unless it listens on this host only.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) token_file: Option<PathBuf>,
+    /// PEM file with its certificate and those up to its authority.
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    pub(crate) tls_cert: Option<PathBuf>,
+    /// PEM file with the certificate's private key.
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    pub(crate) tls_key: Option<PathBuf>,
+    /// How long a worker may be silent before others get its jobs; suffixes ms, s, m.
+    #[arg(long, value_name = "TIME", default_value = "30s")]
+    pub(crate) lease: String,
 }
 
 #[derive(Debug, Args)]
@@ -298,6 +333,9 @@ pub(crate) struct WorkerFlags {
     /// End after so many jobs.
     #[arg(long, value_name = "N")]
     pub(crate) jobs: Option<u64>,
+    /// How long this worker may be silent before others get its jobs; suffixes ms, s, m. A coordinator decides itself.
+    #[arg(long, value_name = "TIME", default_value = "30s")]
+    pub(crate) lease: String,
     /// Run machines without system-call filters.
     #[arg(long)]
     pub(crate) no_seccomp: bool,

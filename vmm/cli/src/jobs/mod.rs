@@ -1,6 +1,7 @@
 //! The commands around the queue: each opens a [`Store`] and says what came of it.
 
 mod act;
+mod coordinator;
 pub(crate) mod flags;
 mod ids;
 mod list;
@@ -43,6 +44,7 @@ pub(crate) fn run(command: JobCommand) -> Result<u8, Failure> {
         JobCommand::Hosts(flags) => list::hosts(&flags),
         JobCommand::Stats(flags) => list::stats(&flags),
         JobCommand::Worker(flags) => worker::run(*flags),
+        JobCommand::Coordinator(flags) => coordinator::run(&flags),
     }
 }
 

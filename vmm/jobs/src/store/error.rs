@@ -43,7 +43,7 @@ pub enum StoreError {
     #[error("the coordinator '{0}' cannot be reached ({1}): is 'harrier coordinator' running there?")]
     Unreachable(String, String),
     /// The coordinator does not know the token.
-    #[error("the coordinator refuses the token: set the right one with HARRIER_TOKEN_FILE")]
+    #[error("the coordinator refuses the token: give the right one with --token-file or HARRIER_TOKEN_FILE")]
     Unauthorized,
 }
 

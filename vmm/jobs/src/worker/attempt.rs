@@ -165,6 +165,11 @@ impl Attempt {
         self.renewed.elapsed() > self.lease * 2 / 3
     }
 
+    /// How long its lease lasts.
+    pub(super) fn lease(&self) -> Duration {
+        self.lease
+    }
+
     /// The monitor's process, while it runs.
     pub(super) fn pid(&self) -> Option<u32> {
         lock(&self.control).pid

@@ -36,8 +36,9 @@ pub use monitor::{RunResult, names, write_durably};
 
 /// How long the loop sleeps when nothing happens.
 const TICK: Duration = Duration::from_millis(100);
-/// How often leases are renewed, which also tells what users want. A lease lasts much longer.
+/// How often leases are renewed, which also tells what users want; and at least so often within one lease.
 const RENEWAL: Duration = Duration::from_secs(1);
+const RENEWALS: u32 = 6;
 /// How often the host says what it offers.
 const ADVERTISEMENT: Duration = Duration::from_secs(10);
 /// How long an idle worker waits between two looks at the queue: at first and at most.
@@ -288,7 +289,8 @@ impl Worker<'_> {
 
     /// Keeps the leases and passes on what users want.
     fn renew(&mut self) {
-        if self.renewed.elapsed() < RENEWAL {
+        let shortest = self.running.iter().map(Attempt::lease).min().unwrap_or(RENEWAL);
+        if self.renewed.elapsed() < RENEWAL.min(shortest / RENEWALS) {
             return;
         }
         let keys: Vec<LeaseKey> = self
