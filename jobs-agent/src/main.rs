@@ -13,6 +13,7 @@
 
 mod command;
 mod dial;
+mod identity;
 mod init;
 mod root;
 mod session;

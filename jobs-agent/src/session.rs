@@ -20,6 +20,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use crate::command::{Channel, Command, Interest};
 use crate::dial::{DIAL_LIMIT, Dialer, Redial};
+use crate::identity;
 use crate::root::{self, MachineRoot};
 use crate::spawn::{self, StartError};
 use crate::sys;
@@ -482,6 +483,7 @@ impl State {
         if attach.entropy != [0; 32] {
             warn("the kernel's randomness cannot be renewed", sys::reseed(&attach.entropy));
         }
+        warn("who the machine is cannot be noted", identity::write(attach));
     }
 
     /// The host wants to hear no more of a command.

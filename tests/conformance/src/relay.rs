@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use harrier_engine::{CpuModel, CpuState, Engine};
 use harrier_machine::boot::{Boot, ElfEntry, FileImage};
-use harrier_machine::snapshot::Request;
+use harrier_machine::snapshot::{Kind, Request, Restoration};
 use harrier_machine::{Machine, MachineBuilder, MachineConfig, MachineEnd};
 use harrier_snapshot::Chain;
 
@@ -82,7 +82,7 @@ fn run(
         let Ok(report) = handle.snapshot(Request {
             target: &target,
             // Every second one needs the one before.
-            difference: leg % 2 == 0,
+            kind: if leg % 2 == 0 { Kind::Difference } else { Kind::Full },
             stay_paused: true,
             producer: "relay",
             owner: &mut |_| Ok(()),
@@ -96,7 +96,10 @@ fn run(
         let chain = Arc::new(Chain::from_snapshot(report.snapshot)?);
         let mut builder = MachineBuilder::restoring(next_engine(), &chain)?;
         add_devices(&mut builder, said)?;
-        machine = builder.restore(&chain)?;
+        machine = builder.restore(&chain, &Restoration::default())?;
+        if machine.identity().generation != u64::from(leg) {
+            return Err(format!("generation {} after {leg} restores", machine.identity().generation).into());
+        }
         same(&before, &machine.cpu_states()?)?;
         machine.start()?;
     }

@@ -12,7 +12,7 @@ use harrier_conformance::engines;
 use harrier_engine::{CpuModel, Engine, Probe};
 use harrier_engine_soft::SoftEngine;
 use harrier_machine::boot::{Boot, BytesImage, Entry};
-use harrier_machine::snapshot::Request;
+use harrier_machine::snapshot::{Kind, Request, Restoration};
 use harrier_machine::{MachineBuilder, MachineConfig, MachineEnd};
 use harrier_snapshot::{Chain, verify};
 
@@ -50,7 +50,7 @@ fn restored_end(engine: &dyn Engine, folder: &Path, byte: u8) -> MachineEnd {
     let mut builder = MachineBuilder::restoring(engine, &chain).unwrap();
     let (input, mut keys) = io::pipe().unwrap();
     add_devices(&mut builder, input);
-    let mut machine = builder.restore(&chain).unwrap();
+    let mut machine = builder.restore(&chain, &Restoration::default()).unwrap();
     let sum = machine.cpu_states().unwrap()[0].regs.gpr[3];
     assert_eq!(sum as u32, SUM, "the sum is in BX before anything runs");
     machine.start().unwrap();
@@ -99,7 +99,7 @@ fn make() {
     std::thread::sleep(Duration::from_millis(200));
     let request = Request {
         target: &target,
-        difference: false,
+        kind: Kind::Full,
         stay_paused: false,
         producer: "harrier fixture",
         owner: &mut |_| Ok(()),

@@ -40,11 +40,15 @@ pub(crate) struct CommandConfig {
 
 /// An opened snapshot.
 #[derive(Debug, Clone)]
-pub(crate) struct Restored(pub(crate) std::sync::Arc<harrier_snapshot::Chain>);
+pub(crate) struct Restored {
+    pub(crate) chain: std::sync::Arc<harrier_snapshot::Chain>,
+    /// What it is to become.
+    pub(crate) restoration: harrier_machine::snapshot::Restoration,
+}
 
 impl PartialEq for Restored {
     fn eq(&self, other: &Self) -> bool {
-        self.0.snapshot().manifest() == other.0.snapshot().manifest()
+        self.chain.snapshot().manifest() == other.chain.snapshot().manifest()
     }
 }
 

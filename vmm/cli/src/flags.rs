@@ -52,6 +52,11 @@ pub(crate) enum Command {
     ///
     /// Exit codes are those of 'harrier run'.
     Restore(Box<RestoreFlags>),
+    /// Make clones of a machine that runs, or of a snapshot, and print their ids.
+    ///
+    /// They go on where the machine was, beside it, and share the memory that none of them writes. A command knows its own
+    /// clone by /run/harrier/identity in the guest.
+    Fork(ForkFlags),
     /// List, check, show and remove snapshots.
     #[command(subcommand)]
     Snapshots(SnapshotsCommand),
@@ -155,6 +160,12 @@ pub(crate) struct RunFlags {
     /// The snapshot that the machine is made of; set by `harrier restore`.
     #[arg(skip)]
     pub(crate) restore: Option<PathBuf>,
+    /// Which clone of a fork it is; set by `harrier fork`.
+    #[arg(skip)]
+    pub(crate) clone_index: Option<u32>,
+    /// The image that the snapshot is in, which goes away with the last clone.
+    #[arg(skip)]
+    pub(crate) image: Option<PathBuf>,
     /// Entry of an ELF kernel: auto, pvh or linux64.
     #[arg(long, default_value = "auto", value_name = "ENTRY", hide = true)]
     pub(crate) elf_entry: String,
@@ -404,6 +415,12 @@ pub(crate) struct RestoreFlags {
     /// Log more: -v what Harrier does, -vv all details.
     #[arg(long, short, action = clap::ArgAction::Count)]
     pub(crate) verbose: u8,
+    /// Which clone of a fork it is, for `harrier fork`.
+    #[arg(long, value_name = "N", hide = true)]
+    pub(crate) clone_index: Option<u32>,
+    /// The image that the snapshot is in, for `harrier fork`.
+    #[arg(long, value_name = "DIR", hide = true)]
+    pub(crate) image: Option<PathBuf>,
 }
 
 impl RestoreFlags {
@@ -411,6 +428,8 @@ impl RestoreFlags {
     pub(crate) fn into_run(self, snapshot: PathBuf) -> RunFlags {
         RunFlags {
             restore: Some(snapshot),
+            clone_index: self.clone_index,
+            image: self.image,
             name: self.name,
             detach: self.detach,
             rm: self.rm,
@@ -428,6 +447,34 @@ impl RestoreFlags {
             ..RunFlags::default()
         }
     }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ForkFlags {
+    /// A machine that runs, by name or id; or a snapshot: a folder, or a name where snapshots are kept.
+    #[arg(value_name = "MACHINE|SNAPSHOT")]
+    pub(crate) source: String,
+    /// Number of clones.
+    #[arg(long, short = 'n', default_value = "1", value_name = "COUNT", allow_hyphen_values = true)]
+    pub(crate) count: String,
+    /// Name of the clone; several are NAME-0, NAME-1 and so on.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) name: Option<String>,
+    /// Remove each clone when it ends, with its output.
+    #[arg(long)]
+    pub(crate) rm: bool,
+    /// Processor of the clones: auto, kvm or soft.
+    #[arg(long, default_value = "auto", value_name = "ENGINE")]
+    pub(crate) engine: String,
+    /// End each clone after this time; suffixes ms, s, m, h.
+    #[arg(long, value_name = "TIME", allow_hyphen_values = true)]
+    pub(crate) timeout: Option<String>,
+    /// Print one JSON object: the clones, and how long the machine stood still for them.
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Run the clones without system-call filters, for kernels that lack them and for debugging.
+    #[arg(long)]
+    pub(crate) no_seccomp: bool,
 }
 
 #[derive(Debug, Subcommand)]

@@ -38,7 +38,10 @@ const LAST_ANSWERS: Duration = Duration::from_millis(500);
 /// The registry's view of a run that is to be.
 fn new_machine(flags: &RunFlags) -> Result<NewMachine, Failure> {
     let name: Option<MachineName> = flags.name.as_deref().map(str::parse).transpose()?;
-    let command = flags.command.iter().map(|arg| arg.to_string_lossy().into_owned()).collect();
+    let command = match &flags.restore {
+        Some(folder) => crate::snapshots::command_words(&harrier_snapshot::Snapshot::open(folder)?),
+        None => flags.command.iter().map(|arg| arg.to_string_lossy().into_owned()).collect(),
+    };
     Ok(NewMachine { name, command, detached: flags.detach, auto_remove: flags.rm || !flags.detach })
 }
 

@@ -8,13 +8,14 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::time::Instant;
 
-use harrier_control::Seat;
+use harrier_control::{Seat, image};
 use harrier_devices::virtio::rng::Rng;
 use harrier_devices::virtio::vsock::{InProcess, Vsock, VsockListener};
 use harrier_engine::{CpuModel, Engine};
 use harrier_jobs::{AGENT_PORT, ROOT_DISK_SERIAL};
 use harrier_machine::EXIT_DONE;
 use harrier_machine::boot::{Boot, FileImage, Image, ImageError, InitrdError, KernelError};
+use harrier_machine::snapshot::Role;
 use harrier_machine::{Machine, MachineBuilder, MachineConfig, MachineEnd, RunReport};
 
 use crate::attempt::Attempt;
@@ -28,8 +29,23 @@ use crate::signals::{Interrupter, Interruption, SignalThread};
 use crate::snapshots::{self, KeptByHost};
 use crate::{disks, engines, guest_files, run_command, run_console, runtime_dir};
 
-/// The context id of the guest; 0 to 2 have meanings of their own (virtio 1.2, section 5.10.4).
+/// The context id of a guest; 0 to 2 have meanings of their own (virtio 1.2, section 5.10.4).
 const GUEST_CID: u32 = 3;
+/// Where those of clones begin.
+const FIRST_CLONE_CID: u32 = 1 << 16;
+
+/// A clone has a context id of its own, at random: nobody counts the clones of a host.
+fn guest_cid(config: &RunConfig) -> Result<u32, Failure> {
+    let is_clone = config.restore.as_ref().is_some_and(|restored| restored.restoration.role == Role::Clone);
+    if !is_clone {
+        return Ok(GUEST_CID);
+    }
+    let mut bytes = [0; 4];
+    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())
+        .map_err(|err| Failure::new(format!("the host gives no random numbers ({err})")))?;
+    // Below the sign bit: some programs take it for a signed number.
+    Ok(FIRST_CLONE_CID + u32::from_le_bytes(bytes) % (i32::MAX as u32 - FIRST_CLONE_CID))
+}
 
 /// A machine before its start, and what belongs to it.
 pub(crate) struct Prepared {
@@ -90,6 +106,10 @@ fn run_in(flags: RunFlags, started: Instant, seat: Option<Seat>) -> Result<u8, F
 
 fn run_recorded(flags: RunFlags, run: &mut Run<'_>) -> Result<u8, Failure> {
     let remarks = crate::remarks_wanted(flags.quiet, flags.verbose);
+    // Held until the machine is gone.
+    let _image = flags.image.as_deref().map(image::Image::hold).transpose().map_err(|err| {
+        Failure::new(format!("the image that the clone is made of cannot be held ({err}): fork again"))
+    })?;
     let config = match flags.restore.clone() {
         Some(folder) => snapshots::restored_config(flags, &folder, remarks)?,
         None => RunConfig::from_flags(flags, |name| std::env::var_os(name), remarks)?,
@@ -154,7 +174,7 @@ pub(crate) fn prepare(
     for (index, disk) in config.disks.iter().enumerate() {
         match &config.restore {
             Some(restored) if !disk.read_only => {
-                let (block, file) = snapshots::open_own_disk(&restored.0, index, disk)?;
+                let (block, file) = snapshots::open_own_disk(&restored.chain, index, disk)?;
                 kept.keep_disk(index, file);
                 blocks.push(block);
             }
@@ -170,7 +190,7 @@ pub(crate) fn prepare(
     let machine_config =
         MachineConfig { vcpu_count: config.vcpu_count, memory_bytes: config.memory_bytes, cpu_model: model };
     let mut builder = match &config.restore {
-        Some(restored) => MachineBuilder::restoring(engine, &restored.0)?,
+        Some(restored) => MachineBuilder::restoring(engine, &restored.chain)?,
         None => MachineBuilder::new(engine, &machine_config)?,
     };
     builder.add_platform_devices()?;
@@ -182,7 +202,7 @@ pub(crate) fn prepare(
     if is_command {
         let host = InProcess::new();
         agent = Some(host.listen(AGENT_PORT)?);
-        let vsock = Vsock::new(GUEST_CID, Box::new(host))
+        let vsock = Vsock::new(guest_cid(config)?, Box::new(host))
             .map_err(|err| Failure::new(format!("vsock device: {err}: raise the limit of open files")))?;
         builder.add_virtio(Box::new(vsock))?;
     }
@@ -192,7 +212,7 @@ pub(crate) fn prepare(
     builder.add_serial(Box::new(sink), console_input)?;
     builder.add_doorbell()?;
     let machine = match (&config.restore, &kernel) {
-        (Some(restored), _) => builder.restore(&restored.0)?,
+        (Some(restored), _) => builder.restore(&restored.chain, &restored.restoration)?,
         (None, Some(kernel)) => builder.build(&Boot::Kernel {
             kernel,
             initrd: initrd.as_ref().map(|image| image as &dyn Image),

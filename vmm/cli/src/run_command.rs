@@ -14,6 +14,7 @@ use harrier_jobs::{
     Command, CommandSpec, ExecuteError, FdOutput, Outcome, ROOT_DISK_SERIAL, Root, Session, SessionOptions,
     Stdin, Stdio, WindowSize,
 };
+use harrier_machine::snapshot::{self, Identity};
 use harrier_machine::{MachineEnd, MachineHandle, RunReport};
 use harrier_snapshot::Snapshot;
 use signal_hook::consts::SIGINT;
@@ -57,7 +58,8 @@ pub(crate) fn run(
     let (session, begun) = match &config.restore {
         None => (new_session()?, Begun::Not(stdio)),
         Some(restored) => {
-            let (session, command) = resume_session(restored.0.snapshot(), stdio)?;
+            let (session, command) =
+                resume_session(restored.chain.snapshot(), prepared.machine.identity(), stdio)?;
             (session, Begun::InSnapshot(command))
         }
     };
@@ -125,9 +127,23 @@ fn new_session() -> Result<Session, Failure> {
 
 /// Goes on with the session of a snapshot. Its first command is the machine's; who executed others beside it is not there
 /// any more.
-fn resume_session(snapshot: &Snapshot, stdio: Stdio) -> Result<(Session, Command), Failure> {
+fn resume_session(
+    snapshot: &Snapshot,
+    identity: Identity,
+    stdio: Stdio,
+) -> Result<(Session, Command), Failure> {
     let state = crate::snapshots::read_session(snapshot)?;
-    let mut restored = Restored { role: Role::Restored, generation: 1, ..Restored::default() };
+    let mut restored = Restored {
+        role: match identity.role {
+            snapshot::Role::Booted => Role::Same,
+            snapshot::Role::Restored => Role::Restored,
+            snapshot::Role::Clone => Role::Forked,
+            snapshot::Role::Migrated => Role::Migrated,
+        },
+        generation: u32::try_from(identity.generation).unwrap_or(u32::MAX),
+        clone_index: identity.clone_index,
+        ..Restored::default()
+    };
     rustix::rand::getrandom(&mut restored.entropy, rustix::rand::GetRandomFlags::empty())
         .map_err(|err| Failure::new(format!("the host gives no random numbers ({err})")))?;
     let mut stdio = Some(stdio);

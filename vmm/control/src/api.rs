@@ -138,6 +138,9 @@ pub struct SnapshotRequest {
     /// Let a machine go on afterwards that was paused before.
     #[serde(default)]
     pub resume: bool,
+    /// To be forked at once and not to be kept: it is not made durable, and is not the machine's last snapshot.
+    #[serde(default)]
+    pub image: bool,
 }
 
 /// What a snapshot was.

@@ -11,6 +11,7 @@
 //! - [`api`] has the types on the wire, [`server`] answers requests by calling a [`Machine`], [`client`] sends them.
 //!   `resources/control-api.json` describes the API for others.
 //! - [`stream`] is what a connection speaks that carries a command's streams (exec, attach); [`exec`] is the machine's side.
+//! - [`image`] has the snapshots that clones are made of.
 //! - [`output`] keeps what a command prints, with the times, and reads it back.
 //!
 //! Neighbours: the command line above, which implements [`Machine`] for the machine that it runs. Machines and engines
@@ -20,6 +21,7 @@ pub mod api;
 pub mod client;
 pub mod exec;
 pub mod http;
+pub mod image;
 pub mod name;
 pub mod output;
 pub mod record;
@@ -34,6 +36,7 @@ mod time;
 
 pub use api::{ApiError, MachineInfo, MachineState};
 pub use client::{Client, ClientError};
+pub use image::Image;
 pub use name::{MachineId, MachineName};
 pub use record::{ExitRecord, MachineRecord};
 pub use registry::{Entry, Life, NewMachine, Registry, RegistryError};

@@ -11,6 +11,7 @@
 //!     control.sock    the control socket
 //!     monitor.log     what the monitor itself says
 //!     stdout.log, stderr.log, times.log    what the command prints (see crate::output)
+//!   images/             what clones are made of (see crate::image)
 //! ```
 //!
 //! A folder whose lock is free and whose exit record is empty belonged to a monitor that was killed. Such a machine is
@@ -357,8 +358,9 @@ impl Registry {
     /// [`RegistryError::Root`] if the directory cannot be read.
     pub fn list(&self) -> Result<Vec<Entry>, RegistryError> {
         let mut entries = self.entries()?;
-        if entries.iter().any(Entry::is_debris) || self.has_hidden()? {
+        if entries.iter().any(Entry::is_debris) || self.has_hidden()? || self.has_images() {
             let _guard = self.guard()?;
+            self.sweep_images();
             entries = self.entries()?;
             for entry in entries.iter().filter(|entry| entry.is_debris()) {
                 log::debug!("machine '{}': its monitor is gone and left its files", entry.record.name);
@@ -466,7 +468,7 @@ impl Registry {
     }
 
     /// Holds the registry's lock, and removes what others had to leave half made or half removed.
-    fn guard(&self) -> Result<File, RegistryError> {
+    pub(crate) fn guard(&self) -> Result<File, RegistryError> {
         let error = |source| RegistryError::Root { path: self.root.clone(), source };
         let lock = File::options()
             .read(true)

@@ -38,7 +38,7 @@ use crate::machine::{Machine, Parts};
 use crate::memory::{GuestRam, MemoryError};
 use crate::mp_table;
 use crate::run_control::RunControl;
-use crate::snapshot::Written;
+use crate::snapshot::{Identity, Written};
 use crate::vcpu::MachineIo;
 
 /// Most vCPUs of a machine: their APIC ids fit a byte, and 255 means all.
@@ -425,7 +425,7 @@ impl MachineBuilder {
             other.set_state(&state)?;
         }
         let boot_tsc_khz = self.vm.tsc_khz();
-        Ok(self.finish(boot_tsc_khz, Written::since_boot()))
+        Ok(self.finish(boot_tsc_khz, Written::since_boot(), Identity::default()))
     }
 
     /// The interrupt controller comes last: its pins follow from the lines that the devices drive.
@@ -435,7 +435,7 @@ impl MachineBuilder {
         units
     }
 
-    pub(crate) fn finish(self, boot_tsc_khz: u32, written: Written) -> Machine {
+    pub(crate) fn finish(self, boot_tsc_khz: u32, written: Written, identity: Identity) -> Machine {
         let units = self.all_units();
         let power_button = self.ioapic.line(POWER_BUTTON_GSI);
         Machine {
@@ -447,6 +447,7 @@ impl MachineBuilder {
                 vcpus: self.vcpus.into_iter().map(|vcpu| Arc::new(Mutex::new(vcpu))).collect(),
                 units,
                 boot_tsc_khz,
+                identity,
                 written: Mutex::new(written),
             }),
             io: MachineIo { pio: self.pio.build(), mmio: self.mmio.build(), ioapic: self.ioapic },

@@ -13,7 +13,7 @@ use crate::event_loop::{EventLoop, Subscriber};
 use crate::hypercalls::{HypercallLog, HypercallReport};
 use crate::memory::GuestRam;
 use crate::run_control::{MachineEnd, RunControl};
-use crate::snapshot::Written;
+use crate::snapshot::{Identity, Written};
 use crate::vcpu::{self, MachineIo, SharedVcpu};
 
 /// A machine whose processors may run. Dropping it ends it and waits for its threads.
@@ -44,6 +44,8 @@ pub(crate) struct Parts {
     pub(crate) units: Vec<Arc<dyn StateUnit>>,
     /// The guest's TSC frequency when it booted, in kHz: what it still believes.
     pub(crate) boot_tsc_khz: u32,
+    /// Who the machine is.
+    pub(crate) identity: Identity,
     /// Which pages were written since when.
     pub(crate) written: Mutex<Written>,
 }
@@ -209,6 +211,11 @@ impl Machine {
             power_button: Arc::clone(&self.power_button),
             parts: Arc::downgrade(&self.parts),
         }
+    }
+
+    /// Who the machine is.
+    pub fn identity(&self) -> Identity {
+        self.parts.identity
     }
 
     /// Guest memory.

@@ -128,8 +128,8 @@ impl MemoryWriter {
         self.file.write_all_at(&[0; PAGE_BYTES], page * PAGE).map_err(host("write", &self.path))
     }
 
-    /// Adds checksums and trailer, and makes all of it durable.
-    pub(crate) fn finish(self, id: SnapshotId) -> Result<MemoryEntry, SnapshotError> {
+    /// Adds checksums and trailer, and makes all of it durable if it is to be.
+    pub(crate) fn finish(self, id: SnapshotId, durable: bool) -> Result<MemoryEntry, SnapshotError> {
         let failed = host("write", &self.path);
         let pages = self.map.pages();
         let mut trailer = header(id, pages).to_vec();
@@ -139,7 +139,9 @@ impl MemoryWriter {
             trailer.extend_from_slice(&checksum);
         }
         self.file.write_all_at(&trailer, pages * PAGE).map_err(&failed)?;
-        self.file.sync_all().map_err(&failed)?;
+        if durable {
+            self.file.sync_all().map_err(&failed)?;
+        }
         Ok(MemoryEntry { pages, trailer_bytes: trailer.len() as u64, trailer_sha256: Checksum::of(&trailer) })
     }
 }

@@ -63,6 +63,7 @@ pub struct SnapshotWriter<'a> {
     files: Vec<(String, File)>,
     producer: String,
     watch: Watch<'a>,
+    durable: bool,
     finished: bool,
 }
 
@@ -112,6 +113,7 @@ impl<'a> SnapshotWriter<'a> {
             files: Vec::new(),
             producer: producer.to_owned(),
             watch: Box::new(|_| ()),
+            durable: true,
             finished: false,
         })
     }
@@ -121,6 +123,13 @@ impl<'a> SnapshotWriter<'a> {
     pub fn watched_by(mut self, mut watch: impl FnMut(Step) + Send + 'a) -> Self {
         watch(Step::Created);
         self.watch = Box::new(watch);
+        self
+    }
+
+    /// For a snapshot that does not outlive the host: nothing is made durable.
+    #[must_use]
+    pub fn fleeting(mut self) -> Self {
+        self.durable = false;
         self
     }
 
@@ -155,7 +164,7 @@ impl<'a> SnapshotWriter<'a> {
     /// # Errors
     /// The host's.
     pub fn finish_memory(&mut self, memory: MemoryWriter) -> Result<(), SnapshotError> {
-        self.memory = Some(memory.finish(self.id)?);
+        self.memory = Some(memory.finish(self.id, self.durable)?);
         (self.watch)(Step::Memory);
         Ok(())
     }
@@ -182,10 +191,14 @@ impl<'a> SnapshotWriter<'a> {
         for (name, file) in std::mem::take(&mut self.files) {
             let path = self.partial.join(&name);
             let (bytes, sha256) = file_checksum(&file).map_err(host("read", &path))?;
-            file.sync_all().map_err(host("write", &path))?;
+            self.sync(&file).map_err(host("write", &path))?;
             entries.push(FileEntry { name, bytes, sha256 });
         }
         Ok(entries)
+    }
+
+    fn sync(&self, file: &File) -> io::Result<()> {
+        if self.durable { file.sync_all() } else { Ok(()) }
     }
 
     fn write_state(&self) -> Result<(u64, Vec<SectionEntry>), SnapshotError> {
@@ -204,7 +217,7 @@ impl<'a> SnapshotWriter<'a> {
             bytes.resize(bytes.len().next_multiple_of(8), 0);
         }
         debug_assert!(bytes.len() as u64 >= STATE_HEADER_BYTES);
-        file.write_all(&bytes).and_then(|()| file.sync_all()).map_err(host("write", &path))?;
+        file.write_all(&bytes).and_then(|()| self.sync(&file)).map_err(host("write", &path))?;
         Ok((bytes.len() as u64, entries))
     }
 
@@ -215,7 +228,7 @@ impl<'a> SnapshotWriter<'a> {
     pub fn commit(mut self) -> Result<Snapshot, SnapshotError> {
         let memory = match self.memory.take() {
             Some(memory) => memory,
-            None => self.memory(0)?.finish(self.id)?,
+            None => self.memory(0)?.finish(self.id, self.durable)?,
         };
         let (state_bytes, sections) = self.write_state()?;
         (self.watch)(Step::State);
@@ -236,7 +249,7 @@ impl<'a> SnapshotWriter<'a> {
         // What cannot be read back must not be called a snapshot.
         Manifest::decode(&self.target, &bytes)?;
         let (mut file, path) = self.file(manifest::FILE)?;
-        file.write_all(&bytes).and_then(|()| file.sync_all()).map_err(host("write", &path))?;
+        file.write_all(&bytes).and_then(|()| self.sync(&file)).map_err(host("write", &path))?;
         self.seal()?;
         (self.watch)(Step::Manifest);
         renameat_with(CWD, &self.partial, CWD, &self.target, RenameFlags::NOREPLACE).map_err(|errno| {
@@ -247,7 +260,7 @@ impl<'a> SnapshotWriter<'a> {
         })?;
         self.finished = true;
         (self.watch)(Step::Renamed);
-        sync_folder(&self.folder)?;
+        self.sync_folder(&self.folder)?;
         (self.watch)(Step::Done);
         Snapshot::open(&self.target)
     }
@@ -258,12 +271,12 @@ impl<'a> SnapshotWriter<'a> {
             let path = entry.map_err(host("read", &self.partial))?.path();
             fs::set_permissions(&path, fs::Permissions::from_mode(0o400)).map_err(host("seal", &path))?;
         }
-        sync_folder(&self.partial)
+        self.sync_folder(&self.partial)
     }
-}
 
-fn sync_folder(folder: &Path) -> Result<(), SnapshotError> {
-    File::open(folder).and_then(|folder| folder.sync_all()).map_err(host("write", folder))
+    fn sync_folder(&self, folder: &Path) -> Result<(), SnapshotError> {
+        File::open(folder).and_then(|folder| self.sync(&folder)).map_err(host("write", folder))
+    }
 }
 
 /// Length and checksum of a whole file.

@@ -37,6 +37,7 @@ pub(crate) fn run(command: Command, runtime_dir: Option<&Path>) -> Result<u8, Fa
         Command::Wait(flags) => lifecycle::wait(&flags, &registry),
         Command::Rm(flags) => lifecycle::rm(&flags, &registry),
         Command::Snapshot(flags) => crate::snapshots::take(&flags, &registry),
+        Command::Fork(flags) => crate::snapshots::fork(&flags, &registry),
         Command::Run(_)
         | Command::Restore(_)
         | Command::Snapshots(_)

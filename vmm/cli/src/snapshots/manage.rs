@@ -7,7 +7,7 @@ use harrier_machine::snapshot::MachineState;
 use harrier_snapshot::{Chain, Listed, Snapshot, list, remove, sweep, verify};
 use serde_json::{Value, json};
 
-use super::{find, store, workload_text};
+use super::{command_words, find, store};
 use crate::exit::{Failure, HARRIER_FAILED};
 use crate::flags::{SnapshotNamesFlags, SnapshotsCommand, SnapshotsLsFlags, SnapshotsVerifyFlags};
 use crate::table;
@@ -57,7 +57,7 @@ fn ls(flags: &SnapshotsLsFlags) -> Result<u8, Failure> {
                     table::size(manifest.memory_bytes()),
                     table::size(stored_bytes(path)),
                     parent,
-                    workload_text(snapshot),
+                    command_words(snapshot).join(" "),
                 ]
             }
             Err(err) => vec![name(path), "-".into(), "-".into(), "-".into(), "-".into(), err.to_string()],

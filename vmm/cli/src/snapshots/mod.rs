@@ -1,6 +1,7 @@
 //! Snapshots as a user sees them: taken of a machine that runs ([`take`]), made into machines ([`restore`]), and looked
 //! after where they lie ([`run`]). What the command line itself has to keep beside a machine is in [`kept`].
 
+mod fork;
 mod kept;
 mod manage;
 
@@ -15,7 +16,9 @@ use harrier_control::api::{ApiError, MachineState, SnapshotInfo, SnapshotRequest
 use harrier_control::{Client, Registry, unix_ms};
 use harrier_machine::MachineHandle;
 use harrier_machine::boot::ElfEntry;
-use harrier_machine::snapshot::{self, MachineState as SavedMachine, Request, TakeError};
+use harrier_machine::snapshot::{
+    self, Kind, MachineState as SavedMachine, Request, Restoration, Role, TakeError,
+};
 use harrier_snapshot::{Chain, Snapshot};
 
 use crate::config::{OutputConfig, Restored, RunConfig, Workload};
@@ -23,6 +26,7 @@ use crate::exit::Failure;
 use crate::flags::{RestoreFlags, RunFlags, SnapshotFlags};
 use crate::units::parse_time;
 
+pub(crate) use fork::fork;
 pub(crate) use kept::{KeptByHost, open_for_copies, open_own_disk, read_session};
 pub(crate) use manage::run;
 
@@ -71,7 +75,7 @@ pub(crate) fn take(flags: &SnapshotFlags, registry: &Registry) -> Result<u8, Fai
         .into_os_string()
         .into_string()
         .map_err(|target| Failure::new(format!("--to {target:?} is not text: use UTF-8")))?;
-    let request = SnapshotRequest { target, diff: flags.diff, resume: flags.resume };
+    let request = SnapshotRequest { target, diff: flags.diff, resume: flags.resume, image: false };
     let client = Client::new(&entry.folder).with_timeout(TAKE_TIMEOUT);
     let taken = client.snapshot(&request).map_err(|err| about(&err))?;
     let text =
@@ -99,6 +103,11 @@ pub(crate) fn restored_config(flags: RunFlags, folder: &Path, remarks: bool) -> 
     let machine = saved.config(chain.snapshot())?;
     let host = kept::HostState::read(chain.snapshot())?;
     let workload = host.workload(chain.snapshot())?;
+    let restoration = Restoration {
+        role: if flags.clone_index.is_some() { Role::Clone } else { Role::Restored },
+        clone_index: flags.clone_index.unwrap_or(0),
+        is_parent: flags.image.is_none(),
+    };
     let timeout = flags.timeout.as_deref().map(parse_time).transpose();
     Ok(RunConfig {
         interactive: flags.interactive,
@@ -119,7 +128,7 @@ pub(crate) fn restored_config(flags: RunFlags, folder: &Path, remarks: bool) -> 
         seccomp: !flags.no_seccomp,
         attempt: None,
         stderr: None,
-        restore: Some(Restored(Arc::new(chain))),
+        restore: Some(Restored { chain: Arc::new(chain), restoration }),
     })
 }
 
@@ -158,9 +167,15 @@ fn take_one(machine: &MachineHandle, kept: &mut KeptByHost, request: &SnapshotRe
     if !target.is_absolute() {
         return Err(ApiError::bad_request(format!("'{}' is no absolute path", request.target)));
     }
+    let kind = match (request.image, request.diff) {
+        (true, true) => return Err(ApiError::bad_request("an image is no difference: ask for one of them")),
+        (true, false) => Kind::Image,
+        (false, true) => Kind::Difference,
+        (false, false) => Kind::Full,
+    };
     let report = machine.snapshot(Request {
         target,
-        difference: request.diff,
+        kind,
         stay_paused: false,
         producer: PRODUCER,
         owner: &mut |writer| kept.add_to(writer),
@@ -182,16 +197,14 @@ fn take_one(machine: &MachineHandle, kept: &mut KeptByHost, request: &SnapshotRe
     })
 }
 
-/// What runs in the machine of a snapshot, for people.
-fn workload_text(snapshot: &Snapshot) -> String {
-    match kept::HostState::read(snapshot).and_then(|host| host.workload(snapshot)) {
-        Ok(Workload::Command(command)) => command
-            .argv
-            .iter()
-            .map(|arg| String::from_utf8_lossy(arg).into_owned())
-            .collect::<Vec<_>>()
-            .join(" "),
-        Ok(Workload::Console) => String::new(),
-        Err(_) => "?".to_owned(),
+/// What runs in the machine of a snapshot: program and arguments, or nothing.
+pub(crate) fn command_words(snapshot: &Snapshot) -> Vec<String> {
+    let workload = kept::HostState::read(snapshot).and_then(|host| host.workload(snapshot));
+    match workload {
+        Ok(Workload::Command(command)) => {
+            command.argv.iter().map(|arg| String::from_utf8_lossy(arg).into_owned()).collect()
+        }
+        Ok(Workload::Console) => Vec::new(),
+        Err(_) => vec!["?".to_owned()],
     }
 }

@@ -9,6 +9,7 @@
 //! [`MachineBuilder::restoring`]: crate::MachineBuilder::restoring
 //! [`MachineBuilder::restore`]: crate::MachineBuilder::restore
 
+mod identity;
 mod pages;
 mod restore;
 mod sections;
@@ -17,9 +18,10 @@ mod take;
 use harrier_engine::EngineError;
 use harrier_snapshot::SnapshotError;
 
+pub use identity::{Identity, Restoration, Role};
 pub use restore::RestoreError;
 pub use sections::{HOST_PREFIX, MachineState};
-pub use take::{OwnerPart, Progress, Report, Request};
+pub use take::{Kind, OwnerPart, Progress, Report, Request};
 
 pub(crate) use pages::Written;
 

@@ -89,9 +89,9 @@ impl Written {
         Written { since_parent: PageSet::default(), since_start: PageSet::default(), parent: None }
     }
 
-    /// Of a machine made of a snapshot.
-    pub(crate) fn since_restore(parent: PathBuf) -> Self {
-        Written { parent: Some(parent), ..Self::since_boot() }
+    /// Of a machine made of a snapshot, which the next difference may be one to.
+    pub(crate) fn since_restore(parent: Option<PathBuf>) -> Self {
+        Written { parent, ..Self::since_boot() }
     }
 
     /// Takes the engine's log; answers what is in it. No vCPU runs: so nothing is written between taking the log and

@@ -4,14 +4,15 @@
 //! as when the machine was first built; [`MachineBuilder::restore`] puts everything into its state. Any engine that
 //! offers the CPU model will do.
 
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use harrier_engine::cpu_state::{CpuState, msr};
 use harrier_engine::{CpuModel, Engine, EngineError};
 use harrier_snapshot::{Chain, Section, Snapshot, SnapshotError};
 
-use super::Written;
-use super::sections::{CPU_VERSION, HOST_PREFIX, MACHINE, MACHINE_VERSION, MachineState, cpu_name};
+use super::sections::{CPU_VERSION, HOST_PREFIX, MACHINE, MACHINE_VERSIONS, MachineState, cpu_name};
+use super::{Identity, Restoration, Written};
 use crate::builder::{BuildError, MachineBuilder, MachineConfig};
 use crate::machine::Machine;
 use crate::memory::GuestRam;
@@ -59,11 +60,11 @@ fn wrong(snapshot: &Snapshot, section: &str, reason: impl ToString) -> RestoreEr
 fn read<T: serde::de::DeserializeOwned>(
     snapshot: &Snapshot,
     name: &str,
-    version: u32,
+    versions: &RangeInclusive<u32>,
 ) -> Result<T, RestoreError> {
     let Section { version: found, bytes, .. } = snapshot.section(name)?;
-    if found != version {
-        let reason = format!("version {found} is unknown, this harrier has {version}");
+    if !versions.contains(&found) {
+        let reason = format!("version {found} is unknown, this harrier has {}", versions.end());
         return Err(wrong(snapshot, name, reason));
     }
     serde_json::from_slice(&bytes).map_err(|err| wrong(snapshot, name, err))
@@ -75,7 +76,7 @@ impl MachineState {
     /// # Errors
     /// [`RestoreError`] if it is not there or not one.
     pub fn read(snapshot: &Snapshot) -> Result<Self, RestoreError> {
-        let state: MachineState = read(snapshot, MACHINE, MACHINE_VERSION)?;
+        let state: MachineState = read(snapshot, MACHINE, &MACHINE_VERSIONS)?;
         if state.memory_bytes != snapshot.manifest().memory_bytes() {
             let reason = format!("{} bytes of memory are not what the memory file has", state.memory_bytes);
             return Err(wrong(snapshot, MACHINE, reason));
@@ -110,13 +111,18 @@ impl MachineBuilder {
     }
 
     /// Takes up the snapshot that [`MachineBuilder::restoring`] was given; the same devices have been added as when the
-    /// machine was first built. It stands until it is started.
+    /// machine was first built. It stands until it is started. `restoration` says what is to become of it.
     ///
     /// # Errors
     /// [`RestoreError`] if a section is missing, unknown, damaged, or not one that its device or the engine can be in.
-    pub fn restore(mut self, chain: &Chain) -> Result<Machine, RestoreError> {
+    pub fn restore(mut self, chain: &Chain, restoration: &Restoration) -> Result<Machine, RestoreError> {
         let snapshot = chain.snapshot();
         let state = MachineState::read(snapshot)?;
+        let identity = Identity {
+            role: restoration.role,
+            generation: state.generation.saturating_add(1),
+            clone_index: restoration.clone_index,
+        };
         let units = self.all_units();
         for entry in &snapshot.manifest().sections {
             let name = entry.name.as_str();
@@ -138,7 +144,7 @@ impl MachineBuilder {
         let tsc_khz = self.vm.tsc_khz();
         for (index, vcpu) in self.vcpus.iter_mut().enumerate() {
             let name = cpu_name(index);
-            let mut cpu: CpuState = read(snapshot, &name, CPU_VERSION)?;
+            let mut cpu: CpuState = read(snapshot, &name, &(CPU_VERSION..=CPU_VERSION))?;
             rebase_tsc(&mut cpu, tsc_khz);
             vcpu.set_state(&cpu).map_err(|err| wrong(snapshot, &name, err))?;
         }
@@ -149,8 +155,8 @@ impl MachineBuilder {
                 log::warn!("machine: the guest's clock page is not written: {}", status.name());
             }
         }
-        let written = Written::since_restore(snapshot.path().to_owned());
-        Ok(self.finish(state.boot_tsc_khz, written))
+        let parent = restoration.is_parent.then(|| snapshot.path().to_owned());
+        Ok(self.finish(state.boot_tsc_khz, Written::since_restore(parent), identity))
     }
 }
 

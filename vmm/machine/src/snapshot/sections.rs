@@ -13,7 +13,8 @@ use crate::machine::Parts;
 pub const HOST_PREFIX: &str = "host.";
 /// The machine's own section.
 pub(crate) const MACHINE: &str = "machine";
-pub(crate) const MACHINE_VERSION: u32 = 1;
+/// 1 had no generation.
+pub(crate) const MACHINE_VERSIONS: std::ops::RangeInclusive<u32> = 1..=2;
 pub(crate) const CPU_VERSION: u32 = 1;
 
 /// The section of the machine itself.
@@ -32,6 +33,9 @@ pub struct MachineState {
     pub clock_ns: u64,
     /// The engine that ran the machine. For people: any engine may go on.
     pub engine: String,
+    /// The restores that led to the machine.
+    #[serde(default)]
+    pub generation: u64,
 }
 
 /// Name of a vCPU's section.
@@ -54,8 +58,9 @@ pub(crate) fn save(parts: &Parts) -> Result<Vec<Section>, TakeError> {
         boot_tsc_khz: parts.boot_tsc_khz,
         clock_ns: parts.vm.clock_ns()?,
         engine: parts.engine.to_owned(),
+        generation: parts.identity.generation,
     };
-    let mut sections = vec![json(MACHINE, MACHINE_VERSION, &machine)?];
+    let mut sections = vec![json(MACHINE, *MACHINE_VERSIONS.end(), &machine)?];
     let states: Vec<CpuState> = parts.cpu_states()?;
     for (index, state) in states.iter().enumerate() {
         sections.push(json(&cpu_name(index), CPU_VERSION, state)?);

@@ -23,12 +23,24 @@ const FEW_PAGES: u64 = 512;
 /// Rounds before the pause at most.
 const MAX_ROUNDS: usize = 8;
 
+/// What a snapshot is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// All of the machine.
+    Full,
+    /// Only what was written since the machine's last snapshot.
+    Difference,
+    /// All of the machine, to be forked at once and not to be kept: it is not made durable, and later differences do not
+    /// know of it.
+    Image,
+}
+
 /// What is to be taken, and where to.
 pub struct Request<'a> {
     /// The folder that the snapshot is to be.
     pub target: &'a Path,
-    /// Only what was written since the machine's last snapshot.
-    pub difference: bool,
+    /// What it is for.
+    pub kind: Kind,
     /// The machine stands still afterwards: one pause is left to be taken back.
     pub stay_paused: bool,
     /// The program that writes it, for people.
@@ -126,7 +138,8 @@ fn take(
     written: &mut Written,
     request: Request<'_>,
 ) -> Result<Report, TakeError> {
-    let Request { target, difference, stay_paused, producer, owner, progress } = request;
+    let Request { target, kind, stay_paused, producer, owner, progress } = request;
+    let difference = kind == Kind::Difference;
     let begin = Instant::now();
     let parent = match (difference, &written.parent) {
         (false, _) => None,
@@ -134,6 +147,9 @@ fn take(
         (true, Some(path)) => Some(Snapshot::open(path)?),
     };
     let mut writer = SnapshotWriter::create(target, parent.as_ref(), producer)?;
+    if kind == Kind::Image {
+        writer = writer.fleeting();
+    }
     let pages = parts.config.memory_bytes / PAGE_SIZE as u64;
     let mut copy = Copy { ram: &parts.ram, memory: writer.memory(pages)?, copied: 0, buffer: Vec::new() };
 
@@ -174,8 +190,10 @@ fn take(
     let result = finish(writer, copy, progress);
     match result {
         Ok((snapshot, pages_copied)) => {
-            written.since_parent = PageSet::default();
-            written.parent = Some(snapshot.path().to_owned());
+            if kind != Kind::Image {
+                written.since_parent = PageSet::default();
+                written.parent = Some(snapshot.path().to_owned());
+            }
             Ok(Report {
                 snapshot,
                 pause: stood,
