@@ -9,6 +9,8 @@ use crate::native::mem::{HostPtr, Word};
 
 const DATA_BITS: u32 = 10;
 const DATA_ENTRIES: usize = 1 << DATA_BITS;
+/// Length of the list of entries that may be written, twice their number, so that sorting out is rare.
+const MAX_WRITABLE: usize = 2 * 4 * DATA_ENTRIES;
 const CODE_BITS: u32 = 8;
 const CODE_ENTRIES: usize = 1 << CODE_BITS;
 /// Generations that fit into a tag; 0 marks an empty entry.
@@ -36,6 +38,8 @@ pub(crate) struct Tlb {
     data: Box<[DataEntry; 4 * DATA_ENTRIES]>,
     code: Box<[CodeEntry; 4 * CODE_ENTRIES]>,
     generation: u64,
+    /// Every data entry of this generation with the right to write is named here; others may be, too.
+    writable: Vec<u16>,
     /// Where large pages' entries may lie, by 2 MiB.
     large: AddressFilter,
 }
@@ -81,6 +85,7 @@ impl Tlb {
             data: Box::new([DataEntry::default(); 4 * DATA_ENTRIES]),
             code: Box::new([CodeEntry::default(); 4 * CODE_ENTRIES]),
             generation: 1,
+            writable: Vec::with_capacity(MAX_WRITABLE),
             large: AddressFilter::new(),
         }
     }
@@ -137,12 +142,26 @@ impl Tlb {
     pub(crate) fn fill_data(&mut self, rights: Rights, va: u64, host_page: u64, writable: bool) {
         let page = va & !(PAGE - 1);
         let tag = page | self.generation;
-        self.data[Self::data_index(rights, va)] = DataEntry {
+        let index = Self::data_index(rights, va);
+        self.data[index] = DataEntry {
             read: tag,
             write: if writable { tag } else { 0 },
             addend: host_page.wrapping_sub(page),
             _pad: 0,
         };
+        if writable {
+            self.note_writable(index);
+        }
+    }
+
+    fn note_writable(&mut self, index: usize) {
+        if self.writable.len() == MAX_WRITABLE {
+            let (data, generation) = (&self.data, self.generation);
+            self.writable.retain(|&index| data[usize::from(index)].write & (PAGE - 1) == generation);
+            self.writable.sort_unstable();
+            self.writable.dedup();
+        }
+        self.writable.push(index as u16);
     }
 
     /// Enters a code translation.
@@ -160,6 +179,7 @@ impl Tlb {
 
     pub(crate) fn flush(&mut self) {
         self.large.clear();
+        self.writable.clear();
         if self.generation == GENERATIONS {
             self.data.fill(DataEntry::default());
             self.code.fill(CodeEntry::default());
@@ -184,7 +204,8 @@ impl Tlb {
     /// Takes away the right to write straight to the page at this host address; true if there was one.
     pub(crate) fn protect_host_page(&mut self, host_page: u64) -> bool {
         let mut found = false;
-        for entry in self.data.iter_mut() {
+        for &index in &self.writable {
+            let entry = &mut self.data[usize::from(index)];
             if entry.write & (PAGE - 1) == self.generation
                 && (entry.write & !(PAGE - 1)).wrapping_add(entry.addend) == host_page
             {
@@ -197,7 +218,8 @@ impl Tlb {
 
     /// Takes away the right to write straight to any page, and tells which ones had it.
     pub(crate) fn forget_writable(&mut self, mut had: impl FnMut(u64)) {
-        for entry in self.data.iter_mut() {
+        for index in self.writable.drain(..) {
+            let entry = &mut self.data[usize::from(index)];
             if entry.write & (PAGE - 1) == self.generation {
                 had((entry.write & !(PAGE - 1)).wrapping_add(entry.addend));
                 entry.write = 0;
@@ -222,6 +244,28 @@ mod tests {
         assert_eq!(tlb.read::<u8>(Rights::User, 0x5000 + PAGE * DATA_ENTRIES as u64), None);
         tlb.flush();
         assert_eq!(tlb.read::<u8>(Rights::User, 0x5000), None);
+    }
+
+    #[test]
+    fn the_right_to_write_is_taken_from_every_entry_that_has_it() {
+        let mut tlb = Tlb::new();
+        let host = |page: u64| 0x7f00_0000_0000 + page * PAGE;
+        // Far more fillings than entries: the list is sorted out several times.
+        for round in 0..40u64 {
+            for page in 0..DATA_ENTRIES as u64 {
+                tlb.fill_data(Rights::User, page * PAGE, host(page), (page + round) % 3 != 0);
+            }
+        }
+        let writable = |tlb: &Tlb, page: u64| tlb.write::<u8>(Rights::User, page * PAGE).is_some();
+        assert!(writable(&tlb, 1) && tlb.protect_host_page(host(1)) && !writable(&tlb, 1));
+        assert!(!tlb.protect_host_page(host(1)), "it has no right any more");
+        let expected: Vec<u64> =
+            (0..DATA_ENTRIES as u64).filter(|&page| writable(&tlb, page)).map(host).collect();
+        let mut had = Vec::new();
+        tlb.forget_writable(|page| had.push(page));
+        had.sort_unstable();
+        assert_eq!(had, expected);
+        assert!((0..DATA_ENTRIES as u64).all(|page| !writable(&tlb, page)));
     }
 
     #[test]
