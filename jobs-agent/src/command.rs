@@ -13,7 +13,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use harrier_agent_protocol::flow::{FlowError, ReceiveStream, SendStream};
 use harrier_agent_protocol::{
-    AgentMessage, Attached, CommandStatus, DATA_MAX, Kept, Outbox, Status, Stream, Usage, WindowSize,
+    AgentMessage, Attached, Cause, CommandStatus, DATA_MAX, Kept, Outbox, Status, Stream, Usage, WindowSize,
 };
 
 use crate::spawn::Started;
@@ -183,7 +183,8 @@ impl Command {
         }
         let is_drained = self.outputs.iter().all(|output| output.file.is_none() && output.kept.is_sent());
         if let Some(end) = self.end.as_ref().filter(|_| is_drained && !self.said.end) {
-            AgentMessage::Exited { id, status: end.status, usage: end.usage, at_ns: end.at_ns }.send(outbox);
+            let End { status, usage, at_ns, .. } = *end;
+            AgentMessage::Exited { id, status, cause: Cause::Itself, usage, at_ns }.send(outbox);
             self.said.end = true;
         }
     }

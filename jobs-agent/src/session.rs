@@ -10,7 +10,7 @@ use harrier_agent_protocol::flow::FlowError;
 use harrier_agent_protocol::{
     AgentMessage, Attach, BootTimes, CommandSpec, CommandStatus, DATA_MAX, DecodeError, FailureKind,
     FrameError, Hello, HostMessage, Inbox, LINGER_FOREVER, LogLevel, MAX_COMMANDS, MAX_SPEC, Outbox, Ready,
-    Reason, Role, VERSION,
+    Reason, Role, Root, VERSION,
 };
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -24,6 +24,7 @@ use crate::identity;
 use crate::root::{self, MachineRoot};
 use crate::spawn::{self, StartError};
 use crate::sys;
+use crate::transfer::Transfer;
 
 /// Where the agent runs.
 pub(crate) enum Place {
@@ -110,6 +111,7 @@ struct State {
 /// What an id stands for until the host releases it.
 enum Entry {
     Command(Box<Command>),
+    Transfer(Box<Transfer>),
     /// It did not start; whether the host has been told on the present connection.
     Failed(StartError, bool),
 }
@@ -351,14 +353,14 @@ impl State {
     fn running(&self) -> impl Iterator<Item = &Command> {
         self.commands.values().filter_map(|entry| match entry {
             Entry::Command(command) => Some(&**command),
-            Entry::Failed(..) => None,
+            Entry::Transfer(_) | Entry::Failed(..) => None,
         })
     }
 
     fn command(&mut self, id: u32) -> Option<&mut Command> {
         match self.commands.get_mut(&id) {
             Some(Entry::Command(command)) => Some(command),
-            Some(Entry::Failed(..)) | None => None,
+            Some(Entry::Transfer(_) | Entry::Failed(..)) | None => None,
         }
     }
 
@@ -399,26 +401,34 @@ impl State {
                 };
                 self.run(id, &spec)?;
             }
-            HostMessage::Stdin { id, offset, bytes } => {
-                if let Some(command) = self.command(id) {
-                    command.receive_stdin(offset, bytes)?;
-                }
+            HostMessage::Put { id, spec } => {
+                let entry = self.enter(id, &spec.root.clone(), |id| Transfer::put(id, spec))?;
+                self.commands.insert(id, entry);
             }
-            HostMessage::StdinClose { id } => {
-                if let Some(command) = self.command(id) {
-                    command.end_stdin();
-                }
+            HostMessage::Get { id, spec } => {
+                let entry = self.enter(id, &spec.root, |id| Transfer::get(id, &spec))?;
+                self.commands.insert(id, entry);
             }
-            HostMessage::Ack { id, stream, offset } => {
-                if let Some(command) = self.command(id) {
-                    command.ack(stream, offset)?;
-                }
-            }
-            HostMessage::CloseOutput { id, stream } => {
-                if let Some(command) = self.command(id) {
-                    command.close_output(stream);
-                }
-            }
+            HostMessage::Stdin { id, offset, bytes } => match self.commands.get_mut(&id) {
+                Some(Entry::Command(command)) => command.receive_stdin(offset, bytes)?,
+                Some(Entry::Transfer(transfer)) => transfer.receive_stdin(offset, bytes)?,
+                Some(Entry::Failed(..)) | None => {}
+            },
+            HostMessage::StdinClose { id } => match self.commands.get_mut(&id) {
+                Some(Entry::Command(command)) => command.end_stdin(),
+                Some(Entry::Transfer(transfer)) => transfer.end_stdin(),
+                Some(Entry::Failed(..)) | None => {}
+            },
+            HostMessage::Ack { id, stream, offset } => match self.commands.get_mut(&id) {
+                Some(Entry::Command(command)) => command.ack(stream, offset)?,
+                Some(Entry::Transfer(transfer)) => transfer.ack(stream, offset)?,
+                Some(Entry::Failed(..)) | None => {}
+            },
+            HostMessage::CloseOutput { id, stream } => match self.commands.get_mut(&id) {
+                Some(Entry::Command(command)) => command.close_output(stream),
+                Some(Entry::Transfer(transfer)) => transfer.close_output(),
+                Some(Entry::Failed(..)) | None => {}
+            },
             HostMessage::Signal { id, sequence, number } => {
                 if let Some(Entry::Command(command)) = self.commands.get_mut(&id) {
                     command.signal(sequence, number, &mut self.outbox);
@@ -430,6 +440,11 @@ impl State {
                 }
             }
             HostMessage::Release { id } => self.release(id),
+            HostMessage::Quiesce { sequence, .. } => {
+                nix::unistd::sync();
+                AgentMessage::Quiesced { sequence }.send(&mut self.outbox);
+            }
+            HostMessage::Thaw => {}
         }
         Ok(())
     }
@@ -437,6 +452,7 @@ impl State {
     fn say_ready(&mut self) {
         let commands = self.commands.iter_mut().map(|(id, entry)| match entry {
             Entry::Command(command) => command.status(),
+            Entry::Transfer(transfer) => transfer.status(),
             Entry::Failed(..) => CommandStatus { id: *id, ..CommandStatus::default() },
         });
         AgentMessage::Ready(Ready {
@@ -461,6 +477,7 @@ impl State {
         for host in &attach.commands {
             match self.commands.get_mut(&host.id) {
                 Some(Entry::Command(command)) => command.resume(host)?,
+                Some(Entry::Transfer(transfer)) => transfer.resume(host)?,
                 Some(Entry::Failed(_, is_said)) => *is_said = false,
                 None => return Err(SessionError::UnknownCommand(host.id)),
             }
@@ -520,23 +537,44 @@ impl State {
     }
 
     fn start(&mut self, id: u32, spec: &CommandSpec) -> Result<Command, StartError> {
+        self.make_ready(&spec.root)?;
+        if let (Place::Machine(_), Some(name)) = (&self.place, &spec.hostname) {
+            root::set_hostname(name).map_err(StartError::other)?;
+        }
+        Ok(Command::new(id, spawn::spawn(spec)?))
+    }
+
+    /// Begins to copy a file, in the file system that it names.
+    fn enter(
+        &mut self,
+        id: u32,
+        root: &Root,
+        begin: impl FnOnce(u32) -> Result<Transfer, StartError>,
+    ) -> Result<Entry, SessionError> {
+        if self.commands.contains_key(&id) {
+            return Err(SessionError::IdInUse(id));
+        }
+        Ok(match self.make_ready(root).and_then(|()| begin(id)) {
+            Ok(transfer) => Entry::Transfer(Box::new(transfer)),
+            Err(error) => Entry::Failed(error, false),
+        })
+    }
+
+    /// Is there room for one more, and in this root file system?
+    fn make_ready(&mut self, root: &Root) -> Result<(), StartError> {
         if self.commands.len() >= MAX_COMMANDS {
             return Err(StartError::other(format!("{MAX_COMMANDS} commands run already")));
         }
         match &mut self.place {
-            Place::Machine(root) => {
-                if let Some(warning) =
-                    root.enter(&spec.root).map_err(|error| StartError::other(error.to_string()))?
-                {
+            Place::Machine(machine) => {
+                let warning = machine.enter(root).map_err(|error| StartError::other(error.to_string()))?;
+                if let Some(warning) = warning {
                     AgentMessage::Log { level: LogLevel::Warn, text: warning.as_bytes() }
                         .send(&mut self.outbox);
                 }
-                if let Some(name) = &spec.hostname {
-                    root::set_hostname(name).map_err(StartError::other)?;
-                }
             }
             Place::Process => {
-                if spec.root != Default::default() {
+                if *root != Root::Initramfs {
                     return Err(StartError {
                         kind: FailureKind::Other,
                         message: "a root file system can only be mounted inside a machine".into(),
@@ -544,7 +582,7 @@ impl State {
                 }
             }
         }
-        Ok(Command::new(id, spawn::spawn(spec)?))
+        Ok(())
     }
 
     /// Reaps every process that has ended: commands, and orphans that fell to the agent.
@@ -585,9 +623,13 @@ impl State {
             match entry {
                 Entry::Command(command) if self.is_attached => command.pump(now_ns, &mut self.outbox),
                 Entry::Command(command) => command.settle(now_ns),
+                Entry::Transfer(transfer) if self.is_attached => {
+                    transfer.pump(&mut self.scratch, &mut self.outbox);
+                }
+                Entry::Transfer(_) => {}
                 Entry::Failed(StartError { kind, message }, is_said) if self.is_attached && !*is_said => {
                     *is_said = true;
-                    AgentMessage::StartFailed { id: *id, kind: *kind, message: message.as_bytes() }
+                    AgentMessage::Failed { id: *id, kind: *kind, message: message.as_bytes() }
                         .send(&mut self.outbox);
                 }
                 Entry::Failed(..) => {}

@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use harrier_agent_protocol::{CommandSpec, FailureKind, User, WindowSize};
+use harrier_agent_protocol::{CommandSpec, FailureKind, WindowSize};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::pty::{Winsize, openpty};
@@ -17,6 +17,7 @@ use nix::sys::stat::{Mode, umask};
 use nix::unistd::{self, Gid, Uid};
 
 use crate::sys::{self, Fork};
+use crate::users::{self, Account};
 
 /// PATH where the host gives none.
 const DEFAULT_PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -81,17 +82,18 @@ impl Stage {
 pub(crate) fn spawn(spec: &CommandSpec) -> Result<Started, StartError> {
     let resources =
         |error: io::Error| StartError::other(format!("cannot set up the command's streams: {error}"));
+    let account = spec.user.as_ref().map(users::find).transpose().map_err(StartError::other)?;
     let (stdin, stdout, stderr, ends) = match spec.tty {
-        Some(size) => open_terminal(size, spec.user).map_err(resources)?,
-        None => open_pipes(spec.user).map_err(resources)?,
+        Some(size) => open_terminal(size, account.as_ref()).map_err(resources)?,
+        None => open_pipes(account.as_ref()).map_err(resources)?,
     };
     let (report, report_in_child) =
         unistd::pipe2(OFlag::O_CLOEXEC).map_err(|error| resources(error.into()))?;
-    let program = Program::new(spec);
+    let program = Program::new(spec, account.as_ref());
     match sys::fork() {
         Err(error) => Err(StartError::other(format!("cannot fork: {error}"))),
         Ok(Fork::Child) => {
-            let (stage, errno) = run_child(spec, &program, &ends);
+            let (stage, errno) = run_child(spec, account.as_ref(), &program, &ends);
             let mut message = vec![stage as u8];
             message.extend_from_slice(&(errno as i32).to_le_bytes());
             // Nobody could be told that the parent cannot be told.
@@ -117,7 +119,7 @@ pub(crate) fn spawn(spec: &CommandSpec) -> Result<Started, StartError> {
 
 type Streams = (OwnedFd, OwnedFd, Option<OwnedFd>, ChildEnds);
 
-fn open_pipes(user: Option<User>) -> io::Result<Streams> {
+fn open_pipes(user: Option<&Account>) -> io::Result<Streams> {
     let (stdin, agent_stdin) = unistd::pipe2(OFlag::O_CLOEXEC)?;
     let (agent_stdout, stdout) = unistd::pipe2(OFlag::O_CLOEXEC)?;
     let (agent_stderr, stderr) = unistd::pipe2(OFlag::O_CLOEXEC)?;
@@ -131,7 +133,7 @@ fn open_pipes(user: Option<User>) -> io::Result<Streams> {
     Ok((agent_stdin, agent_stdout, Some(agent_stderr), ChildEnds { stdin, stdout, stderr }))
 }
 
-fn open_terminal(size: WindowSize, user: Option<User>) -> io::Result<Streams> {
+fn open_terminal(size: WindowSize, user: Option<&Account>) -> io::Result<Streams> {
     let window = Winsize { ws_row: size.rows, ws_col: size.cols, ws_xpixel: 0, ws_ypixel: 0 };
     let pty = openpty(Some(&window), None)?;
     for fd in [&pty.master, &pty.slave] {
@@ -149,7 +151,7 @@ fn set_nonblocking(fd: &OwnedFd) -> io::Result<()> {
     Ok(())
 }
 
-fn own(fd: &OwnedFd, user: Option<User>) -> io::Result<()> {
+fn own(fd: &OwnedFd, user: Option<&Account>) -> io::Result<()> {
     match user {
         Some(user) => std::os::unix::fs::fchown(fd, Some(user.uid), Some(user.gid)),
         None => Ok(()),
@@ -165,9 +167,9 @@ struct Program {
 }
 
 impl Program {
-    fn new(spec: &CommandSpec) -> Self {
+    fn new(spec: &CommandSpec, account: Option<&Account>) -> Self {
         let name = spec.argv.first().map(Vec::as_slice).unwrap_or_default();
-        let env = environment(spec);
+        let env = environment(spec, account);
         let path =
             env.iter().find(|(name, _)| name == b"PATH").map(|(_, value)| value.clone()).unwrap_or_default();
         let candidates = if name.contains(&b'/') {
@@ -216,7 +218,7 @@ fn c_string(bytes: Vec<u8>) -> CString {
 }
 
 /// The command's variables: the host's, and those that no program should have to do without.
-fn environment(spec: &CommandSpec) -> Vec<(Vec<u8>, Vec<u8>)> {
+fn environment(spec: &CommandSpec, account: Option<&Account>) -> Vec<(Vec<u8>, Vec<u8>)> {
     let mut env: Vec<(Vec<u8>, Vec<u8>)> = Vec::with_capacity(spec.env.len() + 4);
     // The last of several wins.
     for (name, value) in spec.env.iter().rev() {
@@ -225,8 +227,12 @@ fn environment(spec: &CommandSpec) -> Vec<(Vec<u8>, Vec<u8>)> {
         }
     }
     env.reverse();
-    let is_root = spec.user.is_none_or(|user| user.uid == 0);
-    let home = if is_root && Path::new("/root").is_dir() { b"/root".as_slice() } else { b"/" };
+    let is_root = account.is_none_or(|account| account.uid == 0);
+    let home = match account.and_then(|account| account.home.as_deref()) {
+        Some(home) => home,
+        None if is_root && Path::new("/root").is_dir() => b"/root",
+        None => b"/",
+    };
     let mut default = |name: &[u8], value: &[u8]| {
         if !env.iter().any(|(known, _)| known == name) {
             env.push((name.to_vec(), value.to_vec()));
@@ -245,7 +251,12 @@ fn environment(spec: &CommandSpec) -> Vec<(Vec<u8>, Vec<u8>)> {
 }
 
 /// All that happens between fork and exec. Comes back only when it fails.
-fn run_child(spec: &CommandSpec, program: &Program, ends: &ChildEnds) -> (Stage, Errno) {
+fn run_child(
+    spec: &CommandSpec,
+    account: Option<&Account>,
+    program: &Program,
+    ends: &ChildEnds,
+) -> (Stage, Errno) {
     let attempt = || -> Result<(), (Stage, Errno)> {
         unistd::setsid().map_err(|errno| (Stage::Session, errno))?;
         if spec.tty.is_some() {
@@ -259,9 +270,10 @@ fn run_child(spec: &CommandSpec, program: &Program, ends: &ChildEnds) -> (Stage,
         sys::default_signals();
         SigSet::empty().thread_set_mask().map_err(|errno| (Stage::Session, errno))?;
         umask(Mode::from_bits_truncate(0o022));
-        if let Some(user) = spec.user {
+        if let Some(user) = account {
             let failed = |errno| (Stage::User, errno);
-            unistd::setgroups(&[]).map_err(failed)?;
+            let groups: Vec<Gid> = user.groups.iter().copied().map(Gid::from_raw).collect();
+            unistd::setgroups(&groups).map_err(failed)?;
             unistd::setgid(Gid::from_raw(user.gid)).map_err(failed)?;
             unistd::setuid(Uid::from_raw(user.uid)).map_err(failed)?;
         }

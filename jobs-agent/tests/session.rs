@@ -435,7 +435,7 @@ fn a_terminal_turns_control_c_into_a_signal_and_ends_its_input() {
 fn a_user_is_taken_on_where_the_agent_may() {
     let id = Command::new("id").arg("-u").output().unwrap();
     let spec = CommandSpec {
-        user: Some(User { uid: 1234, gid: 99 }),
+        user: Some(User::Ids { uid: 1234, gid: 99 }),
         ..sh("id -u; id -g; id -G; echo $HOME >/proc/self/fd/1")
     };
     let ended = run(spec);
@@ -627,7 +627,8 @@ fn noise_from_the_host_never_crashes_the_agent() {
             let mut frame = Vec::from((length as u32).to_le_bytes());
             // Mostly messages that it knows; SHUTDOWN, the last kind, seldom.
             frame.extend_from_slice(
-                &([2, 3, 4, 5, 6, 7, 8, 9, 12, 11, 10][(noise() % 10 + noise() % 2) as usize] as u16)
+                &([2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 14, 15, 16, 11, 10][(noise() % 14 + noise() % 2) as usize]
+                    as u16)
                     .to_le_bytes(),
             );
             frame.extend_from_slice(&[0, 0, (noise() % 3) as u8, 0, 0, 0]);

@@ -15,6 +15,10 @@
 //!       12       payload
 //! ```
 //!
+//! A file is copied like a command: into the machine over its stdin, out of it over its stdout ([`PutSpec`], [`GetSpec`]), and
+//! goes on after a lost connection as a command's streams do. Both sides take its SHA-256, and it has its name only once
+//! it is complete.
+//!
 //! Each of a command's three byte streams has a window ([`flow`]): a sender never has more than [`WINDOW`] bytes
 //! under way that the receiver has not yet disposed of, and keeps those to send them again. A receiver can thus always take what arrives off the
 //! connection, and one stream that stands still never holds up the others or the control messages.
@@ -23,18 +27,21 @@
 //! there, and what a peer can make the other side keep is bounded. The crate uses the standard library
 //! only and does no I/O by itself. Its neighbours are the agent, and `harrier-jobs` on the host.
 
+mod file;
 pub mod flow;
 mod frame;
 mod message;
 mod spec;
 mod wire;
 
+pub use file::{GetSpec, PATH_MAX, PutSpec, Transferred};
 pub use frame::{Frame, FrameError, HEADER_LEN, Inbox, MAX_PAYLOAD, Outbox};
 pub use message::{
-    AgentMessage, Attach, Attached, BootTimes, CommandStatus, DATA_MAX, FailureKind, Hello, HostMessage,
-    Kept, LINGER_FOREVER, LOG_MAX, LogLevel, Ready, Reason, Role, Status, Stream, Usage, decode_any,
+    AgentMessage, Attach, Attached, BootTimes, Cause, CommandStatus, DATA_MAX, FailureKind, Hello,
+    HostMessage, Kept, LINGER_FOREVER, LOG_MAX, LogLevel, PROGRESS_MAX, Ready, Reason, Role, Status, Stream,
+    Usage, decode_any,
 };
-pub use spec::{CommandSpec, MAX_SPEC, Root, SpecError, User, WindowSize};
+pub use spec::{CommandSpec, Limits, MAX_SPEC, Root, SpecError, User, WindowSize};
 pub use wire::DecodeError;
 
 /// The vsock port of the host (CID 2) that the agent dials.
@@ -45,10 +52,10 @@ pub const ROOT_DISK_SERIAL: &str = "harrier-root";
 
 /// The version of the protocol that this crate speaks. It changes whenever a frame's meaning does; only the layout
 /// of [`Hello`] never changes, so that two sides of different versions can name each other's.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 
 /// Names what holds an agent of this [`VERSION`]: builds for different versions lie side by side in one cache.
-pub const VERSION_TAG: &str = "agent-2";
+pub const VERSION_TAG: &str = "agent-3";
 
 /// How many bytes of one stream may be under way: sent, but not yet disposed of by the receiver.
 pub const WINDOW: u32 = 256 * 1024;

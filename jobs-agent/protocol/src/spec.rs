@@ -8,6 +8,12 @@ pub const MAX_SPEC: usize = 2 * 1024 * 1024;
 /// The longest serial number of a virtio-blk device in bytes (virtio 1.2, 5.2.6).
 const SERIAL_MAX: usize = 20;
 
+/// The longest name of a user in bytes.
+const USER_MAX: usize = 256;
+
+/// What stands for no limit.
+const NO_LIMIT: u64 = u64::MAX;
+
 /// Rows and columns of a terminal.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct WindowSize {
@@ -17,13 +23,31 @@ pub struct WindowSize {
     pub cols: u16,
 }
 
-/// Who runs a command: numeric ids, no further groups.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct User {
-    /// User id.
-    pub uid: u32,
-    /// Group id.
-    pub gid: u32,
+/// Who runs a command.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum User {
+    /// Numeric ids, no further groups.
+    Ids {
+        /// User id.
+        uid: u32,
+        /// Group id.
+        gid: u32,
+    },
+    /// A name in the /etc/passwd of the command's root file system, with that user's groups.
+    Name(Vec<u8>),
+}
+
+/// What a command and its descendants may use; `None` is what the machine has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Limits {
+    /// Processor time in percent of one processor.
+    pub cpu_percent: Option<u32>,
+    /// Memory in bytes, with files in memory. Who needs more is ended: [`Cause::Memory`](crate::Cause::Memory).
+    pub memory_bytes: Option<u64>,
+    /// Processes and threads. Who makes more is ended: [`Cause::Processes`](crate::Cause::Processes).
+    pub processes: Option<u32>,
+    /// Bytes in each of the machine's writable file systems: `/`, `/tmp`, `/dev/shm`, `/run`. More cannot be written.
+    pub disk_bytes: Option<u64>,
 }
 
 /// What a command sees as `/`.
@@ -56,6 +80,10 @@ pub struct CommandSpec {
     pub root: Root,
     /// The machine's host name, if it is to be set.
     pub hostname: Option<Vec<u8>>,
+    /// What it may use.
+    pub limits: Limits,
+    /// Run it in namespaces of its own: it sees and reaches no process, mount, host name or IPC object of the machine.
+    pub isolate: bool,
 }
 
 /// Why a [`CommandSpec`] cannot be sent.
@@ -78,6 +106,12 @@ pub enum SpecError {
     /// Too long a disk serial number.
     #[error("a disk's serial number has at most {SERIAL_MAX} bytes")]
     Serial,
+    /// Not a path in the guest.
+    #[error("{0:?} is not a path in the guest: it has to begin with / and have at most 4095 bytes")]
+    Path(String),
+    /// An empty or too long name of a user.
+    #[error("a user's name has 1 to {USER_MAX} bytes")]
+    User,
 }
 
 impl CommandSpec {
@@ -112,22 +146,14 @@ impl CommandSpec {
                 out.extend_from_slice(&size.cols.to_le_bytes());
             }
         }
-        match self.user {
-            None => out.push(0),
-            Some(user) => {
-                out.push(1);
-                out.extend_from_slice(&user.uid.to_le_bytes());
-                out.extend_from_slice(&user.gid.to_le_bytes());
-            }
-        }
-        match &self.root {
-            Root::Initramfs => out.push(0),
-            Root::Disk { serial } => {
-                out.push(1);
-                put_bytes(&mut out, serial);
-            }
-        }
+        put_user(&mut out, self.user.as_ref());
+        put_root(&mut out, &self.root);
         put_optional(&mut out, self.hostname.as_deref());
+        let Limits { cpu_percent, memory_bytes, processes, disk_bytes } = self.limits;
+        for limit in [cpu_percent.map(u64::from), memory_bytes, processes.map(u64::from), disk_bytes] {
+            out.extend_from_slice(&limit.unwrap_or(NO_LIMIT).to_le_bytes());
+        }
+        out.push(self.isolate.into());
         if out.len() > MAX_SPEC {
             return Err(SpecError::TooLong(out.len()));
         }
@@ -149,13 +175,16 @@ impl CommandSpec {
         if flag(&mut reader, "tty")? {
             spec.tty = Some(WindowSize { rows: reader.u16()?, cols: reader.u16()? });
         }
-        if flag(&mut reader, "user")? {
-            spec.user = Some(User { uid: reader.u32()?, gid: reader.u32()? });
-        }
-        if flag(&mut reader, "root")? {
-            spec.root = Root::Disk { serial: reader.bytes()?.to_vec() };
-        }
+        spec.user = user(&mut reader)?;
+        spec.root = root(&mut reader)?;
         spec.hostname = optional(&mut reader, "hostname")?;
+        spec.limits = Limits {
+            cpu_percent: small_limit(&mut reader, "cpu limit")?,
+            memory_bytes: limit(&mut reader)?,
+            processes: small_limit(&mut reader, "process limit")?,
+            disk_bytes: limit(&mut reader)?,
+        };
+        spec.isolate = flag(&mut reader, "isolate")?;
         reader.finish()?;
         let field = match spec.check() {
             Ok(()) => return Ok(spec),
@@ -164,6 +193,8 @@ impl CommandSpec {
             Err(SpecError::VariableName(_)) => "env",
             Err(SpecError::TooLong(_)) => "length",
             Err(SpecError::Serial) => "root",
+            Err(SpecError::User) => "user",
+            Err(SpecError::Path(_)) => "path",
         };
         Err(DecodeError::InvalidField { field, value: 0 })
     }
@@ -184,11 +215,71 @@ impl CommandSpec {
         if let Some((name, _)) = self.env.iter().find(|(name, _)| name.is_empty() || name.contains(&b'=')) {
             return Err(SpecError::VariableName(String::from_utf8_lossy(name).into_owned()));
         }
-        match &self.root {
-            Root::Disk { serial } if serial.len() > SERIAL_MAX => Err(SpecError::Serial),
-            _ => Ok(()),
+        check_user(self.user.as_ref())?;
+        check_root(&self.root)
+    }
+}
+
+pub(crate) fn check_root(root: &Root) -> Result<(), SpecError> {
+    match root {
+        Root::Disk { serial } if serial.len() > SERIAL_MAX => Err(SpecError::Serial),
+        Root::Disk { .. } | Root::Initramfs => Ok(()),
+    }
+}
+
+pub(crate) fn check_user(user: Option<&User>) -> Result<(), SpecError> {
+    match user {
+        Some(User::Name(name)) if name.is_empty() || name.len() > USER_MAX => Err(SpecError::User),
+        Some(User::Name(name)) if name.contains(&0) => Err(SpecError::Nul("user")),
+        Some(User::Name(_) | User::Ids { .. }) | None => Ok(()),
+    }
+}
+
+pub(crate) fn put_user(out: &mut Vec<u8>, user: Option<&User>) {
+    match user {
+        None => out.push(0),
+        Some(User::Ids { uid, gid }) => {
+            out.push(1);
+            out.extend_from_slice(&uid.to_le_bytes());
+            out.extend_from_slice(&gid.to_le_bytes());
+        }
+        Some(User::Name(name)) => {
+            out.push(2);
+            put_bytes(out, name);
         }
     }
+}
+
+pub(crate) fn user(reader: &mut Reader<'_>) -> Result<Option<User>, DecodeError> {
+    Ok(match reader.u8()? {
+        0 => None,
+        1 => Some(User::Ids { uid: reader.u32()?, gid: reader.u32()? }),
+        2 => Some(User::Name(reader.bytes()?.to_vec())),
+        value => return Err(DecodeError::InvalidField { field: "user", value: value.into() }),
+    })
+}
+
+pub(crate) fn put_root(out: &mut Vec<u8>, root: &Root) {
+    match root {
+        Root::Initramfs => out.push(0),
+        Root::Disk { serial } => {
+            out.push(1);
+            put_bytes(out, serial);
+        }
+    }
+}
+
+pub(crate) fn root(reader: &mut Reader<'_>) -> Result<Root, DecodeError> {
+    Ok(if flag(reader, "root")? { Root::Disk { serial: reader.bytes()?.to_vec() } } else { Root::Initramfs })
+}
+
+fn limit(reader: &mut Reader<'_>) -> Result<Option<u64>, DecodeError> {
+    Ok(Some(reader.u64()?).filter(|value| *value != NO_LIMIT))
+}
+
+fn small_limit(reader: &mut Reader<'_>, field: &'static str) -> Result<Option<u32>, DecodeError> {
+    let small = |value| u32::try_from(value).map_err(|_| DecodeError::InvalidField { field, value });
+    limit(reader)?.map(small).transpose()
 }
 
 fn put_optional(out: &mut Vec<u8>, bytes: Option<&[u8]>) {
@@ -223,15 +314,23 @@ mod tests {
             env: vec![(b"A".to_vec(), b"b=c".to_vec()), (b"EMPTY".to_vec(), Vec::new())],
             workdir: Some(b"/srv".to_vec()),
             tty: Some(WindowSize { rows: 24, cols: 80 }),
-            user: Some(User { uid: 1000, gid: 100 }),
+            user: Some(User::Ids { uid: 1000, gid: 100 }),
             root: Root::Disk { serial: b"harrier-root".to_vec() },
             hostname: Some(b"box".to_vec()),
+            limits: Limits {
+                cpu_percent: Some(50),
+                memory_bytes: Some(1 << 33),
+                processes: Some(7),
+                disk_bytes: Some(0),
+            },
+            isolate: true,
         }
     }
 
     #[test]
     fn a_specification_comes_back_as_it_was_sent() {
-        for spec in [full(), CommandSpec::new(["true"])] {
+        let named = CommandSpec { user: Some(User::Name(b"nobody".to_vec())), ..full() };
+        for spec in [full(), named, CommandSpec::new(["true"])] {
             assert_eq!(CommandSpec::decode(&spec.encode().unwrap()), Ok(spec));
         }
     }

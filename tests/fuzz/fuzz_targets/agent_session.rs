@@ -5,8 +5,9 @@
 
 use harrier_agent_protocol::flow::Position;
 use harrier_agent_protocol::{
-    AgentMessage, CommandSpec, CommandStatus, FailureKind, Frame, HEADER_LEN, Hello, HostMessage, Kept,
-    LINGER_FOREVER, LogLevel, Outbox, Ready, Reason, Status, Stream, Usage, WINDOW, WindowSize,
+    AgentMessage, Cause, CommandSpec, CommandStatus, FailureKind, Frame, GetSpec, HEADER_LEN, Hello,
+    HostMessage, Kept, LINGER_FOREVER, LogLevel, Outbox, PutSpec, Ready, Reason, Status, Stream, Transferred,
+    Usage, WINDOW, WindowSize,
 };
 use harrier_jobs::session::core::{Core, Event, Link, Phase};
 use libfuzzer_sys::fuzz_target;
@@ -98,6 +99,10 @@ fn hear(core: &mut Core, kept: &mut Held, frame: Frame<'_>) -> bool {
             }
         }
         Ok(Event::StdinRoom { bytes, .. }) => assert!(bytes <= WINDOW as usize),
+        Ok(Event::Progress { id, text }) => {
+            assert_eq!(core.phase(id), Some(Phase::Running));
+            assert!(!text.contains(char::is_control));
+        }
         Ok(Event::Log(_, line)) => assert!(!line.contains(char::is_control)),
         Ok(_) => {}
         Err(violation) => {
@@ -184,8 +189,9 @@ fuzz_target!(|data: &[u8]| {
             }
             6 => {
                 let status = Status::Signal(1 + input.byte() % 64);
+                let cause = [Cause::Itself, Cause::Memory, Cause::Processes][usize::from(input.byte() % 3)];
                 let message =
-                    AgentMessage::Exited { id, status, usage: Usage::default(), at_ns: input.word() };
+                    AgentMessage::Exited { id, status, cause, usage: Usage::default(), at_ns: input.word() };
                 say(&mut core, &mut kept, &message)
             }
             7 => say(&mut core, &mut kept, &AgentMessage::Synced),
@@ -194,8 +200,7 @@ fuzz_target!(|data: &[u8]| {
                 say(&mut core, &mut kept, &AgentMessage::Hello(hello))
             }
             9 => {
-                let message =
-                    AgentMessage::StartFailed { id, kind: FailureKind::Other, message: input.bytes() };
+                let message = AgentMessage::Failed { id, kind: FailureKind::Other, message: input.bytes() };
                 say(&mut core, &mut kept, &message)
             }
             10 | 11 => {
@@ -244,13 +249,36 @@ fuzz_target!(|data: &[u8]| {
             23 => say(&mut core, &mut kept, &AgentMessage::SignalAck { id, sequence: input.byte().into() }),
             24 => {
                 if core.phase(2).is_none() {
-                    core.run(2, spec.clone());
+                    // A command, or a file into the guest or out of it.
+                    match input.byte() % 3 {
+                        0 => core.run(2, spec.clone()),
+                        1 => core.put(2, PutSpec { path: b"/in".to_vec(), ..PutSpec::default() }),
+                        _ => core.get(2, GetSpec { path: b"/out".to_vec(), ..GetSpec::default() }),
+                    }
                 }
                 true
             }
             25 => {
                 core.remove(2);
                 kept.0[2] = [0; 2];
+                true
+            }
+            26 => {
+                let file = Transferred { bytes: input.word(), ..Transferred::default() };
+                say(&mut core, &mut kept, &AgentMessage::Transferred { id, file })
+            }
+            27 => say(&mut core, &mut kept, &AgentMessage::Heartbeat { at_ns: input.word() }),
+            28 => say(&mut core, &mut kept, &AgentMessage::Progress { id, text: input.bytes() }),
+            29 => {
+                let sequence = input.byte().into();
+                say(&mut core, &mut kept, &AgentMessage::Quiesced { sequence })
+            }
+            30 => {
+                core.quiesce(input.word() as u32);
+                true
+            }
+            31 => {
+                core.thaw();
                 true
             }
             _ => {

@@ -13,6 +13,7 @@ use harrier_machine::boot::ElfEntry;
 use thiserror::Error;
 
 use crate::engines::{EngineChoice, EngineChoiceError};
+use crate::files::{FileFlagError, FilesConfig};
 use crate::flags::RunFlags;
 use crate::units::{UnitError, parse_size, parse_time};
 
@@ -94,6 +95,8 @@ pub(crate) struct RunConfig {
     /// Where the command's stderr goes, if not to this program's.
     pub(crate) stderr: Option<PathBuf>,
     pub(crate) workload: Workload,
+    /// Files of the command.
+    pub(crate) files: FilesConfig,
     /// Input of a detached machine stays open.
     pub(crate) interactive: bool,
     /// The command has a terminal wherever its streams go.
@@ -131,6 +134,8 @@ pub(crate) enum ConfigError {
     NeedsCommand(&'static str),
     #[error("the command name is empty: give a program")]
     EmptyCommand,
+    #[error(transparent)]
+    Files(#[from] FileFlagError),
     #[error("--elf-entry '{0}' is unknown: use auto, pvh or linux64")]
     ElfEntry(String),
 }
@@ -159,6 +164,8 @@ impl RunConfig {
                 ("--workdir", flags.workdir.is_some()),
                 ("--rootfs", flags.rootfs.is_some()),
                 ("--tty", flags.tty),
+                ("--input", !flags.files.input.is_empty()),
+                ("--output", !flags.files.output.is_empty()),
             ];
             if flags.kernel.is_none() {
                 return Err(ConfigError::Nothing);
@@ -196,6 +203,7 @@ impl RunConfig {
             console: flags.console,
             attempt: flags.attempt,
             stderr: flags.stderr,
+            files: FilesConfig::from_flags(&flags.files, flags.workdir.as_ref().map(|dir| dir.as_bytes()))?,
             workload,
             interactive: flags.interactive,
             tty: flags.tty,

@@ -115,6 +115,8 @@ pub(crate) struct RunFlags {
     /// Working directory of the command in the guest.
     #[arg(long, short = 'w', value_name = "DIR")]
     pub(crate) workdir: Option<OsString>,
+    #[command(flatten)]
+    pub(crate) files: FileFlags,
     /// End the machine after this time; suffixes ms, s, m, h.
     #[arg(long, value_name = "TIME", allow_hyphen_values = true)]
     pub(crate) timeout: Option<String>,
@@ -172,6 +174,22 @@ pub(crate) struct RunFlags {
     /// The command and its arguments.
     #[arg(trailing_var_arg = true, value_name = "CMD")]
     pub(crate) command: Vec<OsString>,
+}
+
+/// Files of the command.
+#[derive(Debug, Args, Default, Clone)]
+pub(crate) struct FileFlags {
+    /// A file of this host that is copied into the machine before the command runs: by default into the command's working
+    /// directory, under its own name. Repeatable.
+    #[arg(long, value_name = "HOST[:GUEST]")]
+    pub(crate) input: Vec<OsString>,
+    /// A file of the guest that is copied to this host when the command has ended: by default into the working directory,
+    /// under its own name. If the command succeeds without having written it, the run fails. Repeatable.
+    #[arg(long, value_name = "GUEST[:HOST]")]
+    pub(crate) output: Vec<OsString>,
+    /// The longest output file that is taken; suffixes K, M, G. The default is 16G.
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) output_limit: Option<String>,
 }
 
 #[derive(Debug, Args)]
@@ -397,6 +415,8 @@ pub(crate) struct RestoreFlags {
     /// End the machine after this time; suffixes ms, s, m, h.
     #[arg(long, value_name = "TIME", allow_hyphen_values = true)]
     pub(crate) timeout: Option<String>,
+    #[command(flatten)]
+    pub(crate) files: FileFlags,
     /// Write what the guest prints on its serial console to a file.
     #[arg(long, value_name = "FILE")]
     pub(crate) console: Option<PathBuf>,
@@ -437,6 +457,7 @@ impl RestoreFlags {
             cpus: "1".to_owned(),
             memory: "512M".to_owned(),
             timeout: self.timeout,
+            files: self.files,
             console: self.console,
             json: self.json,
             timings: self.timings,

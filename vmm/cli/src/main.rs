@@ -12,6 +12,7 @@ mod disks;
 mod doctor;
 mod engines;
 mod exit;
+mod files;
 mod flags;
 mod guest_files;
 mod jobs;

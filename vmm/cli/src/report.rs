@@ -6,12 +6,13 @@ use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use harrier_engine::CpuModel;
-use harrier_jobs::{Outcome, Status};
+use harrier_jobs::{Cause, Outcome, Status};
 use harrier_machine::{Mark, RunReport};
 use serde_json::{Map, Value, json};
 
 use crate::config::RunConfig;
 use crate::exit::Failure;
+use crate::files::OutputEnd;
 
 /// Bytes of each stream that --json keeps.
 const CAPTURE_MAX: usize = 64 << 20;
@@ -71,6 +72,9 @@ pub(crate) struct RunRecord {
     command_times: Option<[Duration; 3]>,
     description: Map<String, Value>,
     command: Map<String, Value>,
+    /// Of a command that has ended.
+    pub(crate) output_files: Vec<OutputEnd>,
+    pub(crate) cause: Cause,
     report: Option<RunReport>,
 }
 
@@ -85,6 +89,8 @@ impl RunRecord {
             command_times: None,
             description: Map::new(),
             command: Map::new(),
+            output_files: Vec::new(),
+            cause: Cause::Itself,
             report: None,
         }
     }
@@ -123,6 +129,8 @@ impl RunRecord {
                 set("status", "signaled".into());
                 set("signal", (*number).into());
             }
+            // Of a file, which is no command.
+            Status::Transferred(_) => {}
             Status::NotFound(_) => {
                 set("status", "not found".into());
             }
@@ -136,6 +144,31 @@ impl RunRecord {
         set("user_us", outcome.usage.user_us.into());
         set("system_us", outcome.usage.system_us.into());
         set("max_rss_kib", outcome.usage.max_rss_kib.into());
+        self.cause = outcome.cause;
+        let cause = match outcome.cause {
+            Cause::Itself => None,
+            Cause::Memory => Some("memory"),
+            Cause::Processes => Some("processes"),
+        };
+        if let Some(cause) = cause {
+            set("cause", cause.into());
+        }
+    }
+
+    /// Notes what became of the output files.
+    pub(crate) fn outputs(&mut self, files: Vec<OutputEnd>) {
+        let of_file = |file: &OutputEnd| {
+            json!({
+                "guest": String::from_utf8_lossy(&file.guest),
+                "host": file.host.to_string_lossy(),
+                "bytes": file.facts.map(|facts| facts.bytes),
+                "sha256": file.facts.map(|facts| facts.sha256.to_string()),
+            })
+        };
+        if !files.is_empty() {
+            self.command.insert("outputs".to_owned(), files.iter().map(of_file).collect());
+        }
+        self.output_files = files;
     }
 
     /// Whether the command has run: it has ended, and not because it could not begin.

@@ -12,7 +12,7 @@ use harrier_engine::{CpuModel, Engine};
 use harrier_jobs::session::{Restored, Role};
 use harrier_jobs::{
     Command, CommandSpec, ExecuteError, FdOutput, Outcome, ROOT_DISK_SERIAL, Root, Session, SessionOptions,
-    Stdin, Stdio, WindowSize,
+    Status, Stdin, Stdio, WindowSize,
 };
 use harrier_machine::snapshot::{self, Identity};
 use harrier_machine::{MachineEnd, MachineHandle, RunReport};
@@ -22,6 +22,7 @@ use signal_hook::consts::SIGINT;
 use crate::attempt;
 use crate::config::{CommandConfig, RunConfig};
 use crate::exit::Failure;
+use crate::files::{self, FileTrouble, FilesConfig, Outputs};
 use crate::monitor::Monitor;
 use crate::report::CapturedOutput;
 use crate::run::{Run, ended, guest_exit, interrupted, prepare, start};
@@ -53,6 +54,7 @@ pub(crate) fn run(
     let tty = config.tty || (terminal::is_interactive() && !config.output.json && !detached);
     // The user's own terminal, as opposed to one that the command has anyway.
     let raw = tty && !detached && !config.output.json && terminal::is_interactive();
+    let mut outputs = Outputs::prepare(&config.files)?;
     let stdio = open_streams(config, tty, run)?;
     let spec = spec(command, tty);
     let (session, begun) = match &config.restore {
@@ -82,7 +84,8 @@ pub(crate) fn run(
         std::thread::Builder::new().name("machine".to_owned()).spawn(move || machine.wait()).map_err(
             |err| Failure::new(format!("no thread for the machine ({err}): raise the limit of processes")),
         )?;
-    let result = connect(&session, begun, &spec, prepared.agent.take(), &handle, run).map(|command| {
+    let agent = prepared.agent.take();
+    let result = connect(&session, begun, &spec, &config.files, agent, &handle, run).map(|command| {
         let command = command?;
         if let Some(monitor) = run.monitor {
             monitor.set_command(command.controller());
@@ -92,6 +95,10 @@ pub(crate) fn run(
             attempt::mark_started(folder, engine.name());
         }
         let outcome = command.wait()?;
+        if !outputs.is_empty() {
+            session.set_busy(Some("the command has ended, and its files are being copied"));
+            outputs.fetch(&config.files, &session, &spec.root)?;
+        }
         // A guest that does not answer is switched off all the same.
         let _ = session.shut_down(SHUTDOWN);
         Ok(outcome)
@@ -105,7 +112,7 @@ pub(crate) fn run(
     let report = waiter.join().map_err(|_| Failure::new("internal error: the machine's thread panicked"))?;
     terminal::restore();
     run.record.ended(&report);
-    conclude(config, run, &report, result, &prepared.console)
+    conclude(config, run, &report, result, outputs, &prepared.console)
 }
 
 /// What is to become the machine's command.
@@ -170,17 +177,25 @@ fn connect(
     session: &Session,
     begun: Begun,
     spec: &CommandSpec,
+    files: &FilesConfig,
     agent: Option<VsockListener>,
     handle: &MachineHandle,
     run: &mut Run<'_>,
-) -> Option<Result<Command, ExecuteError>> {
+) -> Option<Result<Command, FileTrouble>> {
     let agent = agent?;
     match begun {
         Begun::Not(stdio) => {
             let connection = wait_for_agent(&agent, handle)?;
             run.record.agent_connected = Some(Instant::now());
             session.connect(connection);
-            Some(session.run(spec, stdio))
+            if !files.inputs.is_empty() {
+                session.set_busy(Some("the command's files are being copied"));
+                if let Err(trouble) = files::copy_inputs(files, session, spec.user.as_ref(), &spec.root) {
+                    return Some(Err(trouble));
+                }
+                session.set_busy(None);
+            }
+            Some(session.run(spec, stdio).map_err(FileTrouble::Session))
         }
         Begun::InSnapshot(command) => {
             // It ran long before anybody asks.
@@ -194,7 +209,8 @@ fn connect(
                 }
                 session.machine_ended();
             });
-            Some(dialled.map(|_| command).map_err(|err| ExecuteError::Setup(Arc::new(err))))
+            let setup = |err| FileTrouble::Session(ExecuteError::Setup(Arc::new(err)));
+            Some(dialled.map(|_| command).map_err(setup))
         }
     }
 }
@@ -203,7 +219,8 @@ fn conclude(
     config: &RunConfig,
     run: &mut Run<'_>,
     report: &RunReport,
-    result: Option<Result<Outcome, ExecuteError>>,
+    result: Option<Result<Outcome, FileTrouble>>,
+    outputs: Outputs,
     console: &crate::console::ConsoleTail,
 ) -> Result<u8, Failure> {
     let error = match result {
@@ -217,13 +234,24 @@ fn conclude(
                 }
             }
             let code = outcome.status.exit_code();
+            let succeeded = outcome.status == Status::Exited(0);
+            match outputs.commit(succeeded, config.output.remarks) {
+                Ok(ends) => run.record.outputs(ends),
+                Err((ends, failure)) => {
+                    run.record.outputs(ends);
+                    return Err(failure);
+                }
+            }
             return match outcome.status.message() {
                 Some(message) => Err(Failure { code, message: message.to_owned() }),
                 None => Ok(code),
             };
         }
-        Some(Err(error)) => Some(error),
-        None => None,
+        Some(Err(FileTrouble::Other(failure))) if run.interrupter.interruption().is_none() => {
+            return Err(failure);
+        }
+        Some(Err(FileTrouble::Session(error))) => Some(error),
+        Some(Err(FileTrouble::Other(_))) | None => None,
     };
     if let Some(why) = run.interrupter.interruption() {
         return interrupted(why, config);
@@ -248,8 +276,8 @@ fn is_lost_guest(error: &ExecuteError) -> bool {
     matches!(error, ExecuteError::Disconnected(_) | ExecuteError::Connection(_))
 }
 
-fn lost_guest(result: &Option<Result<Outcome, ExecuteError>>) -> bool {
-    matches!(result, Some(Err(error)) if is_lost_guest(error))
+fn lost_guest(result: &Option<Result<Outcome, FileTrouble>>) -> bool {
+    matches!(result, Some(Err(FileTrouble::Session(error))) if is_lost_guest(error))
 }
 
 /// Waits until the agent has connected; `None` if the machine ends before.

@@ -13,6 +13,7 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use crate::outcome::{ExecuteError, Outcome};
 use crate::session::SessionState;
+use crate::session::core::Request;
 use crate::stdio::Stdio;
 
 /// The first command of a session.
@@ -27,7 +28,9 @@ pub(crate) enum Event {
     Run(Box<NewCommand>),
     /// End the machine; the answer comes when it may be switched off, or the time is over.
     ShutDown(Duration, Sender<Result<(), ExecuteError>>),
-    State(Sender<SessionState>),
+    State(Sender<Result<SessionState, ExecuteError>>),
+    /// Why no snapshot can be taken from now on, if none can.
+    Busy(Option<&'static str>),
     /// No further connection will come.
     MachineEnded,
     /// Nobody holds the session any more.
@@ -53,7 +56,8 @@ pub(crate) enum CommandEvent {
 /// A command that is to run.
 pub(crate) struct NewCommand {
     pub(crate) id: u32,
-    pub(crate) spec: Vec<u8>,
+    /// Nothing for one that the core knows already.
+    pub(crate) request: Option<Request>,
     pub(crate) stdio: Stdio,
     pub(crate) begin: Instant,
     pub(crate) done: Sender<Result<Outcome, ExecuteError>>,

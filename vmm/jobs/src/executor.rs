@@ -9,7 +9,7 @@ use harrier_agent_protocol::CommandSpec;
 use crate::control::{ControlReceiver, FIRST_COMMAND, NewCommand};
 use crate::outcome::{ExecuteError, Outcome};
 use crate::session::SessionOptions;
-use crate::session::core::Core;
+use crate::session::core::{Core, Request};
 use crate::session::driver::Driver;
 use crate::stdio::Stdio;
 
@@ -41,7 +41,7 @@ pub fn execute(
     options: &Options,
     control: ControlReceiver,
 ) -> Result<Outcome, ExecuteError> {
-    let spec = spec.encode()?;
+    let request = Some(Request::Run(spec.encode()?));
     let (done, result) = channel();
     let begin = Instant::now();
     let session = SessionOptions {
@@ -51,6 +51,6 @@ pub fn execute(
     };
     let mut driver = Driver::new(control, session, Core::default());
     driver.last_command = Some(options.shutdown);
-    driver.run_once(connection, NewCommand { id: FIRST_COMMAND, spec, stdio, begin, done });
+    driver.run_once(connection, NewCommand { id: FIRST_COMMAND, request, stdio, begin, done });
     result.recv().unwrap_or(Err(ExecuteError::Cancelled))
 }

@@ -1,6 +1,6 @@
 //! The host's side of jobs, in four parts that know only those before them:
 //!
-//! - [`session`] runs commands in one machine through the machine's agent;
+//! - [`session`] runs commands in one machine through the machine's agent, [`files`] copies files over it;
 //! - [`queue`] is what a job is: its specification, states, reasons, and the language of requirements;
 //! - [`store`] keeps jobs: one trait, and a SQLite file behind it;
 //! - [`worker`] takes jobs from a store and runs each in a monitor process of its own.
@@ -15,6 +15,7 @@
 
 mod control;
 mod executor;
+pub mod files;
 mod outcome;
 pub mod queue;
 pub mod session;
@@ -27,7 +28,7 @@ pub use control::{ControlReceiver, Controller, control};
 pub use executor::{Options, execute};
 pub use harrier_agent_protocol as protocol;
 pub use harrier_agent_protocol::{
-    AGENT_PORT, CommandSpec, ROOT_DISK_SERIAL, Root, SpecError, Usage, User, WindowSize,
+    AGENT_PORT, Cause, CommandSpec, Limits, ROOT_DISK_SERIAL, Root, SpecError, Usage, User, WindowSize,
 };
 pub use outcome::{ExecuteError, Outcome, Status, Timings};
 pub use session::{Command, Session, SessionOptions, SessionState};

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::session::StateError;
-use harrier_agent_protocol::{MAX_COMMANDS, SpecError, Usage, VERSION};
+use harrier_agent_protocol::{Cause, MAX_COMMANDS, SpecError, Transferred, Usage, VERSION};
 
 /// How a command ended, or why it did not start.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -14,7 +14,9 @@ pub enum Status {
     Exited(u8),
     /// A signal of this number ended it.
     Signaled(u8),
-    /// There is no such program; one line for people.
+    /// It was a file, and is copied.
+    Transferred(Transferred),
+    /// There is no such program, or no such file to copy; one line for people.
     NotFound(String),
     /// The program is there but cannot be executed; one line for people.
     NotExecutable(String),
@@ -30,6 +32,7 @@ impl Status {
         match self {
             Self::Exited(code) => *code,
             Self::Signaled(number) => number.saturating_add(128),
+            Self::Transferred(_) => 0,
             Self::NotFound(_) => 127,
             Self::NotExecutable(_) => 126,
             Self::Failed(_) => 125,
@@ -40,7 +43,7 @@ impl Status {
     #[must_use]
     pub fn message(&self) -> Option<&str> {
         match self {
-            Self::Exited(_) | Self::Signaled(_) => None,
+            Self::Exited(_) | Self::Signaled(_) | Self::Transferred(_) => None,
             Self::NotFound(message) | Self::NotExecutable(message) | Self::Failed(message) => Some(message),
         }
     }
@@ -71,6 +74,8 @@ pub struct Timings {
 pub struct Outcome {
     /// How it ended.
     pub status: Status,
+    /// Why, if not by itself.
+    pub cause: Cause,
     /// When.
     pub timings: Timings,
     /// What it used.
@@ -127,6 +132,9 @@ pub enum ExecuteError {
     /// What was saved of a session cannot be resumed.
     #[error(transparent)]
     State(StateError),
+    /// A snapshot cannot hold what the session is at.
+    #[error("no snapshot can be taken now: {0}: try again later")]
+    Busy(&'static str),
     /// The session was given up before, or its thread has ended.
     #[error("the session with the guest's agent is over")]
     Over,

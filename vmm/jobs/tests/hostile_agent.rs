@@ -7,7 +7,8 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use harrier_jobs::protocol::{
-    AgentMessage, BootTimes, Hello, LogLevel, Outbox, Ready, Status as WireStatus, Stream, Usage, VERSION,
+    AgentMessage, BootTimes, Cause, Hello, LogLevel, Outbox, Ready, Status as WireStatus, Stream, Usage,
+    VERSION,
 };
 use harrier_jobs::{CommandSpec, ExecuteError, Options, Outcome, Status, Stdin, Stdio, control, execute};
 
@@ -44,6 +45,7 @@ fn bytes_of(messages: &[AgentMessage<'_>]) -> Vec<u8> {
 const EXITED: AgentMessage<'_> = AgentMessage::Exited {
     id: 1,
     status: WireStatus::Code(3),
+    cause: Cause::Itself,
     usage: Usage { user_us: 1, system_us: 2, max_rss_kib: 3 },
     at_ns: 20,
 };

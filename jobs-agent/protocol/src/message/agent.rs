@@ -1,6 +1,7 @@
 //! What the agent says.
 
-use super::{FailureKind, Hello, LOG_MAX, LogLevel, Ready, Status, Stream, Usage, kind};
+use super::{Cause, FailureKind, Hello, LOG_MAX, LogLevel, PROGRESS_MAX, Ready, Status, Stream, Usage, kind};
+use crate::file::Transferred;
 use crate::frame::{Frame, Outbox};
 use crate::wire::{DecodeError, Reader};
 
@@ -20,14 +21,21 @@ pub enum AgentMessage<'a> {
         /// The guest's CLOCK_MONOTONIC in nanoseconds.
         at_ns: u64,
     },
-    /// The command did not start. Its id is free once the host has released it.
-    StartFailed {
+    /// The command did not start, or the file was not copied. Its id is free once the host has released it.
+    Failed {
         /// The command.
         id: u32,
         /// What is wrong.
         kind: FailureKind,
         /// The same for people: one line, at most [`LOG_MAX`] bytes, not to be trusted.
         message: &'a [u8],
+    },
+    /// The file is copied: it has its name, or all of it is sent. Its id is free once the host has released it.
+    Transferred {
+        /// The transfer.
+        id: u32,
+        /// What the agent has written or read.
+        file: Transferred,
     },
     /// Output of the command, within the window.
     Output {
@@ -65,10 +73,29 @@ pub enum AgentMessage<'a> {
         id: u32,
         /// How it ended.
         status: Status,
+        /// Why, if not by itself.
+        cause: Cause,
         /// What it used.
         usage: Usage,
         /// The guest's CLOCK_MONOTONIC in nanoseconds.
         at_ns: u64,
+    },
+    /// The agent lives, said as often as [`Attach::heartbeat_ms`](crate::Attach::heartbeat_ms) asks for.
+    Heartbeat {
+        /// The guest's CLOCK_MONOTONIC in nanoseconds.
+        at_ns: u64,
+    },
+    /// The command says how far it has come.
+    Progress {
+        /// The command.
+        id: u32,
+        /// One line, at most [`PROGRESS_MAX`] bytes, not to be trusted.
+        text: &'a [u8],
+    },
+    /// File systems are written back and no command starts until the host thaws the machine or the deadline is over.
+    Quiesced {
+        /// Of [`HostMessage::Quiesce`](crate::HostMessage::Quiesce).
+        sequence: u32,
     },
     /// A line for the host's log.
     Log {
@@ -90,7 +117,7 @@ impl<'a> AgentMessage<'a> {
             kind::HELLO => return Hello::decode(frame.payload).map(Self::Hello),
             kind::READY => Self::Ready(Ready::decode(&mut reader)?),
             kind::STARTED => Self::Started { id, pid: reader.u32()?, at_ns: reader.u64()? },
-            kind::START_FAILED => Self::StartFailed {
+            kind::FAILED => Self::Failed {
                 id,
                 kind: match reader.u8()? {
                     1 => FailureKind::NotFound,
@@ -100,6 +127,7 @@ impl<'a> AgentMessage<'a> {
                 },
                 message: text(&mut reader)?,
             },
+            kind::TRANSFERRED => Self::Transferred { id, file: Transferred::decode(&mut reader)? },
             kind::OUTPUT => Self::Output {
                 id,
                 stream: Stream::decode(&mut reader)?,
@@ -118,9 +146,27 @@ impl<'a> AgentMessage<'a> {
                         return Err(DecodeError::InvalidField { field: "status", value: status.into() });
                     }
                 },
+                cause: match reader.u8()? {
+                    0 => Cause::Itself,
+                    1 => Cause::Memory,
+                    2 => Cause::Processes,
+                    value => return Err(DecodeError::InvalidField { field: "cause", value: value.into() }),
+                },
                 usage: Usage { user_us: reader.u64()?, system_us: reader.u64()?, max_rss_kib: reader.u64()? },
                 at_ns: reader.u64()?,
             },
+            kind::HEARTBEAT => Self::Heartbeat { at_ns: reader.u64()? },
+            kind::PROGRESS => Self::Progress {
+                id,
+                text: match reader.rest() {
+                    text if text.len() <= PROGRESS_MAX => text,
+                    text => {
+                        let value = text.len() as u64;
+                        return Err(DecodeError::InvalidField { field: "progress length", value });
+                    }
+                },
+            },
+            kind::QUIESCED => Self::Quiesced { sequence: reader.u32()? },
             kind::LOG => Self::Log {
                 level: match reader.u8()? {
                     1 => LogLevel::Error,
@@ -146,7 +192,7 @@ impl<'a> AgentMessage<'a> {
                 out.extend_from_slice(&pid.to_le_bytes());
                 out.extend_from_slice(&at_ns.to_le_bytes());
             }),
-            Self::StartFailed { id, kind, message } => outbox.push(kind::START_FAILED, id, |out| {
+            Self::Failed { id, kind, message } => outbox.push(kind::FAILED, id, |out| {
                 out.push(match kind {
                     FailureKind::NotFound => 1,
                     FailureKind::NotExecutable => 2,
@@ -154,6 +200,7 @@ impl<'a> AgentMessage<'a> {
                 });
                 out.extend_from_slice(cut(message));
             }),
+            Self::Transferred { id, file } => outbox.push(kind::TRANSFERRED, id, |out| file.encode(out)),
             Self::Output { id, stream, offset, bytes } => outbox.push(kind::OUTPUT, id, |out| {
                 out.push(stream.code());
                 out.extend_from_slice(&offset.to_le_bytes());
@@ -166,15 +213,29 @@ impl<'a> AgentMessage<'a> {
             Self::SignalAck { id, sequence } => {
                 outbox.push(kind::SIGNAL_ACK, id, |out| out.extend_from_slice(&sequence.to_le_bytes()));
             }
-            Self::Exited { id, status, usage, at_ns } => outbox.push(kind::EXITED, id, |out| {
+            Self::Exited { id, status, cause, usage, at_ns } => outbox.push(kind::EXITED, id, |out| {
                 out.extend_from_slice(&match status {
                     Status::Code(code) => [1, code],
                     Status::Signal(number) => [2, number],
+                });
+                out.push(match cause {
+                    Cause::Itself => 0,
+                    Cause::Memory => 1,
+                    Cause::Processes => 2,
                 });
                 for value in [usage.user_us, usage.system_us, usage.max_rss_kib, at_ns] {
                     out.extend_from_slice(&value.to_le_bytes());
                 }
             }),
+            Self::Heartbeat { at_ns } => {
+                outbox.push(kind::HEARTBEAT, 0, |out| out.extend_from_slice(&at_ns.to_le_bytes()));
+            }
+            Self::Progress { id, text } => outbox.push(kind::PROGRESS, id, |out| {
+                out.extend_from_slice(text.get(..PROGRESS_MAX).unwrap_or(text));
+            }),
+            Self::Quiesced { sequence } => {
+                outbox.push(kind::QUIESCED, 0, |out| out.extend_from_slice(&sequence.to_le_bytes()));
+            }
             Self::Log { level, text } => outbox.push(kind::LOG, 0, |out| {
                 out.push(match level {
                     LogLevel::Error => 1,

@@ -88,6 +88,8 @@ pub struct Attach {
     pub clone_index: u32,
     /// How long the agent and its commands go on without a host, in milliseconds; [`LINGER_FOREVER`] is for ever.
     pub linger_ms: u32,
+    /// How often the agent says [`AgentMessage::Heartbeat`](crate::AgentMessage::Heartbeat), in milliseconds; zero is never.
+    pub heartbeat_ms: u32,
     /// The wall clock in nanoseconds since 1970, to be set in a machine that is not [`Role::Same`]; zero leaves it.
     pub wall_clock_ns: u64,
     /// Fresh randomness for the kernel of a machine that is not [`Role::Same`]; all zero for none.
@@ -115,6 +117,7 @@ impl Default for Attach {
             generation: 0,
             clone_index: 0,
             linger_ms: LINGER_FOREVER,
+            heartbeat_ms: 0,
             wall_clock_ns: 0,
             entropy: [0; 32],
             commands: Vec::new(),
@@ -183,6 +186,7 @@ impl Attach {
             generation: reader.u32()?,
             clone_index: reader.u32()?,
             linger_ms: reader.u32()?,
+            heartbeat_ms: reader.u32()?,
             wall_clock_ns: reader.u64()?,
             entropy: reader.array()?,
             commands: list(reader, |reader| {
@@ -198,7 +202,7 @@ impl Attach {
             Role::Forked => 3,
             Role::Migrated => 4,
         });
-        for value in [self.generation, self.clone_index, self.linger_ms] {
+        for value in [self.generation, self.clone_index, self.linger_ms, self.heartbeat_ms] {
             out.extend_from_slice(&value.to_le_bytes());
         }
         out.extend_from_slice(&self.wall_clock_ns.to_le_bytes());

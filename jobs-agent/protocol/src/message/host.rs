@@ -1,6 +1,7 @@
 //! What the host says.
 
 use super::{Attach, Hello, Stream, kind};
+use crate::file::{GetSpec, PutSpec};
 use crate::frame::{Frame, MAX_PAYLOAD, Outbox};
 use crate::spec::WindowSize;
 use crate::wire::{DecodeError, Reader};
@@ -27,6 +28,29 @@ pub enum HostMessage<'a> {
         /// The last or only piece of the encoding.
         bytes: &'a [u8],
     },
+    /// Write a file: its content comes as stdin, the answer is [`AgentMessage::Transferred`](crate::AgentMessage::Transferred).
+    Put {
+        /// The transfer, chosen by the host like a command's id.
+        id: u32,
+        /// Which file.
+        spec: PutSpec,
+    },
+    /// Read a file: its content comes as stdout, then [`AgentMessage::Transferred`](crate::AgentMessage::Transferred).
+    Get {
+        /// The transfer, chosen by the host like a command's id.
+        id: u32,
+        /// Which file.
+        spec: GetSpec,
+    },
+    /// Write file systems back, answer [`AgentMessage::Quiesced`](crate::AgentMessage::Quiesced) and start nothing new.
+    Quiesce {
+        /// Comes back in the answer.
+        sequence: u32,
+        /// After so many milliseconds the agent goes on by itself.
+        deadline_ms: u32,
+    },
+    /// The end of a [`HostMessage::Quiesce`].
+    Thaw,
     /// Data for the command's stdin, within the window.
     Stdin {
         /// The command.
@@ -101,6 +125,10 @@ impl<'a> HostMessage<'a> {
                 Self::Resize { id, size: WindowSize { rows: reader.u16()?, cols: reader.u16()? } }
             }
             kind::RELEASE => Self::Release { id },
+            kind::PUT => Self::Put { id, spec: PutSpec::decode(&mut reader)? },
+            kind::GET => Self::Get { id, spec: GetSpec::decode(&mut reader)? },
+            kind::QUIESCE => Self::Quiesce { sequence: reader.u32()?, deadline_ms: reader.u32()? },
+            kind::THAW => Self::Thaw,
             kind::SHUTDOWN => Self::Shutdown,
             other => return Err(DecodeError::UnknownKind(other)),
         };
@@ -139,6 +167,13 @@ impl<'a> HostMessage<'a> {
                 out.extend_from_slice(&size.cols.to_le_bytes());
             }),
             Self::Release { id } => outbox.push(kind::RELEASE, id, |_| {}),
+            Self::Put { id, ref spec } => outbox.push(kind::PUT, id, |out| spec.encode(out)),
+            Self::Get { id, ref spec } => outbox.push(kind::GET, id, |out| spec.encode(out)),
+            Self::Quiesce { sequence, deadline_ms } => outbox.push(kind::QUIESCE, 0, |out| {
+                out.extend_from_slice(&sequence.to_le_bytes());
+                out.extend_from_slice(&deadline_ms.to_le_bytes());
+            }),
+            Self::Thaw => outbox.push(kind::THAW, 0, |_| {}),
             Self::Shutdown => outbox.push(kind::SHUTDOWN, 0, |_| {}),
         }
     }

@@ -20,6 +20,9 @@ pub const DATA_MAX: usize = MAX_PAYLOAD - HEADER_LEN - 16;
 /// The longest text of a log line or failure in bytes.
 pub const LOG_MAX: usize = 4096;
 
+/// The longest text about a command's progress in bytes.
+pub const PROGRESS_MAX: usize = 512;
+
 /// What every connection opens with.
 const MAGIC: [u8; 8] = *b"HARRIER\n";
 
@@ -36,10 +39,14 @@ mod kind {
     pub(super) const SHUTDOWN: u16 = 10;
     pub(super) const ATTACH: u16 = 11;
     pub(super) const RELEASE: u16 = 12;
+    pub(super) const PUT: u16 = 13;
+    pub(super) const GET: u16 = 14;
+    pub(super) const QUIESCE: u16 = 15;
+    pub(super) const THAW: u16 = 16;
 
     pub(super) const READY: u16 = 32;
     pub(super) const STARTED: u16 = 33;
-    pub(super) const START_FAILED: u16 = 34;
+    pub(super) const FAILED: u16 = 34;
     pub(super) const OUTPUT: u16 = 35;
     pub(super) const STDIN_ACK: u16 = 36;
     pub(super) const STDIN_CLOSED: u16 = 37;
@@ -47,6 +54,10 @@ mod kind {
     pub(super) const LOG: u16 = 39;
     pub(super) const SYNCED: u16 = 40;
     pub(super) const SIGNAL_ACK: u16 = 41;
+    pub(super) const TRANSFERRED: u16 = 42;
+    pub(super) const HEARTBEAT: u16 = 43;
+    pub(super) const PROGRESS: u16 = 44;
+    pub(super) const QUIESCED: u16 = 45;
 }
 
 /// The first frame of both sides. Later versions may append fields, which earlier ones skip.
@@ -126,6 +137,18 @@ pub enum Status {
     Signal(u8),
 }
 
+/// What else is to say of a command's end.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Cause {
+    /// Nothing.
+    #[default]
+    Itself,
+    /// It, or one of its descendants, was ended for want of memory.
+    Memory,
+    /// It was ended because it reached its limit of processes.
+    Processes,
+}
+
 /// What a command and its descendants that it waited for have used.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
@@ -137,10 +160,10 @@ pub struct Usage {
     pub max_rss_kib: u64,
 }
 
-/// Why a command did not start.
+/// Why a command did not start, or a file was not copied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FailureKind {
-    /// No such program.
+    /// No such program or file.
     NotFound,
     /// The program is there but cannot be executed.
     NotExecutable,

@@ -1,6 +1,6 @@
 use super::*;
 use crate::flow::Position;
-use crate::{Inbox, MAX_COMMANDS, WindowSize};
+use crate::{GetSpec, Inbox, MAX_COMMANDS, PutSpec, Root, Transferred, User, WindowSize};
 
 fn host_messages() -> Vec<HostMessage<'static>> {
     vec![
@@ -15,6 +15,7 @@ fn host_messages() -> Vec<HostMessage<'static>> {
             generation: 1,
             clone_index: 2,
             linger_ms: 3,
+            heartbeat_ms: 9,
             wall_clock_ns: 4,
             entropy: [5; 32],
             commands: vec![Attached { id: 6, outputs: [Position { received: 8, disposed: 7 }; 2] }; 3],
@@ -23,6 +24,23 @@ fn host_messages() -> Vec<HostMessage<'static>> {
         HostMessage::CloseOutput { id: 3, stream: Stream::Stdout },
         HostMessage::Signal { id: 3, sequence: 8, number: 15 },
         HostMessage::Release { id: 3 },
+        HostMessage::Put {
+            id: 3,
+            spec: PutSpec {
+                path: b"/in".to_vec(),
+                mode: 0o640,
+                owner: Some(User::Name(b"nobody".to_vec())),
+                root: Root::Disk { serial: b"d".to_vec() },
+                bytes: 1 << 40,
+                sha256: [7; 32],
+            },
+        },
+        HostMessage::Get {
+            id: 3,
+            spec: GetSpec { path: b"/out".to_vec(), root: Root::Initramfs, max_bytes: 9 },
+        },
+        HostMessage::Quiesce { sequence: 4, deadline_ms: 5 },
+        HostMessage::Thaw,
         HostMessage::Resize { id: 3, size: WindowSize { rows: 1, cols: 2 } },
         HostMessage::Shutdown,
     ]
@@ -46,7 +64,7 @@ fn agent_messages() -> Vec<AgentMessage<'static>> {
             ],
         }),
         AgentMessage::Started { id: 9, pid: 77, at_ns: 4 },
-        AgentMessage::StartFailed { id: 9, kind: FailureKind::NotExecutable, message: b"no" },
+        AgentMessage::Failed { id: 9, kind: FailureKind::NotExecutable, message: b"no" },
         AgentMessage::Output { id: 9, stream: Stream::Stdout, offset: 5, bytes: b"out" },
         AgentMessage::StdinAck { id: 9, offset: 6 },
         AgentMessage::SignalAck { id: 9, sequence: 7 },
@@ -54,10 +72,21 @@ fn agent_messages() -> Vec<AgentMessage<'static>> {
         AgentMessage::Exited {
             id: 9,
             status: Status::Signal(9),
+            cause: Cause::Memory,
             usage: Usage { user_us: 1, system_us: 2, max_rss_kib: 3 },
             at_ns: 8,
         },
-        AgentMessage::Exited { id: 9, status: Status::Code(255), usage: Usage::default(), at_ns: 8 },
+        AgentMessage::Exited {
+            id: 9,
+            status: Status::Code(255),
+            cause: Cause::Processes,
+            usage: Usage::default(),
+            at_ns: 8,
+        },
+        AgentMessage::Transferred { id: 9, file: Transferred { bytes: 3, sha256: [1; 32], mode: 0o755 } },
+        AgentMessage::Heartbeat { at_ns: 5 },
+        AgentMessage::Progress { id: 9, text: b"half" },
+        AgentMessage::Quiesced { sequence: 4 },
         AgentMessage::Log { level: LogLevel::Debug, text: b"line" },
         AgentMessage::Synced,
     ]
@@ -249,7 +278,7 @@ fn positions_and_lists_that_cannot_be_are_refused() {
         found
     };
     let attach = HostMessage::Attach(Attach { commands: vec![Attached::default()], ..Attach::default() });
-    let count_at = 1 + 12 + 8 + 32;
+    let count_at = 1 + 16 + 8 + 32;
     let too_many = MAX_COMMANDS as u8 + 1;
     let refused = |field, value| Some(DecodeError::InvalidField { field, value });
     assert_eq!(damaged(&attach, count_at, too_many), refused("command count", too_many.into()));

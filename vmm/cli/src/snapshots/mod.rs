@@ -23,6 +23,7 @@ use harrier_snapshot::{Chain, Snapshot};
 
 use crate::config::{OutputConfig, Restored, RunConfig, Workload};
 use crate::exit::Failure;
+use crate::files::FilesConfig;
 use crate::flags::{RestoreFlags, RunFlags, SnapshotFlags};
 use crate::units::parse_time;
 
@@ -109,7 +110,15 @@ pub(crate) fn restored_config(flags: RunFlags, folder: &Path, remarks: bool) -> 
         is_parent: flags.image.is_none(),
     };
     let timeout = flags.timeout.as_deref().map(parse_time).transpose();
+    if !flags.files.input.is_empty() {
+        return Err(Failure::new("--input: the command runs already: copy files in when it is started"));
+    }
+    let workdir = match &workload {
+        Workload::Command(command) => command.workdir.as_deref(),
+        Workload::Console => None,
+    };
     Ok(RunConfig {
+        files: FilesConfig::from_flags(&flags.files, workdir)?,
         interactive: flags.interactive,
         tty: host.tty(),
         engine: flags.engine.parse()?,

@@ -193,7 +193,7 @@ fn a_debian_runs_its_own_programs() {
 #[test]
 fn an_unmodified_distribution_kernel_boots_as_bzimage_and_as_vmlinux() {
     let root = cache().join("rootfs/current/busybox.ext4");
-    let folder = cache().join("debian-kernel/agent-2");
+    let folder = cache().join("debian-kernel/agent-3");
     let initrd = folder.join("initramfs.cpio");
     for name in ["bzImage", "vmlinux"] {
         let kernel = folder.join(name);

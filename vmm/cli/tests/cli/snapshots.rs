@@ -9,7 +9,7 @@ use crate::support::{Code, KernelFile, cache};
 
 /// A guest's kernel and initramfs, as `cargo xtask setup` leaves them.
 fn guest() -> (PathBuf, PathBuf) {
-    let folder = cache().join("guest/agent-2");
+    let folder = cache().join("guest/agent-3");
     (folder.join("vmlinux"), folder.join("initramfs.cpio"))
 }
 

@@ -6,9 +6,9 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use harrier_agent_protocol::flow::{FlowError, ReceiveStream, SendStream};
 use harrier_agent_protocol::{
-    AgentMessage, Attach, Attached, BootTimes, CommandStatus, DATA_MAX, DecodeError, FailureKind, Frame,
-    FrameError, Hello, HostMessage, LogLevel, Outbox, Ready, Reason, Role, Status as WireStatus, Stream,
-    Usage, VERSION, WindowSize,
+    AgentMessage, Attach, Attached, BootTimes, Cause, CommandStatus, DATA_MAX, DecodeError, FailureKind,
+    Frame, FrameError, GetSpec, Hello, HostMessage, LogLevel, Outbox, PutSpec, Ready, Reason, Role,
+    Status as WireStatus, Stream, Usage, VERSION, WindowSize,
 };
 
 use crate::outcome::Status;
@@ -97,6 +97,8 @@ pub enum Event<'a> {
         id: u32,
         /// How.
         status: Status,
+        /// Why, if not by itself.
+        cause: Cause,
         /// What it used.
         usage: Usage,
         /// The guest's CLOCK_MONOTONIC in nanoseconds; zero when it never ran.
@@ -104,6 +106,17 @@ pub enum Event<'a> {
     },
     /// A printable line for the log.
     Log(LogLevel, String),
+    /// The agent lives.
+    Heartbeat,
+    /// How far a command says it has come: a printable line.
+    Progress {
+        /// The command.
+        id: u32,
+        /// The line.
+        text: String,
+    },
+    /// The machine is quiet, as [`Core::quiesce`] asked for.
+    Quiesced,
     /// The machine may be switched off.
     Synced,
 }
@@ -148,14 +161,42 @@ pub struct Core {
     /// Commands that were given up on this connection: the agent may not know yet.
     released: BTreeSet<u32>,
     shuts_down: bool,
+    quiesce: Option<Quiesce>,
+    quiesces: u32,
+}
+
+/// The machine is to be quiet: no command is started.
+#[derive(Clone, Copy, Debug)]
+struct Quiesce {
+    sequence: u32,
+    deadline_ms: u32,
+}
+
+/// What the agent is asked to do under an id.
+#[derive(Debug)]
+pub(crate) enum Request {
+    /// Run a command: its encoding.
+    Run(Vec<u8>),
+    Put(PutSpec),
+    Get(GetSpec),
+}
+
+impl Request {
+    fn send(&self, id: u32, outbox: &mut Outbox) {
+        match self {
+            Self::Run(encoded) => HostMessage::send_run(id, encoded, outbox),
+            Self::Put(spec) => HostMessage::Put { id, spec: spec.clone() }.send(outbox),
+            Self::Get(spec) => HostMessage::Get { id, spec: spec.clone() }.send(outbox),
+        }
+    }
 }
 
 /// One command's half.
 #[derive(Debug)]
 pub(super) struct Command {
     pub(super) phase: Phase,
-    /// Its encoding, until it runs.
-    pub(super) spec: Vec<u8>,
+    /// What is asked for; of a command that runs, nothing more is known.
+    pub(super) request: Request,
     pub(super) stdin: SendStream,
     /// Whether the command still reads.
     pub(super) stdin_is_open: bool,
@@ -175,10 +216,10 @@ pub(super) struct Command {
 }
 
 impl Command {
-    pub(super) fn new(spec: Vec<u8>) -> Self {
+    pub(super) fn new(request: Request) -> Self {
         Self {
             phase: Phase::Waiting,
-            spec,
+            request,
             stdin: SendStream::default(),
             stdin_is_open: true,
             stdin_has_ended: false,
@@ -274,6 +315,8 @@ impl Default for Core {
             commands: BTreeMap::new(),
             released: BTreeSet::new(),
             shuts_down: false,
+            quiesce: None,
+            quiesces: 0,
         }
     }
 }
@@ -340,12 +383,60 @@ impl Core {
 
     /// Runs an encoded command, now or as soon as the agent is there. The id must be a new one.
     pub fn run(&mut self, id: u32, spec: Vec<u8>) {
-        let mut command = Command::new(spec);
-        if self.link == Link::Attached {
-            HostMessage::send_run(id, &command.spec, &mut self.outbox);
+        self.commands.insert(id, Command::new(Request::Run(spec)));
+        self.start_waiting();
+    }
+
+    /// Writes a file in the machine, like [`Core::run`]: its content is given as input, and [`Status::Transferred`] is
+    /// its end.
+    pub fn put(&mut self, id: u32, spec: PutSpec) {
+        self.commands.insert(id, Command::new(Request::Put(spec)));
+        self.start_waiting();
+    }
+
+    /// Reads a file of the machine, like [`Core::run`]: its content comes as stdout, and [`Status::Transferred`] is its
+    /// end.
+    pub fn get(&mut self, id: u32, spec: GetSpec) {
+        self.commands.insert(id, Command::new(Request::Get(spec)));
+        self.start_waiting();
+    }
+
+    /// Whether files are being copied.
+    #[must_use]
+    pub fn is_copying(&self) -> bool {
+        let copies =
+            |command: &Command| command.phase != Phase::Ended && !matches!(command.request, Request::Run(_));
+        self.commands.values().any(copies)
+    }
+
+    /// Gives the agent what waits, unless the machine is to be quiet.
+    fn start_waiting(&mut self) {
+        if self.link != Link::Attached || self.quiesce.is_some() {
+            return;
+        }
+        for (id, command) in self.commands.iter_mut().filter(|(_, command)| command.phase == Phase::Waiting) {
+            command.request.send(*id, &mut self.outbox);
             command.phase = Phase::Starting;
         }
-        self.commands.insert(id, command);
+    }
+
+    /// Asks for quiet: file systems written back and nothing new begun, for at most so many milliseconds of the guest.
+    /// [`Event::Quiesced`] is the answer; [`Core::thaw`] ends it.
+    pub fn quiesce(&mut self, deadline_ms: u32) {
+        self.quiesces = self.quiesces.wrapping_add(1);
+        let quiesce = Quiesce { sequence: self.quiesces, deadline_ms };
+        self.quiesce = Some(quiesce);
+        if self.link == Link::Attached {
+            HostMessage::Quiesce { sequence: quiesce.sequence, deadline_ms }.send(&mut self.outbox);
+        }
+    }
+
+    /// Ends the quiet.
+    pub fn thaw(&mut self) {
+        if self.quiesce.take().is_some() && self.link == Link::Attached {
+            HostMessage::Thaw.send(&mut self.outbox);
+        }
+        self.start_waiting();
     }
 
     /// Takes a frame from the agent.
@@ -364,6 +455,7 @@ impl Core {
             (AgentMessage::Hello(_), _) => refuse("Hello"),
             (_, Link::Down | Link::Silent) => refuse("first"),
             (AgentMessage::Log { level, text }, _) => Ok(Event::Log(level, printable(text))),
+            (AgentMessage::Heartbeat { .. }, _) => Ok(Event::Heartbeat),
             (AgentMessage::Ready(ready), Link::Greeted) => self.go_on(&ready),
             (AgentMessage::Ready(_), _) => refuse("Ready"),
             (_, Link::Greeted) => refuse("second"),
@@ -372,6 +464,11 @@ impl Core {
                 Ok(Event::Synced)
             }
             (AgentMessage::Synced, _) => refuse("Synced"),
+            // An earlier one may have been answered late.
+            (AgentMessage::Quiesced { sequence }, _) => {
+                let is_asked = self.quiesce.is_some_and(|quiesce| quiesce.sequence == sequence);
+                Ok(if is_asked { Event::Quiesced } else { Event::Nothing })
+            }
             (message, Link::Attached | Link::Synced) => self.receive_of(frame.id, message),
         }
     }
@@ -428,12 +525,14 @@ impl Core {
         }
         self.link = Link::Attached;
         for (id, command) in &mut self.commands {
-            let is_missing = command.phase == Phase::Starting && status_of(*id).is_none();
-            if is_missing || command.phase == Phase::Waiting {
-                HostMessage::send_run(*id, &command.spec, &mut self.outbox);
-                command.phase = Phase::Starting;
+            if command.phase == Phase::Starting && status_of(*id).is_none() {
+                command.request.send(*id, &mut self.outbox);
             }
         }
+        if let Some(Quiesce { sequence, deadline_ms }) = self.quiesce {
+            HostMessage::Quiesce { sequence, deadline_ms }.send(&mut self.outbox);
+        }
+        self.start_waiting();
         if self.shuts_down {
             HostMessage::Shutdown.send(&mut self.outbox);
         }
@@ -450,19 +549,24 @@ impl Core {
         let unexpected = |phase| Err(Violation::Unexpected { message: name, link, phase });
         let Some(command) = self.commands.get_mut(&id) else { return unexpected(None) };
         let phase = command.phase;
+        let is_transfer = !matches!(command.request, Request::Run(_));
         let unexpected = || unexpected(Some(phase));
         Ok(match message {
             AgentMessage::Started { at_ns, .. } => match phase {
                 Phase::Starting => {
                     command.phase = Phase::Running;
                     command.is_announced = true;
-                    command.spec = Vec::new();
+                    if let Request::Run(encoded) = &mut command.request {
+                        *encoded = Vec::new();
+                    }
                     Event::Started { id, at_ns }
                 }
                 Phase::Running if !std::mem::replace(&mut command.is_announced, true) => Event::Nothing,
                 _ => return unexpected(),
             },
-            AgentMessage::StartFailed { kind, message, .. } if phase == Phase::Starting => {
+            AgentMessage::Failed { kind, message, .. }
+                if phase == Phase::Starting || (phase == Phase::Running && is_transfer) =>
+            {
                 let message = printable(message);
                 let status = match kind {
                     FailureKind::NotFound => Status::NotFound(message),
@@ -470,7 +574,15 @@ impl Core {
                     FailureKind::Other => Status::Failed(message),
                 };
                 self.end(id);
-                Event::Ended { id, status, usage: Usage::default(), at_ns: 0 }
+                Event::Ended { id, status, cause: Cause::Itself, usage: Usage::default(), at_ns: 0 }
+            }
+            AgentMessage::Transferred { file, .. } if phase == Phase::Running && is_transfer => {
+                self.end(id);
+                let status = Status::Transferred(file);
+                Event::Ended { id, status, cause: Cause::Itself, usage: Usage::default(), at_ns: 0 }
+            }
+            AgentMessage::Progress { text, .. } if phase == Phase::Running => {
+                Event::Progress { id, text: printable(text) }
             }
             AgentMessage::Output { stream, offset, bytes, .. } if phase == Phase::Running => {
                 command.output(stream).receive(offset, bytes.len())?;
@@ -499,13 +611,15 @@ impl Core {
                 command.unacked.retain(|(under_way, _)| *under_way != sequence);
                 Event::Nothing
             }
-            AgentMessage::Exited { status, usage, at_ns, .. } if phase == Phase::Running => {
+            AgentMessage::Exited { status, cause, usage, at_ns, .. }
+                if phase == Phase::Running && !is_transfer =>
+            {
                 let status = match status {
                     WireStatus::Code(code) => Status::Exited(code),
                     WireStatus::Signal(number) => Status::Signaled(number),
                 };
                 self.end(id);
-                Event::Ended { id, status, usage, at_ns }
+                Event::Ended { id, status, cause, usage, at_ns }
             }
             _ => return unexpected(),
         })
@@ -608,7 +722,11 @@ fn name_of(message: &AgentMessage<'_>) -> &'static str {
         AgentMessage::Hello(_) => "Hello",
         AgentMessage::Ready(_) => "Ready",
         AgentMessage::Started { .. } => "Started",
-        AgentMessage::StartFailed { .. } => "StartFailed",
+        AgentMessage::Failed { .. } => "Failed",
+        AgentMessage::Transferred { .. } => "Transferred",
+        AgentMessage::Heartbeat { .. } => "Heartbeat",
+        AgentMessage::Progress { .. } => "Progress",
+        AgentMessage::Quiesced { .. } => "Quiesced",
         AgentMessage::Output { .. } => "Output",
         AgentMessage::StdinAck { .. } => "StdinAck",
         AgentMessage::StdinClosed { .. } => "StdinClosed",

@@ -67,6 +67,12 @@ fn sent(session: &mut Core) -> Vec<HostMessage<'static>> {
                 HostMessage::Ack { id, stream, offset } => HostMessage::Ack { id, stream, offset },
                 HostMessage::StdinClose { id } => HostMessage::StdinClose { id },
                 HostMessage::Release { id } => HostMessage::Release { id },
+                HostMessage::Put { id, spec } => HostMessage::Put { id, spec },
+                HostMessage::Get { id, spec } => HostMessage::Get { id, spec },
+                HostMessage::Quiesce { sequence, deadline_ms } => {
+                    HostMessage::Quiesce { sequence, deadline_ms }
+                }
+                HostMessage::Thaw => HostMessage::Thaw,
                 HostMessage::Shutdown => HostMessage::Shutdown,
             });
         }
@@ -90,12 +96,13 @@ fn nothing_is_taken_before_the_hello_and_no_other_version() {
 #[test]
 fn a_message_of_another_command_or_at_the_wrong_time_is_a_violation() {
     let usage = Usage::default();
-    let exited = |id| AgentMessage::Exited { id, status: WireStatus::Code(0), usage, at_ns: 0 };
+    let cause = Cause::Itself;
+    let exited = |id| AgentMessage::Exited { id, status: WireStatus::Code(0), cause, usage, at_ns: 0 };
     let wrong: [AgentMessage<'_>; 7] = [
         AgentMessage::Hello(Hello::OURS),
         AgentMessage::Ready(Ready::default()),
         AgentMessage::Started { id: 1, pid: 1, at_ns: 0 },
-        AgentMessage::StartFailed { id: 1, kind: FailureKind::Other, message: b"" },
+        AgentMessage::Failed { id: 1, kind: FailureKind::Other, message: b"" },
         AgentMessage::Output { id: 2, stream: Stream::Stdout, offset: 0, bytes: b"x" },
         AgentMessage::Synced,
         exited(2),

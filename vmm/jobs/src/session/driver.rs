@@ -8,10 +8,10 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
-use harrier_agent_protocol::{BootTimes, Inbox, LogLevel, MAX_COMMANDS, Stream, Usage};
+use harrier_agent_protocol::{BootTimes, Cause, Inbox, LogLevel, MAX_COMMANDS, Stream, Usage};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::core::{self, Core, Phase, Violation};
+use super::core::{self, Core, Phase, Request, Violation};
 use super::{SessionOptions, SessionState};
 use crate::control::{CommandEvent, ControlReceiver, Event, EventSender, NewCommand};
 use crate::outcome::{ExecuteError, Outcome, Status, Timings};
@@ -45,6 +45,8 @@ pub(crate) struct Driver {
     /// The agent's last line of level error: likely the reason when it then goes.
     last_words: Option<String>,
     log_lines: u32,
+    /// Why no snapshot can be taken.
+    busy: Option<&'static str>,
     is_stopped: bool,
 }
 
@@ -63,7 +65,7 @@ struct Running {
     sinks: [Sink; 2],
     begin: Instant,
     timings: Timings,
-    ended: Option<(Status, Usage)>,
+    ended: Option<(Status, Cause, Usage)>,
     failure: Option<ExecuteError>,
     stdin_error: Option<io::Error>,
     /// After a cancellation: when output that cannot be written is given up.
@@ -87,6 +89,7 @@ impl Driver {
             failure: None,
             last_words: None,
             log_lines: 0,
+            busy: None,
             is_stopped: false,
         }
     }
@@ -138,7 +141,12 @@ impl Driver {
                 let _ = command.done.send(Err(error));
             }
             None => {
-                self.core.run(command.id, std::mem::take(&mut command.spec));
+                match command.request.take() {
+                    Some(Request::Run(encoded)) => self.core.run(command.id, encoded),
+                    Some(Request::Put(spec)) => self.core.put(command.id, spec),
+                    Some(Request::Get(spec)) => self.core.get(command.id, spec),
+                    None => {}
+                }
                 self.adopt(command);
             }
         }
@@ -197,8 +205,9 @@ impl Driver {
             Event::ShutDown(limit, answer) => self.shut_down(limit, Some(answer)),
             Event::State(answer) => {
                 // Who asked may have given up.
-                let _ = answer.send(SessionState::of(&self.core));
+                let _ = answer.send(self.state());
             }
+            Event::Busy(what) => self.busy = what,
             Event::MachineEnded if self.shutdown.is_some() => self.machine_ended(Ok(())),
             Event::MachineEnded => {
                 self.disconnect();
@@ -340,20 +349,32 @@ impl Driver {
                     command.source = None;
                 }
             }
-            core::Event::Ended { id, status, usage, at_ns } => {
+            core::Event::Ended { id, status, cause, usage, at_ns } => {
                 if let Some(command) = self.commands.get_mut(&id) {
                     command.timings.host_ended = command.begin.elapsed();
                     command.timings.command_ended_ns = at_ns;
-                    command.ended = Some((status, usage));
+                    command.ended = Some((status, cause, usage));
                     command.finish_streams();
                 }
                 if let Some(limit) = self.last_command {
                     self.shut_down(limit, None);
                 }
             }
+            core::Event::Heartbeat | core::Event::Progress { .. } | core::Event::Quiesced => {}
             core::Event::Synced => self.machine_ended(Ok(())),
             core::Event::Log(level, line) => self.log(level, line),
         }
+    }
+
+    /// What a snapshot keeps. Half a file would be missing on both sides of it.
+    fn state(&self) -> Result<SessionState, ExecuteError> {
+        if self.core.is_copying() {
+            return Err(ExecuteError::Busy("files are being copied"));
+        }
+        if let Some(what) = self.busy {
+            return Err(ExecuteError::Busy(what));
+        }
+        Ok(SessionState::of(&self.core))
     }
 
     /// A command may be given so many bytes more of input.
@@ -584,7 +605,7 @@ impl Running {
         id: u32,
         boot: Option<(BootTimes, Instant)>,
     ) -> Result<Outcome, ExecuteError> {
-        let Some((status, usage)) = self.ended.take().filter(|_| self.failure.is_none()) else {
+        let Some((status, cause, usage)) = self.ended.take().filter(|_| self.failure.is_none()) else {
             return Err(self.failure.take().unwrap_or(ExecuteError::Cancelled));
         };
         let mut timings = self.timings;
@@ -596,6 +617,7 @@ impl Running {
         let [stdout, stderr] = &mut self.sinks;
         Ok(Outcome {
             status,
+            cause,
             usage,
             timings,
             stdin_bytes: core.given(id),

@@ -19,13 +19,13 @@ use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use harrier_agent_protocol::{CommandSpec, LINGER_FOREVER};
+use harrier_agent_protocol::{CommandSpec, GetSpec, LINGER_FOREVER, PutSpec};
 
 use crate::control::{Controller, Event, EventSender, FIRST_COMMAND, NewCommand, control};
 use crate::outcome::{ExecuteError, Outcome};
 use crate::stdio::Stdio;
 
-use self::core::Core;
+use self::core::{Core, Request};
 use self::driver::Driver;
 pub use self::state::{
     CommandState, OutputState, PhaseState, Restored, SessionState, StateError, StdinState,
@@ -143,7 +143,7 @@ impl Session {
         for command in &state.commands {
             let (done, result) = channel();
             let begin = Instant::now();
-            waiting.push(NewCommand { id: command.id, spec: Vec::new(), stdio: stdio(command), begin, done });
+            waiting.push(NewCommand { id: command.id, request: None, stdio: stdio(command), begin, done });
             commands.push((command.id, result));
         }
         let setup = |error| ExecuteError::Setup(Arc::new(error));
@@ -180,12 +180,42 @@ impl Session {
     /// # Errors
     /// The specification cannot be sent. What goes wrong later is the command's outcome.
     pub fn run(&self, spec: &CommandSpec, stdio: Stdio) -> Result<Command, ExecuteError> {
-        let spec = spec.encode()?;
+        Ok(self.begin(Request::Run(spec.encode()?), stdio))
+    }
+
+    /// Writes a file in the machine, of which `stdio` gives the content; [`Status::Transferred`] is how it ends well. See
+    /// [`files`](crate::files) for whole files.
+    ///
+    /// # Errors
+    /// The specification cannot be sent.
+    ///
+    /// [`Status::Transferred`]: crate::Status::Transferred
+    pub fn put(&self, spec: PutSpec, stdio: Stdio) -> Result<Command, ExecuteError> {
+        spec.check()?;
+        Ok(self.begin(Request::Put(spec), stdio))
+    }
+
+    /// Reads a file of the machine, which comes as stdout.
+    ///
+    /// # Errors
+    /// The specification cannot be sent.
+    pub fn get(&self, spec: GetSpec, stdio: Stdio) -> Result<Command, ExecuteError> {
+        spec.check()?;
+        Ok(self.begin(Request::Get(spec), stdio))
+    }
+
+    fn begin(&self, request: Request, stdio: Stdio) -> Command {
         let id = self.0.next_id.fetch_add(1, Ordering::Relaxed);
         let (done, result) = channel();
         let begin = Instant::now();
-        self.0.events.send(Event::Run(Box::new(NewCommand { id, spec, stdio, begin, done })));
-        Ok(self.command(id, result))
+        let request = Some(request);
+        self.0.events.send(Event::Run(Box::new(NewCommand { id, request, stdio, begin, done })));
+        self.command(id, result)
+    }
+
+    /// From now on no snapshot can be taken, and why; or one can. What a snapshot would hold could not go on.
+    pub fn set_busy(&self, what: Option<&'static str>) {
+        self.0.events.send(Event::Busy(what));
     }
 
     fn command(&self, id: u32, done: Receiver<Result<Outcome, ExecuteError>>) -> Command {
@@ -211,11 +241,11 @@ impl Session {
     /// agent in the snapshot must not hear of anything that is said afterwards.
     ///
     /// # Errors
-    /// [`ExecuteError::Over`].
+    /// [`ExecuteError::Busy`] while files are copied, and [`ExecuteError::Over`].
     pub fn state(&self) -> Result<SessionState, ExecuteError> {
         let (answer, result) = channel();
         self.0.events.send(Event::State(answer));
-        let mut state = result.recv().map_err(|_| ExecuteError::Over)?;
+        let mut state = result.recv().map_err(|_| ExecuteError::Over)??;
         state.next_id = self.0.next_id.load(Ordering::Relaxed);
         Ok(state)
     }

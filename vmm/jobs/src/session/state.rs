@@ -1,13 +1,14 @@
 //! What is saved of a session: enough for another process to go on in a restored machine, as plain data.
 
 use harrier_agent_protocol::flow::{ReceiveStream, SendStream};
-use harrier_agent_protocol::{MAX_COMMANDS, MAX_SPEC, Role, Stream, WINDOW};
+use harrier_agent_protocol::{MAX_COMMANDS, MAX_SPEC, Role, Stream, VERSION, WINDOW};
 use serde::{Deserialize, Serialize};
 
-use super::core::{Command, Core, Phase};
+use super::core::{Command, Core, Phase, Request};
 
-/// The version of [`SessionState`] that this crate writes and reads.
-const STATE_VERSION: u32 = 1;
+/// The version of [`SessionState`] that this crate writes and reads. It goes with the agent's: the one in the snapshot
+/// speaks its own version for ever.
+const STATE_VERSION: u32 = 2;
 
 /// A session at one moment. Small: what is kept of streams is at most a window of input for each command.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -99,7 +100,10 @@ pub struct Restored {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StateError {
     /// Another version.
-    #[error("the saved session has version {0}, this program reads {STATE_VERSION}")]
+    #[error(
+        "the saved session has version {0}, this program goes on with version {STATE_VERSION} (agent protocol {VERSION}): \
+         restore it with the harrier that took it"
+    )]
     Version(u32),
     /// A value that no session has.
     #[error("the saved session is damaged: {0}")]
@@ -137,7 +141,10 @@ impl SessionState {
             Some(CommandState {
                 id: *id,
                 phase,
-                spec: base64_encode(&command.spec),
+                spec: base64_encode(match &command.request {
+                    Request::Run(encoded) => encoded,
+                    Request::Put(_) | Request::Get(_) => return None,
+                }),
                 stdin: StdinState {
                     acked: command.stdin.acked(),
                     kept: base64_encode(&command.stdin.kept()),
@@ -183,11 +190,12 @@ impl SessionState {
             if saved.id >= self.next_id {
                 return Err(damaged("a command's number"));
             }
-            let mut command = Command::new(base64_decode(&saved.spec).ok_or(damaged("a specification"))?);
+            let encoded = base64_decode(&saved.spec).ok_or(damaged("a specification"))?;
             let kept = base64_decode(&saved.stdin.kept).ok_or(damaged("input"))?;
-            if kept.len() > WINDOW as usize || command.spec.len() > MAX_SPEC {
+            if kept.len() > WINDOW as usize || encoded.len() > MAX_SPEC {
                 return Err(damaged("more input or a longer specification than fits"));
             }
+            let mut command = Command::new(Request::Run(encoded));
             command.phase = match saved.phase {
                 PhaseState::Waiting => Phase::Waiting,
                 PhaseState::Starting => Phase::Starting,

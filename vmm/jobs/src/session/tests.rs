@@ -5,7 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 
 use harrier_agent_protocol::{
-    AgentMessage, Attach, CommandStatus, Hello, HostMessage, Inbox, Kept, Outbox, Ready, Role, Status,
+    AgentMessage, Attach, Cause, CommandStatus, Hello, HostMessage, Inbox, Kept, Outbox, Ready, Role, Status,
     Stream, Usage,
 };
 
@@ -65,7 +65,7 @@ impl Agent {
 
     fn exited(&mut self, id: u32, code: u8) {
         let (status, usage) = (Status::Code(code), Usage::default());
-        self.say(&AgentMessage::Exited { id, status, usage, at_ns: 2 });
+        self.say(&AgentMessage::Exited { id, status, cause: Cause::Itself, usage, at_ns: 2 });
     }
 }
 
@@ -265,6 +265,20 @@ fn a_saved_session_goes_on_in_another_process_where_its_output_was_written() {
     assert_eq!((outcome.stdout_bytes, after.0.lock().unwrap().as_slice()), (11, b"world".as_slice()));
     let next = session.run(&spec(), stdio(&after, Stdin::Empty)).unwrap();
     assert_eq!(next.id(), 2);
+}
+
+/// As a harrier with agent protocol 2 wrote it: the agent in that snapshot would not understand this one.
+#[test]
+fn the_state_of_an_earlier_protocol_is_refused_by_name() {
+    let state: SessionState = serde_json::from_str(include_str!("fixtures/session-1.json")).unwrap();
+    let stdio = |_: &CommandState| stdio(&Capture::default(), Stdin::Empty);
+    let result = Session::resume(&state, &Restored::default(), SessionOptions::default(), stdio);
+    let refused = result.map(drop).unwrap_err().to_string();
+    assert_eq!(
+        refused,
+        "the saved session has version 1, this program goes on with version 2 (agent protocol 3): restore it with the \
+         harrier that took it"
+    );
 }
 
 #[test]
