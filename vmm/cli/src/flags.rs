@@ -441,6 +441,12 @@ pub(crate) struct RestoreFlags {
     /// The image that the snapshot is in, for `harrier fork`.
     #[arg(long, value_name = "DIR", hide = true)]
     pub(crate) image: Option<PathBuf>,
+    /// The folder of a job's attempt, for workers.
+    #[arg(long, value_name = "DIR", hide = true)]
+    pub(crate) attempt: Option<PathBuf>,
+    /// Where the command's stderr goes, for workers.
+    #[arg(long, value_name = "FILE", hide = true)]
+    pub(crate) stderr: Option<PathBuf>,
 }
 
 impl RestoreFlags {
@@ -464,6 +470,8 @@ impl RestoreFlags {
             no_seccomp: self.no_seccomp,
             quiet: self.quiet,
             verbose: self.verbose,
+            attempt: self.attempt,
+            stderr: self.stderr,
             elf_entry: "auto".to_owned(),
             ..RunFlags::default()
         }

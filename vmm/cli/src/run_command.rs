@@ -57,12 +57,18 @@ pub(crate) fn run(
     let mut outputs = Outputs::prepare(&config.files)?;
     let stdio = open_streams(config, tty, run)?;
     let spec = spec(command, tty);
+    let mark = config.attempt.clone().map(|folder| (folder, engine.name()));
+    let tell_worker = move || {
+        if let Some((folder, engine)) = &mark {
+            attempt::mark_started(folder, engine);
+        }
+    };
     let (session, begun) = match &config.restore {
         None => (new_session()?, Begun::Not(stdio)),
         Some(restored) => {
             let (session, command) =
                 resume_session(restored.chain.snapshot(), prepared.machine.identity(), stdio)?;
-            (session, Begun::InSnapshot(command))
+            (session, Begun::InSnapshot(command, Box::new(tell_worker.clone())))
         }
     };
     if let Some(kept) = prepared.kept.as_mut() {
@@ -91,8 +97,8 @@ pub(crate) fn run(
             monitor.set_command(command.controller());
         }
         interrupter.set_command(command.controller());
-        if let Some(folder) = &config.attempt {
-            attempt::mark_started(folder, engine.name());
+        if config.restore.is_none() {
+            tell_worker();
         }
         let outcome = command.wait()?;
         if !outputs.is_empty() {
@@ -119,8 +125,8 @@ pub(crate) fn run(
 enum Begun {
     /// It is to be started, with these streams.
     Not(Stdio),
-    /// It runs in the snapshot that the machine is made of.
-    InSnapshot(Command),
+    /// It runs in the snapshot that the machine is made of; to be called once its agent is there.
+    InSnapshot(Command, Box<dyn Fn() + Send>),
 }
 
 fn no_session(err: &dyn std::fmt::Display) -> Failure {
@@ -197,7 +203,7 @@ fn connect(
             }
             Some(session.run(spec, stdio).map_err(FileTrouble::Session))
         }
-        Begun::InSnapshot(command) => {
+        Begun::InSnapshot(command, on_dial) => {
             // It ran long before anybody asks.
             if let Some(monitor) = run.monitor {
                 monitor.on_running()();
@@ -206,6 +212,7 @@ fn connect(
             let dialled = std::thread::Builder::new().name("agent-dials".to_owned()).spawn(move || {
                 while let Some(connection) = wait_for_agent(&agent, &handle) {
                     session.connect(connection);
+                    on_dial();
                 }
                 session.machine_ended();
             });

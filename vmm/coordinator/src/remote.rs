@@ -10,16 +10,20 @@ use std::time::{Duration, Instant};
 use harrier_control::http::read_response;
 use harrier_jobs::protocol::Stream;
 use harrier_jobs::queue::{Attempt, Dependency, Event, Host, HostAd, Job, JobId, LeaseKey, NewJob};
+use harrier_jobs::store::checkpoints::check_name;
 use harrier_jobs::store::{
-    Action, ActionResult, Claim, ClaimRequest, EventQuery, JobFilter, LEASE_MS, OutputPiece, OutputQuery,
-    Renewal, Report, Result, Stats, Store, StoreError,
+    Action, ActionResult, CheckpointData, CheckpointFile, CheckpointPiece, CheckpointQuery, Claim,
+    ClaimRequest, EventQuery, JobFilter, LEASE_MS, OutputPiece, OutputQuery, Renewal, Report, Result, Stats,
+    Store, StoreError,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use ureq::Agent;
 use ureq::tls::{Certificate, RootCerts, TlsConfig};
 
-use crate::wire::{Act, OfJob, OutputHead, OutputPlace, Renew, Reported, Submit};
+use crate::wire::{
+    Act, CheckpointHead, OfCheckpoint, OfJob, OutputHead, OutputPlace, Renew, Reported, Submit,
+};
 
 /// How long a worker waits for an answer at most, and which part of a lease that may be: it has to be able to let its jobs
 /// stand still in time.
@@ -27,6 +31,8 @@ const WORKER_TIMEOUT: Duration = Duration::from_secs(5);
 const LEASE_SHARE: u32 = 6;
 /// How long nobody asks again after a call without an answer: at first and at most.
 const BACK_OFF: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(4));
+/// How long a piece of a checkpoint may take. Other threads keep the leases meanwhile.
+const TRANSFER_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long a user's command waits.
 const USER_TIMEOUT: Duration = Duration::from_secs(60);
 /// The longest answer that is taken.
@@ -163,6 +169,14 @@ impl RemoteStore {
         })
     }
 
+    /// An answer that is a line of JSON with bytes behind it.
+    fn head_and_bytes<T: DeserializeOwned>(&self, answer: &Answer) -> Result<(T, Vec<u8>)> {
+        let end = answer.body.iter().position(|byte| *byte == b'\n').unwrap_or(0);
+        let head = serde_json::from_slice(answer.body.get(..end).unwrap_or_default())
+            .map_err(|err| self.unreachable(format!("its answer is not understood: {err}")))?;
+        Ok((head, answer.body.get(end + 1..).unwrap_or_default().to_vec()))
+    }
+
     fn call<T: DeserializeOwned>(&self, method: &str, args: &impl Serialize, timeout: Duration) -> Result<T> {
         let body = serde_json::to_vec(args).map_err(|err| StoreError::Invalid(err.to_string()))?;
         let answer = self.post(&format!("/v1/{method}"), &body, timeout)?;
@@ -255,10 +269,7 @@ impl Store for RemoteStore {
     fn read_output(&self, query: &OutputQuery) -> Result<OutputPiece> {
         let body = serde_json::to_vec(query).map_err(|err| StoreError::Invalid(err.to_string()))?;
         let answer = self.post("/v1/read_output", &body, USER_TIMEOUT)?;
-        let end = answer.body.iter().position(|byte| *byte == b'\n').unwrap_or(0);
-        let head: OutputHead = serde_json::from_slice(answer.body.get(..end).unwrap_or_default())
-            .map_err(|err| self.unreachable(format!("its answer is not understood: {err}")))?;
-        let bytes = answer.body.get(end + 1..).unwrap_or_default().to_vec();
+        let (head, bytes): (OutputHead, _) = self.head_and_bytes(&answer)?;
         Ok(OutputPiece { epoch: head.epoch, bytes, complete: head.complete })
     }
 
@@ -281,5 +292,30 @@ impl Store for RemoteStore {
 
     fn local_output(&self, _key: &LeaseKey) -> Option<[PathBuf; 2]> {
         None
+    }
+
+    fn local_checkpoint(&self, _job: JobId, _epoch: u64, _number: u32) -> Option<PathBuf> {
+        None
+    }
+
+    fn write_checkpoint(&self, key: &LeaseKey, piece: &CheckpointPiece, bytes: &[u8]) -> Result<()> {
+        check_name(&piece.file)?;
+        let token: String = key.token.chars().filter(char::is_ascii_alphanumeric).collect();
+        let path = format!(
+            "/v1/write_checkpoint?job={}&epoch={}&token={token}&number={}&file={}&offset={}&length={}",
+            key.job, key.epoch, piece.number, piece.file, piece.offset, piece.length
+        );
+        self.worker_post(&path, bytes, TRANSFER_TIMEOUT).map(drop)
+    }
+
+    fn checkpoint_files(&self, key: &LeaseKey, epoch: u64, number: u32) -> Result<Vec<CheckpointFile>> {
+        self.worker_call("checkpoint_files", &OfCheckpoint { key: key.clone(), epoch, number })
+    }
+
+    fn read_checkpoint(&self, query: &CheckpointQuery) -> Result<CheckpointData> {
+        let body = serde_json::to_vec(query).map_err(|err| StoreError::Invalid(err.to_string()))?;
+        let answer = self.worker_post("/v1/read_checkpoint", &body, TRANSFER_TIMEOUT)?;
+        let (head, bytes): (CheckpointHead, _) = self.head_and_bytes(&answer)?;
+        Ok(CheckpointData { offset: head.offset, bytes })
     }
 }

@@ -16,12 +16,17 @@ use axum::routing::{get, post};
 use axum_server::tls_rustls::RustlsConfig;
 use harrier_jobs::protocol::Stream;
 use harrier_jobs::queue::{HostAd, LeaseKey};
-use harrier_jobs::store::{ClaimRequest, EventQuery, JobFilter, OutputQuery, Store, StoreError};
+use harrier_jobs::store::{
+    CheckpointPiece, CheckpointQuery, ClaimRequest, EventQuery, JobFilter, OutputQuery, Store, StoreError,
+};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use thiserror::Error;
 
-use crate::wire::{self, Act, OfJob, OutputHead, OutputPlace, Renew, Reported, Submit};
+use crate::wire::{
+    self, Act, CheckpointHead, CheckpointPlace, OfCheckpoint, OfJob, OutputHead, OutputPlace, Renew,
+    Reported, Submit,
+};
 
 /// The longest body of a request.
 const BODY_MAX: usize = 64 << 20;
@@ -238,6 +243,16 @@ fn router(store: Arc<dyn Store>, token: Option<String>) -> Router {
                 call(app, body, |store, reported: Reported| store.report(&reported.key, &reported.report))
             }),
         )
+        .route(
+            "/v1/checkpoint_files",
+            post(|app, body| {
+                call(app, body, |store, of: OfCheckpoint| {
+                    store.checkpoint_files(&of.key, of.epoch, of.number)
+                })
+            }),
+        )
+        .route("/v1/read_checkpoint", post(read_checkpoint))
+        .route("/v1/write_checkpoint", post(write_checkpoint))
         .route("/v1/read_output", post(read_output))
         .route("/v1/write_output", post(write_output))
         .route("/metrics", get(metrics))
@@ -330,6 +345,43 @@ async fn write_output(
     let key = LeaseKey { job: place.job, epoch: place.epoch, token: place.token };
     let stream = if place.stderr { Stream::Stderr } else { Stream::Stdout };
     match blocking(app, move |store| store.write_output(&key, stream, place.offset, &body)).await {
+        Ok(()) => StatusCode::OK.into_response(),
+        Err(err) => error(&err),
+    }
+}
+
+async fn read_checkpoint(State(app): State<App>, body: Bytes) -> Response {
+    let query = match serde_json::from_slice::<CheckpointQuery>(&body) {
+        Ok(query) => query,
+        Err(err) => return error(&StoreError::Invalid(format!("the body is not what it should be: {err}"))),
+    };
+    match blocking(app, move |store| store.read_checkpoint(&query)).await {
+        Ok(data) => {
+            let mut body = serde_json::to_vec(&CheckpointHead { offset: data.offset }).unwrap_or_default();
+            body.push(b'\n');
+            body.extend_from_slice(&data.bytes);
+            ([(header::CONTENT_TYPE, "application/octet-stream")], body).into_response()
+        }
+        Err(err) => error(&err),
+    }
+}
+
+async fn write_checkpoint(
+    State(app): State<App>,
+    place: Result<Query<CheckpointPlace>, QueryRejection>,
+    body: Bytes,
+) -> Response {
+    let Ok(Query(place)) = place else {
+        return error(&StoreError::Invalid("the query is not what it should be".to_owned()));
+    };
+    let key = LeaseKey { job: place.job, epoch: place.epoch, token: place.token };
+    let piece = CheckpointPiece {
+        number: place.number,
+        file: place.file,
+        offset: place.offset,
+        length: place.length,
+    };
+    match blocking(app, move |store| store.write_checkpoint(&key, &piece, &body)).await {
         Ok(()) => StatusCode::OK.into_response(),
         Err(err) => error(&err),
     }

@@ -52,6 +52,32 @@ pub(crate) struct OutputHead {
     pub(crate) complete: bool,
 }
 
+/// The arguments of `checkpoint_files`.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct OfCheckpoint {
+    pub(crate) key: LeaseKey,
+    pub(crate) epoch: u64,
+    pub(crate) number: u32,
+}
+
+/// The query of `write_checkpoint`; the body is the piece.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct CheckpointPlace {
+    pub(crate) job: JobId,
+    pub(crate) epoch: u64,
+    pub(crate) token: String,
+    pub(crate) number: u32,
+    pub(crate) file: String,
+    pub(crate) offset: u64,
+    pub(crate) length: u64,
+}
+
+/// The first line of the answer to `read_checkpoint`; the piece follows it.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct CheckpointHead {
+    pub(crate) offset: u64,
+}
+
 /// The status that goes with an error.
 pub(crate) fn status(error: &StoreError) -> u16 {
     match error {

@@ -28,7 +28,9 @@ pub(crate) enum JobCommand {
     Requeue(JobsFlags),
     /// Let the machines of running jobs stand still.
     Suspend(JobsFlags),
-    /// Take jobs from their hosts; they go on elsewhere.
+    /// Write down the state of running jobs, to which they go back if something happens.
+    Checkpoint(JobsFlags),
+    /// Take jobs from their hosts with their state; they go on elsewhere.
     Vacate(VacateFlags),
     /// Give jobs another priority.
     Prio(PrioFlags),
@@ -136,6 +138,9 @@ pub(crate) struct SubmitFlags {
     /// End it after so much running time; suffixes ms, s, m, h.
     #[arg(long, value_name = "TIME")]
     pub(crate) timeout: Option<String>,
+    /// Write its state down after so much running time each; suffixes s, m, h, or never. Else as often as is worth it.
+    #[arg(long, value_name = "TIME")]
+    pub(crate) checkpoint_interval: Option<String>,
     /// Start it when these jobs have succeeded. Repeatable, and ID,ID or ID-ID.
     #[arg(long, value_name = "ID")]
     pub(crate) after: Vec<String>,
@@ -333,6 +338,9 @@ pub(crate) struct WorkerFlags {
     /// End after so many jobs.
     #[arg(long, value_name = "N")]
     pub(crate) jobs: Option<u64>,
+    /// Checkpoints that are written, sent or fetched at a time.
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    pub(crate) transfers: u32,
     /// How long this worker may be silent before others get its jobs; suffixes ms, s, m. A coordinator decides itself.
     #[arg(long, value_name = "TIME", default_value = "30s")]
     pub(crate) lease: String,

@@ -73,6 +73,11 @@ fn job(flags: &SubmitFlags) -> Result<NewJob, Failure> {
     if let Some(text) = &flags.timeout {
         spec.timeout_ms = Some(milliseconds(parse_time(text).map_err(|err| flag("timeout")(&err))?));
     }
+    if let Some(text) = &flags.checkpoint_interval {
+        let interval = harrier_jobs::queue::parse_interval(text);
+        spec.checkpoint_interval_ms =
+            Some(milliseconds(interval.map_err(|err| flag("checkpoint-interval")(&err))?));
+    }
     replace(&mut spec.cpus, &flags.cpus);
     replace(&mut spec.priority, &flags.priority);
     replace(&mut spec.retries, &flags.retries);

@@ -161,10 +161,7 @@ pub(crate) fn logs(flags: &LogsFlags) -> Result<u8, Failure> {
                     followers.iter_mut().for_each(|follower| follower.offset = 0);
                     epoch = Some(last.epoch);
                 } else if last.parent.is_some() {
-                    for follower in &mut followers {
-                        let base = last.output_base.get(usize::from(follower.stderr)).copied().unwrap_or(0);
-                        follower.offset = follower.offset.max(base);
-                    }
+                    // What it went on from is read through it, from wherever this reader stands.
                     epoch = Some(last.epoch);
                 }
             }

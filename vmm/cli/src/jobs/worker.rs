@@ -51,6 +51,7 @@ pub(super) fn run(flags: WorkerFlags) -> Result<u8, Failure> {
         engines: found.iter().map(|engine| engine.name().to_owned()).collect(),
         cpu_models: models(&found),
         labels: pairs("label", &flags.label)?.into_iter().collect(),
+        transfers: flags.transfers,
         policy: policy(flags.policy.as_deref())?,
         drain: flags.drain,
         jobs: flags.jobs,

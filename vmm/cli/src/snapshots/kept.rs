@@ -27,7 +27,7 @@ fn section_name() -> String {
 const SESSION_VERSION: u32 = 1;
 
 fn session_section_name() -> String {
-    format!("{HOST_PREFIX}session")
+    harrier_jobs::session::SECTION.to_owned()
 }
 
 /// The section.

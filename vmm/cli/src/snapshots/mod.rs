@@ -135,8 +135,8 @@ pub(crate) fn restored_config(flags: RunFlags, folder: &Path, remarks: bool) -> 
         workload,
         output: OutputConfig { json: flags.json, timings: flags.timings, remarks },
         seccomp: !flags.no_seccomp,
-        attempt: None,
-        stderr: None,
+        attempt: flags.attempt,
+        stderr: flags.stderr,
         restore: Some(Restored { chain: Arc::new(chain), restoration }),
     })
 }

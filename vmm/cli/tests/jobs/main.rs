@@ -1,4 +1,6 @@
 //! The queue as its users see it: real coordinators, workers and machines.
 
+mod checkpoints;
 mod coordinator;
+mod owner;
 mod pool;

@@ -144,6 +144,15 @@ impl Pool {
         self.json(&["status", &id.to_string()])[0].take()
     }
 
+    pub(crate) fn state(&self, id: u64) -> String {
+        self.job(id)["state"].as_str().unwrap().to_owned()
+    }
+
+    /// Waits until something has been said of a job.
+    pub(crate) fn wait_for_event(&self, id: u64, words: &str) {
+        eventually(&format!("'{words}' happens to job {id}"), || self.history(id).contains(words));
+    }
+
     /// What `harrier wait` says of a job.
     pub(crate) fn exit_code(&self, id: u64) -> i32 {
         self.run(&["wait", "--timeout", "100s", &id.to_string()]).0
@@ -163,6 +172,13 @@ impl Pool {
         let state = self.text(name);
         let args = ["worker", "--name", name, "--state", &state];
         Process::start(self.on_queue(&[&args[..], flags].concat()))
+    }
+
+    /// `harrier worker busy` or `idle`.
+    pub(crate) fn owner(&self, word: &str, name: &str) {
+        let state = self.text(name);
+        let (code, _, stderr) = texts(self.command(&["worker", word, "--state", &state]).output().unwrap());
+        assert_eq!(code, 0, "{stderr}");
     }
 
     /// A coordinator of the pool's folder, and the address that it prints.
@@ -187,4 +203,21 @@ impl Pool {
 pub(crate) fn texts(output: Output) -> (i32, String, String) {
     let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
     (output.status.code().unwrap_or(-1), text(output.stdout), text(output.stderr))
+}
+
+/// A job whose every line depends on all before it: what is lost, doubled or wrong shows.
+pub(crate) fn chain(steps: u32, pause_us: u32) -> String {
+    format!(
+        "s=0; i=0; while [ $i -lt {steps} ]; do s=$(echo $s $i | md5sum | cut -c1-8); i=$((i+1)); echo step $i $s; \
+         usleep {pause_us}; done; echo done >&2"
+    )
+}
+
+/// What it prints, made here.
+pub(crate) fn chain_output(steps: u32) -> String {
+    let script = chain(steps, 0).replace("usleep 0", ":");
+    let output = Command::new("sh").args(["-c", &script]).output().unwrap();
+    let said = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(said.lines().count(), steps as usize, "{said}");
+    said
 }

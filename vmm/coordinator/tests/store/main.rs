@@ -38,6 +38,7 @@ on_every_store! {
     an_array_has_an_index_for_each_job,
     output_goes_on_at_a_checkpoint_and_nothing_is_doubled,
     a_bad_checkpoint_is_not_offered_again,
+    checkpoints_come_in_pieces_and_only_from_who_has_the_job,
     time_is_accounted_for,
     events_tell_everything_in_order,
     what_does_not_exist_is_refused,

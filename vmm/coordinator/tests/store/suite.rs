@@ -7,7 +7,10 @@ use harrier_jobs::protocol::Stream;
 use harrier_jobs::queue::{
     Checkpoint, Dependency, DependencyKind, JobId, LeaseKey, Reason, State, Times, Wanted,
 };
-use harrier_jobs::store::{Action, ClaimRequest, Ended, EventQuery, OutputQuery, Report, StoreError};
+use harrier_jobs::store::{
+    Action, CheckpointFile, CheckpointPiece, CheckpointQuery, ClaimRequest, Ended, EventQuery, OutputQuery,
+    Report, StoreError,
+};
 
 use crate::stores::{Fixture, LEASE_MS, ended, free};
 
@@ -489,6 +492,67 @@ pub(crate) fn a_bad_checkpoint_is_not_offered_again(f: &Fixture) {
     act(f, Action::Requeue, id);
     f.end(&third.key, Reason::Requeued, None);
     assert!(f.claim_one("a").checkpoints.is_empty());
+}
+
+pub(crate) fn checkpoints_come_in_pieces_and_only_from_who_has_the_job(f: &Fixture) {
+    f.host("a", |_| {});
+    f.plain();
+    let first = f.claim_one("a");
+    f.start(&first.key);
+    let piece = |offset| CheckpointPiece { number: 1, file: "memory".to_owned(), offset, length: 1 << 20 };
+    let Report::Checkpointed(told) = checkpoint(1, 0, 500) else { panic!() };
+    let told = Report::Checkpointed(Checkpoint { host: None, ..told });
+    assert!(f.store.report(&first.key, &told).is_err(), "nothing of it has come");
+    f.store.write_checkpoint(&first.key, &piece(0), b"begin").unwrap();
+    f.store.write_checkpoint(&first.key, &piece((1 << 20) - 3), b"end").unwrap();
+    for (file, offset) in [("../memory", 0), (".x", 0), ("memory", (1 << 20) - 2), ("memory", u64::MAX)] {
+        let bad = CheckpointPiece { file: file.to_owned(), ..piece(offset) };
+        assert!(matches!(f.store.write_checkpoint(&first.key, &bad, b"end"), Err(StoreError::Invalid(_))));
+    }
+    assert_eq!(
+        f.store.checkpoint_files(&first.key, 1, 1).unwrap(),
+        [],
+        "it is not complete before it is told"
+    );
+    f.store.report(&first.key, &told).unwrap();
+    f.end(&first.key, Reason::Vacated, None);
+    let fenced = f.store.write_checkpoint(&first.key, &piece(0), b"late");
+    assert!(matches!(fenced, Err(StoreError::Fenced(_))), "{fenced:?}");
+
+    let second = f.claim_one("a");
+    let offered: Vec<_> = second.checkpoints.iter().map(|it| (it.epoch, it.number, it.work_ms)).collect();
+    assert_eq!(offered, [(1, 1, 500)]);
+    let files = f.store.checkpoint_files(&second.key, 1, 1).unwrap();
+    assert_eq!(files, [CheckpointFile { name: "memory".to_owned(), length: 1 << 20 }]);
+    let mut whole = vec![0; 1 << 20];
+    let mut offset = 0;
+    loop {
+        let (key, file) = (second.key.clone(), "memory".to_owned());
+        let query = CheckpointQuery { key, epoch: 1, number: 1, file, offset, limit: 1 << 16 };
+        let data = f.store.read_checkpoint(&query).unwrap();
+        if data.bytes.is_empty() {
+            assert_eq!(data.offset, 1 << 20);
+            break;
+        }
+        let at = data.offset as usize;
+        whole[at..at + data.bytes.len()].copy_from_slice(&data.bytes);
+        offset = data.offset + data.bytes.len() as u64;
+    }
+    assert!(whole.starts_with(b"begin\0") && whole.ends_with(b"\0end"));
+    assert!(whole[5..(1 << 20) - 3].iter().all(|byte| *byte == 0));
+    let other = CheckpointQuery {
+        key: first.key.clone(),
+        epoch: 1,
+        number: 1,
+        file: "memory".to_owned(),
+        offset: 0,
+        limit: 1,
+    };
+    assert!(matches!(f.store.read_checkpoint(&other), Err(StoreError::Fenced(_))));
+    // What is begun and never told of goes with the job.
+    f.store.write_checkpoint(&second.key, &piece(0), b"begun").unwrap();
+    f.end(&second.key, Reason::Exited, Some(0));
+    assert!(f.store.checkpoint_files(&second.key, 1, 1).is_err(), "the lease is over");
 }
 
 pub(crate) fn time_is_accounted_for(f: &Fixture) {

@@ -44,6 +44,7 @@ pub struct JobFile {
     retries: Option<u32>,
     retry_delay: Option<Time>,
     timeout: Option<Time>,
+    checkpoint_interval: Option<Interval>,
     #[serde(default)]
     labels: BTreeMap<String, String>,
     array: Option<Range2>,
@@ -90,6 +91,7 @@ impl JobFile {
             retries: self.retries.unwrap_or_default(),
             retry_delay_ms: self.retry_delay.map_or(default.retry_delay_ms, |time| time.0),
             timeout_ms: self.timeout.map(|time| time.0),
+            checkpoint_interval_ms: self.checkpoint_interval.map(|interval| interval.0),
             labels: self.labels,
         };
         let after = [(self.after, DependencyKind::Success), (self.after_any, DependencyKind::End)];
@@ -172,6 +174,27 @@ impl<'de> Deserialize<'de> for Size {
 #[derive(Debug)]
 struct Time(u64);
 
+/// A time span, or `never`, which is 0.
+#[derive(Debug)]
+struct Interval(u64);
+
+impl<'de> Deserialize<'de> for Interval {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        match Quantity::deserialize(deserializer)? {
+            Quantity::Number(seconds) => Ok(Self(seconds.saturating_mul(1000))),
+            Quantity::Text(text) => {
+                parse_interval(&text).map(|time| Self(ms(time))).map_err(de::Error::custom)
+            }
+        }
+    }
+}
+
+/// A time span, or `never`, which is zero.
+pub fn parse_interval(text: &str) -> Result<Duration, crate::units::UnitError> {
+    if text.trim() == "never" { Ok(Duration::ZERO) } else { parse_time(text) }
+}
+
 impl<'de> Deserialize<'de> for Time {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
@@ -224,6 +247,7 @@ mod tests {
             retries = 2
             retry_delay = "1m"
             timeout = 90
+            checkpoint_interval = "5m"
             array = "1-10"
             after = [3, 4]
             after_any = [5]
@@ -237,6 +261,9 @@ mod tests {
         assert_eq!(job.spec.rootfs.as_deref(), Some("/images/debian.img"));
         assert_eq!((job.spec.cpus, job.spec.memory_bytes, job.spec.priority), (2, 1 << 30, -3));
         assert_eq!((job.spec.retry_delay_ms, job.spec.timeout_ms), (60_000, Some(90_000)));
+        assert_eq!(job.spec.checkpoint_interval_ms, Some(300_000));
+        let never = parse("command = 'x'\ncheckpoint_interval = 'never'").unwrap();
+        assert_eq!(never.spec.checkpoint_interval_ms, Some(0));
         assert_eq!((job.array, job.hold, job.after.len()), (Some((1, 10)), true, 3));
         assert_eq!(job.after[2], Dependency { job: 5, kind: DependencyKind::End });
         assert_eq!(parse("command = 'exit 3'").unwrap().spec.command, ["/bin/sh", "-c", "exit 3"]);
@@ -256,6 +283,7 @@ mod tests {
             ("command = ['a']\narray = '5'", 2, "FIRST-LAST"),
             ("command = ['a']\narray = '5-1'", 2, "is empty"),
             ("command = ['a']\ntimeout = '0s'", 2, "leaves no time"),
+            ("command = ['a']\ncheckpoint_interval = '10ms'", 2, "too short"),
             ("command = 5", 1, "list of words"),
         ] {
             let err = parse(text).unwrap_err();

@@ -13,7 +13,7 @@ mod state;
 pub use job::{
     ArrayPlace, Attempt, Checkpoint, Event, Free, Host, HostAd, Job, JobId, LeaseKey, Times, Wanted,
 };
-pub use job_file::{JobFile, JobFileError, parse_range};
+pub use job_file::{JobFile, JobFileError, parse_interval, parse_range};
 pub use matching::{AdScope, unsuitable, unsuitable_for};
 pub use spec::{Dependency, DependencyKind, JobSpec, MAX_ARRAY, NewJob, SpecProblem};
 pub use state::{Activity, Reason, ReasonKind, State};

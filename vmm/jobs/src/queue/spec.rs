@@ -52,6 +52,8 @@ pub struct JobSpec {
     pub retry_delay_ms: u64,
     /// Its running time, without suspensions, per attempt.
     pub timeout_ms: Option<u64>,
+    /// Running time between two checkpoints; 0 is never, `None` leaves it to the worker.
+    pub checkpoint_interval_ms: Option<u64>,
     /// Words for people and filters.
     pub labels: BTreeMap<String, String>,
 }
@@ -75,6 +77,7 @@ impl Default for JobSpec {
             retries: 0,
             retry_delay_ms: 10_000,
             timeout_ms: None,
+            checkpoint_interval_ms: None,
             labels: BTreeMap::new(),
         }
     }
@@ -187,6 +190,12 @@ impl NewJob {
         }
         if spec.retries > 1000 {
             return problem("retries", format!("{} are too many: give up to 1000", spec.retries));
+        }
+        if let Some(interval) = spec.checkpoint_interval_ms
+            && (1..1000).contains(&interval)
+        {
+            let message = format!("{interval} ms are too short: give 1s or more, or never");
+            return problem("checkpoint_interval", message);
         }
         if let Some((first, last)) = self.array {
             if last < first {

@@ -32,6 +32,9 @@ pub use self::state::{
 };
 pub use harrier_agent_protocol::Role;
 
+/// The section of a snapshot that holds the [`SessionState`], as JSON: the name is the owner's.
+pub const SECTION: &str = "host.session";
+
 /// How a session deals with its connections.
 #[derive(Clone, Copy, Debug)]
 pub struct SessionOptions {

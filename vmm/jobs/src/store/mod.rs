@@ -9,6 +9,7 @@
 //! renewals and reports in between survive a killed process, but may be lost with the power: then the job is simply
 //! claimed again, and the token in the key fences whoever still runs the claim that was lost.
 
+pub mod checkpoints;
 mod error;
 pub mod output;
 mod sqlite;
@@ -230,6 +231,54 @@ pub struct OutputPiece {
     pub complete: bool,
 }
 
+/// A file of a checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckpointFile {
+    /// Its name within the checkpoint.
+    pub name: String,
+    /// Its length in bytes, holes included.
+    pub length: u64,
+}
+
+/// Where a piece of a checkpoint belongs that an attempt sends.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckpointPiece {
+    /// The checkpoint's number within the attempt.
+    pub number: u32,
+    /// The file.
+    pub file: String,
+    /// Where the piece begins in it.
+    pub offset: u64,
+    /// How long the whole file is; what is not sent is zero.
+    pub length: u64,
+}
+
+/// What a worker wants to read of a checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckpointQuery {
+    /// The worker's right to the job.
+    pub key: LeaseKey,
+    /// The attempt that wrote the checkpoint.
+    pub epoch: u64,
+    /// Its number.
+    pub number: u32,
+    /// The file.
+    pub file: String,
+    /// From this byte on.
+    pub offset: u64,
+    /// At most so many bytes.
+    pub limit: u64,
+}
+
+/// A piece of a checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CheckpointData {
+    /// Where it begins: what lies between that and the offset asked for is zero.
+    pub offset: u64,
+    /// The bytes; empty at the file's end.
+    pub bytes: Vec<u8>,
+}
+
 /// A user's account.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct UserStats {
@@ -298,6 +347,14 @@ pub trait Store: Send + Sync {
     fn write_output(&self, key: &LeaseKey, stream: Stream, offset: u64, bytes: &[u8]) -> Result<()>;
     /// Files of this host that the attempt's stdout and stderr may be written to directly; `None` if there are none.
     fn local_output(&self, key: &LeaseKey) -> Option<[PathBuf; 2]>;
+    /// The folder of this host that a checkpoint of an attempt is to be, or is; `None` if the store is elsewhere.
+    fn local_checkpoint(&self, job: JobId, epoch: u64, number: u32) -> Option<PathBuf>;
+    /// Adds a piece of a checkpoint that a worker writes. It counts when all has come and it is reported.
+    fn write_checkpoint(&self, key: &LeaseKey, piece: &CheckpointPiece, bytes: &[u8]) -> Result<()>;
+    /// The files of a checkpoint of the job; none if it is not there.
+    fn checkpoint_files(&self, key: &LeaseKey, epoch: u64, number: u32) -> Result<Vec<CheckpointFile>>;
+    /// Reads the next data of a checkpoint's file.
+    fn read_checkpoint(&self, query: &CheckpointQuery) -> Result<CheckpointData>;
 
     /// One job.
     fn job(&self, id: JobId) -> Result<Job> {

@@ -32,6 +32,17 @@ impl OutputFiles {
         ["stdout", "stderr"].map(|name| folder.join(format!("{job}.{epoch}.{name}")))
     }
 
+    /// Brings what an attempt has written to the disk.
+    pub(super) fn sync(&self, job: JobId, epoch: u64) -> Result<()> {
+        for path in self.paths(job, epoch) {
+            match File::open(&path).and_then(|file| file.sync_all()) {
+                Err(err) if err.kind() == io::ErrorKind::NotFound => {}
+                synced => synced.map_err(|err| file_error(&path, &err))?,
+            }
+        }
+        Ok(())
+    }
+
     /// Writes at an offset of the attempt's own; a hole before it is an error, what is there is left as it is.
     pub(super) fn write(&self, key: &LeaseKey, stream: Stream, offset: u64, bytes: &[u8]) -> Result<()> {
         let [stdout, stderr] = self.paths(key.job, key.epoch);
@@ -63,7 +74,9 @@ impl OutputFiles {
             // Not started yet, or ended without a start.
             return Ok(OutputPiece { epoch: 0, bytes: Vec::new(), complete: over });
         };
-        let epoch = query.epoch.unwrap_or(last.epoch);
+        // One that has not begun has nothing to say yet, and nobody knows yet where it goes on.
+        let begun = attempts.iter().rfind(|attempt| attempt.started_ms.is_some()).unwrap_or(last);
+        let epoch = query.epoch.unwrap_or(begun.epoch);
         let find = |epoch: u64| attempts.iter().find(|attempt| attempt.epoch == epoch);
         let mut attempt = find(epoch).ok_or(StoreError::NoAttempt(query.job, epoch))?;
         let stream = usize::from(query.stderr);

@@ -5,10 +5,13 @@
 //! worker that is killed runs on for long; a worker that comes back in time goes on with what it finds.
 
 mod attempt;
+mod checkpoint;
 pub mod lease_file;
 mod monitor;
 mod owner;
 pub mod policy;
+mod progress;
+mod runner;
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -23,6 +26,7 @@ use std::time::{Duration, Instant};
 use thiserror::Error;
 
 use self::attempt::{Attempt, Desired, Surroundings};
+use self::checkpoint::Transfers;
 use self::lease_file::now_ns;
 use self::monitor::Monitor;
 use self::owner::OwnerWatch;
@@ -69,6 +73,8 @@ pub struct Config {
     pub cpu_models: Vec<String>,
     /// Words that requirements can ask for.
     pub labels: BTreeMap<String, String>,
+    /// Checkpoints that are written, sent or fetched at a time.
+    pub transfers: u32,
     /// What the host's owner allows.
     pub policy: Policy,
     /// End when nothing is left that can run here.
@@ -119,6 +125,7 @@ pub fn run(store: Arc<dyn Store>, config: &Config, say: Say, stop: &Stop) -> Res
         attempts,
         machines: config.state.join("machines"),
         run_flags: config.run_flags.clone(),
+        transfers: Transfers::new(config.transfers),
         say,
         wake,
     };
@@ -138,6 +145,7 @@ pub fn run(store: Arc<dyn Store>, config: &Config, say: Say, stop: &Stop) -> Res
         owner: OwnerWatch::new(&config.state),
         suspended: None,
         evicting: None,
+        killing: false,
         closed: None,
     };
     worker.run(stop)
@@ -163,6 +171,8 @@ struct Worker<'a> {
     suspended: Option<Instant>,
     /// Since when jobs are given back for the owner.
     evicting: Option<Instant>,
+    /// They are not even given the time to be saved.
+    killing: bool,
     /// Why no jobs are taken.
     closed: Option<String>,
 }
@@ -269,6 +279,7 @@ impl Worker<'_> {
             match renewals.first().and_then(|renewal| renewal.lease) {
                 Some(lease) => {
                     self.say(&format!("{}: found again", record.key));
+                    self.claimed += 1;
                     let until_ns = asked.saturating_add(lease.lease_ms.saturating_mul(1_000_000));
                     monitor.set_lease(until_ns).map_err(state_error)?;
                     self.running
@@ -325,13 +336,15 @@ impl Worker<'_> {
     fn obey(&mut self) {
         self.follow_owner();
         for attempt in &self.running {
-            let evicted = self.evicting.map(|_| Desired::Return(Reason::Evicted));
+            let evicted = match self.evicting {
+                Some(_) if self.killing => Some(Desired::Drop(Reason::Evicted)),
+                Some(_) => Some(Desired::Return(Reason::Evicted)),
+                None => None,
+            };
             let pause = if attempt.wanted.has(Wanted::SUSPEND) {
                 Some(Reason::SuspendedByUser)
             } else if self.suspended.is_some() {
                 Some(Reason::Owner)
-            } else if attempt.is_endangered() {
-                Some(Reason::StoreUnreachable)
             } else {
                 None
             };
@@ -363,6 +376,11 @@ impl Worker<'_> {
         }
         if self.evicting.is_some() && self.running.is_empty() {
             self.evicting = None;
+            self.killing = false;
+        }
+        if self.evicting.is_some() && !self.killing && policy.kill.is_true(&owner) {
+            self.killing = true;
+            self.say(&format!("what is left of them is ended without its state: {}", policy.kill.text()));
         }
         let closed = if self.suspended.is_some() {
             Some("its owner wants it".to_owned())
@@ -418,7 +436,7 @@ impl Worker<'_> {
             let what = claim.job.spec.command.first().cloned().unwrap_or_default();
             self.say(&format!("{}: starting {what}", claim.key));
             let key = claim.key.clone();
-            match Attempt::start(&self.around, claim.key, claim.job, until_ns) {
+            match Attempt::start(&self.around, claim, until_ns) {
                 Ok(attempt) => self.running.push(attempt),
                 // The lease ends by itself.
                 Err(err) => self.say(&format!("{key}: no thread for it: {err}")),

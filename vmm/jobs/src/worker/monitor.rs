@@ -5,13 +5,15 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::{self, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
+use harrier_control::api::MachineState;
 use harrier_control::{Client, Registry};
 use serde::{Deserialize, Serialize};
 
+use super::checkpoint::Source;
 use super::lease_file::LeaseFile;
 use crate::queue::{Job, LeaseKey};
 
@@ -44,6 +46,9 @@ pub(super) struct AttemptRecord {
     pub(super) key: LeaseKey,
     pub(super) output: [PathBuf; 2],
     pub(super) job: Job,
+    /// The checkpoint that it goes on from.
+    #[serde(default)]
+    pub(super) from: Option<Source>,
 }
 
 /// A monitor process, our child or one that an earlier worker has left.
@@ -79,7 +84,13 @@ impl Monitor {
         }
         let spec = &record.job.spec;
         let stdin = match &spec.stdin {
-            Some(path) => Stdio::from(File::open(path)?),
+            Some(path) => {
+                let mut file = File::open(path)?;
+                if let Some(from) = &record.from {
+                    file.seek(SeekFrom::Start(from.stdin))?;
+                }
+                Stdio::from(file)
+            }
             None => Stdio::null(),
         };
         // Made here already, so that they are there for readers.
@@ -87,30 +98,30 @@ impl Monitor {
         let name = machine_name(&record.key);
         let mut command = Command::new(program);
         command.arg("--runtime-dir").arg(registry);
-        command
-            .arg("run")
-            .args(["--name", &name])
-            .arg("--quiet")
-            .arg("--attempt")
-            .arg(folder)
-            .arg("--stderr")
-            .arg(stderr);
+        match &record.from {
+            Some(from) => command.arg("restore").arg(&from.folder),
+            None => command.arg("run"),
+        };
+        command.args(["--name", &name, "--quiet", "--attempt"]).arg(folder).arg("--stderr").arg(stderr);
         command.args(run_flags);
         command.args(["--engine", &spec.engine]);
-        command.args(["--cpus", &spec.cpus.to_string(), "--memory", &spec.memory_bytes.to_string()]);
-        if let Some(model) = &spec.cpu_model {
-            command.args(["--cpu-model", model]);
+        // A machine that goes on has the rest in it.
+        if record.from.is_none() {
+            command.args(["--cpus", &spec.cpus.to_string(), "--memory", &spec.memory_bytes.to_string()]);
+            if let Some(model) = &spec.cpu_model {
+                command.args(["--cpu-model", model]);
+            }
+            for (name, value) in environment(&record.job, &record.key) {
+                command.args(["--env", &format!("{name}={value}")]);
+            }
+            if let Some(workdir) = &spec.workdir {
+                command.args(["--workdir", workdir]);
+            }
+            if let Some(rootfs) = &spec.rootfs {
+                command.args(["--rootfs", rootfs]);
+            }
+            command.arg("--").args(&spec.command);
         }
-        for (name, value) in environment(&record.job, &record.key) {
-            command.args(["--env", &format!("{name}={value}")]);
-        }
-        if let Some(workdir) = &spec.workdir {
-            command.args(["--workdir", workdir]);
-        }
-        if let Some(rootfs) = &spec.rootfs {
-            command.args(["--rootfs", rootfs]);
-        }
-        command.arg("--").args(&spec.command);
         let log = File::options().create(true).append(true).open(folder.join(names::LOG))?;
         let child =
             command.stdin(stdin).stdout(File::create(stdout)?).stderr(log).current_dir("/").spawn()?;
@@ -134,10 +145,21 @@ impl Monitor {
     }
 
     /// The machine's control socket; an error while it has none.
-    fn control(&self) -> Result<Client, String> {
+    pub(super) fn control(&self) -> Result<Client, String> {
         let registry = Registry::open(&self.registry).map_err(|err| err.to_string())?;
         let entry = registry.find(&self.name).map_err(|err| err.to_string())?;
         Ok(Client::new(&entry.folder))
+    }
+
+    /// The attempt's folder.
+    pub(super) fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Whether the machine stands still.
+    pub(super) fn is_paused(&self) -> bool {
+        let info = self.control().and_then(|client| client.info().map_err(|err| err.to_string()));
+        info.is_ok_and(|info| info.state == MachineState::Paused)
     }
 
     /// Makes the machine stand still, or lets it go on. Both may be said again.
@@ -217,8 +239,12 @@ impl Monitor {
         }
     }
 
-    /// Removes the folder.
+    /// Removes the folder, and what is left of the machine.
     pub(super) fn remove(self) -> io::Result<()> {
+        if let Ok(registry) = Registry::open(&self.registry) {
+            // A look is enough: what has ended and nobody wants goes with it.
+            let _ = registry.list();
+        }
         fs::remove_dir_all(&self.folder)
     }
 }

@@ -4,7 +4,7 @@ use rusqlite::{OptionalExtension, Result, Transaction, params};
 
 use super::rows::{JOB, add_event, find_job, job as job_row};
 use super::{Moment, Refusal, ends};
-use crate::queue::{HostAd, Job, LeaseKey, Reason, State, Times, Wanted};
+use crate::queue::{HostAd, Job, JobId, LeaseKey, Reason, State, Times, Wanted};
 use crate::store::{Ended, Renewal, RenewedLease, Report, StoreError};
 
 pub(super) fn any_due(tx: &Transaction<'_>, moment: Moment) -> Result<bool> {
@@ -12,16 +12,16 @@ pub(super) fn any_due(tx: &Transaction<'_>, moment: Moment) -> Result<bool> {
         .query_row([moment.now_ms], |row| row.get(0))
 }
 
-/// Takes back the jobs whose lease is over.
-pub(super) fn expire(tx: &Transaction<'_>, moment: Moment) -> Result<()> {
+/// Takes back the jobs whose lease is over, and answers which.
+pub(super) fn expire(tx: &Transaction<'_>, moment: Moment) -> Result<Vec<JobId>> {
     if !any_due(tx, moment)? {
-        return Ok(());
+        return Ok(Vec::new());
     }
     let due: Vec<Job> = tx
         .prepare_cached(&format!("SELECT {JOB} FROM jobs WHERE lease_until_ms <= ?"))?
         .query_map([moment.now_ms], job_row)?
         .collect::<Result<_>>()?;
-    for job in due {
+    for job in &due {
         let host = job.host.clone().unwrap_or_default();
         let ended = Ended {
             reason: Reason::WorkerLost,
@@ -30,9 +30,9 @@ pub(super) fn expire(tx: &Transaction<'_>, moment: Moment) -> Result<()> {
             times: Times::default(),
         };
         let at_ms = job.lease_until_ms.unwrap_or(moment.now_ms);
-        ends::end_attempt(tx, moment, &job, at_ms, &ended)?;
+        ends::end_attempt(tx, moment, job, at_ms, &ended)?;
     }
-    Ok(())
+    Ok(due.iter().map(|job| job.id).collect())
 }
 
 pub(super) fn advertise(tx: &Transaction<'_>, moment: Moment, ad: &HostAd) -> Result<()> {
@@ -159,6 +159,12 @@ pub(super) fn report(
                     checkpoint.work_ms,
                     moment.now_ms,
                 ],
+            )?;
+            // Two are enough: the latest, and the one before should that be damaged.
+            tx.execute(
+                "UPDATE snapshots SET usable = 0 WHERE job = ?1 AND usable = 1 AND (epoch, number) NOT IN (SELECT epoch, \
+                 number FROM snapshots WHERE job = ?1 AND usable = 1 ORDER BY epoch DESC, number DESC LIMIT 2)",
+                [job.id],
             )?;
             let wanted = job.wanted.without(Wanted::CHECKPOINT);
             tx.execute(

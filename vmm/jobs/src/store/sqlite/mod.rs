@@ -18,10 +18,12 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rusqlite::{Connection, ErrorCode, OpenFlags, Transaction, TransactionBehavior};
 
+use super::checkpoints::CheckpointFiles;
 use super::output::OutputFiles;
 use super::{
-    Action, ActionResult, Claim, ClaimRequest, EventQuery, JobFilter, LEASE_MS, OutputPiece, OutputQuery,
-    Renewal, Report, Result, Stats, Store, StoreError,
+    Action, ActionResult, CheckpointData, CheckpointFile, CheckpointPiece, CheckpointQuery, Claim,
+    ClaimRequest, EventQuery, JobFilter, LEASE_MS, OutputPiece, OutputQuery, Renewal, Report, Result, Stats,
+    Store, StoreError,
 };
 use crate::protocol::Stream;
 use crate::queue::{Attempt, Dependency, Event, Host, HostAd, Job, JobId, LeaseKey, NewJob};
@@ -61,6 +63,7 @@ pub struct SqliteStore {
     writer: Mutex<Connection>,
     reader: Mutex<Connection>,
     output: OutputFiles,
+    checkpoints: CheckpointFiles,
     clock: Arc<dyn Clock>,
     lease_ms: u64,
 }
@@ -88,6 +91,7 @@ impl SqliteStore {
         let file = folder.join("queue.db");
         let path = file.display().to_string();
         let failed = |err: std::io::Error| StoreError::Failed(path.clone(), err.to_string());
+        let checkpoints = CheckpointFiles::new(folder.join("checkpoints"));
         let output = OutputFiles::create(&folder.join("output")).map_err(failed)?;
         let connect = || -> rusqlite::Result<Connection> {
             let connection = Connection::open_with_flags(
@@ -108,7 +112,8 @@ impl SqliteStore {
         schema::migrate(&mut writer, &path)?;
         let reader = connect().map_err(error)?;
         reader.pragma_update(None, "query_only", true).map_err(error)?;
-        Ok(Self { path, writer: Mutex::new(writer), reader: Mutex::new(reader), output, clock, lease_ms })
+        let (writer, reader) = (Mutex::new(writer), Mutex::new(reader));
+        Ok(Self { path, writer, reader, output, checkpoints, clock, lease_ms })
     }
 
     fn moment(&self) -> Moment {
@@ -151,8 +156,19 @@ impl SqliteStore {
 
     /// Ends leases that nobody has renewed. Every look at the queue does, so that it shows how things are.
     fn expire(&self) -> Result<()> {
-        let due = self.read(|tx, moment| Ok(lease::any_due(tx, moment)?))?;
-        if due { self.write(Durability::Synced, |tx, moment| Ok(lease::expire(tx, moment)?)) } else { Ok(()) }
+        if self.read(|tx, moment| Ok(lease::any_due(tx, moment)?))? {
+            for job in self.write(Durability::Synced, |tx, moment| Ok(lease::expire(tx, moment)?))? {
+                self.tidy(job)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes the checkpoints of a job that nobody needs any more.
+    fn tidy(&self, job: JobId) -> Result<()> {
+        let (keep, present) = self.read(|tx, _| Ok(read::needed_checkpoints(tx, job)?))?;
+        self.checkpoints.tidy(job, &keep, present);
+        Ok(())
     }
 }
 
@@ -248,10 +264,17 @@ impl Store for SqliteStore {
     }
 
     fn act(&self, action: &Action, jobs: &[JobId]) -> Result<Vec<ActionResult>> {
-        self.write(Durability::Synced, |tx, moment| {
+        self.expire()?;
+        let results: Vec<ActionResult> = self.write(Durability::Synced, |tx, moment| {
             lease::expire(tx, moment)?;
             jobs.iter().map(|job| act::act(tx, moment, action, *job)).collect()
-        })
+        })?;
+        if matches!(action, Action::Cancel | Action::Requeue) {
+            for result in results.iter().filter(|result| result.changed) {
+                self.tidy(result.job)?;
+            }
+        }
+        Ok(results)
     }
 
     fn hosts(&self) -> Result<Vec<Host>> {
@@ -285,7 +308,21 @@ impl Store for SqliteStore {
             Report::Ended(_) | Report::Checkpointed(_) => Durability::Synced,
             _ => Durability::Logged,
         };
-        self.write(durability, |tx, moment| lease::report(tx, moment, key, report))
+        if durability == Durability::Synced {
+            // What is recorded relies on the output and the checkpoint.
+            self.read(|tx, _| lease::check(tx, key).map(|_| ()))?;
+            self.output.sync(key.job, key.epoch)?;
+        }
+        if let Report::Checkpointed(checkpoint) = report
+            && checkpoint.host.is_none()
+        {
+            self.checkpoints.complete(key.job, key.epoch, checkpoint.number)?;
+        }
+        self.write(durability, |tx, moment| lease::report(tx, moment, key, report))?;
+        if matches!(report, Report::Ended(_) | Report::Checkpointed(_) | Report::BadCheckpoint { .. }) {
+            self.tidy(key.job)?;
+        }
+        Ok(())
     }
 
     fn read_output(&self, query: &OutputQuery) -> Result<OutputPiece> {
@@ -303,5 +340,24 @@ impl Store for SqliteStore {
 
     fn local_output(&self, key: &LeaseKey) -> Option<[PathBuf; 2]> {
         Some(self.output.paths(key.job, key.epoch))
+    }
+
+    fn local_checkpoint(&self, job: JobId, epoch: u64, number: u32) -> Option<PathBuf> {
+        Some(self.checkpoints.path(job, epoch, number))
+    }
+
+    fn write_checkpoint(&self, key: &LeaseKey, piece: &CheckpointPiece, bytes: &[u8]) -> Result<()> {
+        self.read(|tx, _| lease::check(tx, key).map(|_| ()))?;
+        self.checkpoints.write(key, piece, bytes)
+    }
+
+    fn checkpoint_files(&self, key: &LeaseKey, epoch: u64, number: u32) -> Result<Vec<CheckpointFile>> {
+        self.read(|tx, _| lease::check(tx, key).map(|_| ()))?;
+        self.checkpoints.files(key.job, epoch, number)
+    }
+
+    fn read_checkpoint(&self, query: &CheckpointQuery) -> Result<CheckpointData> {
+        self.read(|tx, _| lease::check(tx, &query.key).map(|_| ()))?;
+        self.checkpoints.read(query)
     }
 }

@@ -123,6 +123,31 @@ pub(super) fn checkpoints(tx: &Transaction<'_>, job: JobId) -> Result<Vec<Checkp
     .collect()
 }
 
+/// An attempt and a number.
+type CheckpointPlace = (u64, u32);
+
+/// A job's checkpoints that may be needed again, and its present attempt with the last number that it has reported.
+pub(super) fn needed_checkpoints(
+    tx: &Transaction<'_>,
+    job: JobId,
+) -> Result<(Vec<CheckpointPlace>, Option<CheckpointPlace>)> {
+    let Some(job) = rows::find_job(tx, job)? else { return Ok((Vec::new(), None)) };
+    if job.state.is_final() {
+        return Ok((Vec::new(), None));
+    }
+    let keep = tx
+        .prepare_cached("SELECT epoch, number FROM snapshots WHERE job = ? AND usable = 1")?
+        .query_map([job.id], |row| Ok((row.get(0)?, row.get(1)?)))?
+        .collect::<Result<_>>()?;
+    if !job.state.is_leased() {
+        return Ok((keep, None));
+    }
+    let last = tx
+        .prepare_cached("SELECT coalesce(max(number), 0) FROM snapshots WHERE job = ? AND epoch = ?")?
+        .query_row(rusqlite::params![job.id, job.epoch], |row| row.get(0))?;
+    Ok((keep, Some((job.epoch, last))))
+}
+
 pub(super) fn hosts(tx: &Transaction<'_>, moment: Moment) -> Result<Vec<Host>> {
     let mut statement = tx.prepare_cached(
         "SELECT h.ad, h.seen_ms, (SELECT count(*) FROM jobs j WHERE j.host = h.name AND j.lease_until_ms IS NOT NULL) \
