@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use harrier_conformance::suites::report::Table;
-use harrier_conformance::suites::{EngineName, SuiteError, engine, fex, kvm_unit_tests};
+use harrier_conformance::suites::{EngineName, SuiteError, engine, fex, kvm_unit_tests, test386};
 use harrier_conformance::{coverage, diff};
 
 /// Runs a test suite of others, which lies in a directory of its own, and prints what passed.
@@ -24,6 +24,13 @@ enum Suite {
     Diff(DiffArguments),
     /// FEX's unittests/ASM in DIR
     Fex(FexArguments),
+    /// test386.asm in DIR, a ROM for real and protected mode
+    Test386 {
+        /// The suite's directory; nasm assembles it
+        dir: PathBuf,
+        #[command(flatten)]
+        how: How,
+    },
     /// kvm-unit-tests, built for x86_64 in DIR
     KvmUnitTests {
         /// The suite's directory, after `./configure && make`
@@ -121,6 +128,7 @@ fn run(suite: Suite) -> Result<bool, SuiteError> {
             print!("{}", table.without_passes());
             Ok(table.succeeded())
         }
+        Suite::Test386 { dir, how } => print(&test386::run(&dir, how.engine)?, how.json),
         Suite::KvmUnitTests { dir, how, qemu, only, output } => {
             let options = kvm_unit_tests::Options { engine: how.engine, qemu, only, output };
             print(&kvm_unit_tests::run(&dir, &options)?, how.json)

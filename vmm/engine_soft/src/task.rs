@@ -89,7 +89,12 @@ impl Image {
             cr3: if wide { value(28) } else { 0 },
             rip: value(layout.rip),
             flags: value(layout.flags),
-            registers: std::array::from_fn(|index| value(layout.registers + index as u64 * layout.width)),
+            // The manuals say nothing of the upper halves of registers that come from a 16-bit TSS. The 80386 set them, and
+            // test386.asm holds its successors to it.
+            registers: std::array::from_fn(|index| {
+                let upper = if wide { 0 } else { 0xffff_0000 };
+                upper | value(layout.registers + index as u64 * layout.width)
+            }),
             selectors: std::array::from_fn(|index| {
                 if index < layout.segment_count {
                     word(layout.segments + index as u64 * layout.width) as u16

@@ -4,6 +4,7 @@
 pub mod fex;
 pub mod kvm_unit_tests;
 pub mod report;
+pub mod test386;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -37,6 +38,9 @@ pub enum SuiteError {
     /// A program that is needed does not run.
     #[error("{program} cannot be run ({source}): install it")]
     Program { program: &'static str, source: std::io::Error },
+    /// The assembler does not take the suite.
+    #[error("'{}' cannot be assembled: {reason}", .file.display())]
+    Assembly { file: PathBuf, reason: String },
     /// The host refuses a temporary file.
     #[error("no temporary file ({0}): make room")]
     Temporary(std::io::Error),

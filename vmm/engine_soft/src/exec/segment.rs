@@ -450,12 +450,14 @@ fn arpl(cpu: &mut Cpu, op: &Op) -> Step {
     protected_only(cpu)?;
     if op.aux & MEMORY != 0 {
         let source = cpu.reg::<u16>(op.reg);
-        let va = cpu.addr(op, 2, Intent::Write)?;
-        let mut changed = false;
-        cpu.modify::<u16>(va, |_, old| {
-            changed = old & 3 < source & 3;
-            Ok(if changed { (old & !3) | (source & 3) } else { old })
-        })?;
+        // Only who writes needs the right to (seen on a processor, and what test386.asm wants).
+        let va = cpu.addr(op, 2, Intent::Read)?;
+        let old = cpu.load::<u16>(va)?;
+        let changed = old & 3 < source & 3;
+        if changed {
+            let va = cpu.addr(op, 2, Intent::Write)?;
+            cpu.modify::<u16>(va, |_, old| Ok((old & !3) | (source & 3)))?;
+        }
         set_zf(cpu, changed);
     } else {
         let (old, source) = (cpu.reg::<u16>(op.reg), cpu.reg::<u16>(op.rm));

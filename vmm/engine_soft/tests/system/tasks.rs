@@ -14,6 +14,8 @@ const FIRST_TSS: u64 = 0x6000;
 const SECOND_TSS: u64 = 0x6100;
 const SECOND_CODE: u64 = 0xa000;
 const SECOND_STACK: u32 = 0xe000;
+/// What the first task may read.
+const DATA: u64 = 0xf000;
 
 /// A processor at [`CODE`] in the first task; vector 13 leads to the second by a task gate.
 fn protected_mode(machine: &Machine) -> Box<dyn Vcpu> {
@@ -140,4 +142,50 @@ fn a_bad_stack_segment_of_the_new_task_is_the_new_tasks_fault() {
     assert_eq!(vcpu.run(&mut Devices::default()), Exit::TripleFault);
     let state = vcpu.state().unwrap();
     assert_eq!((state.segments.tr.selector, state.regs.rip), (SECOND, SECOND_CODE));
+}
+
+#[test]
+fn a_16_bit_task_sets_the_upper_halves_of_its_registers() {
+    let machine = Machine::new(1);
+    let mut vcpu = protected_mode(&machine);
+    machine.write_u64(GDT + u64::from(SECOND), 0x0000_8100_0000_002b | SECOND_TSS << 16);
+    machine.write(SECOND_TSS, &[0; 44]);
+    let put = |offset: u64, value: u16| machine.write(SECOND_TSS + offset, &value.to_le_bytes());
+    put(14, SECOND_CODE as u16);
+    put(16, 2);
+    for (index, offset) in (18..34).step_by(2).enumerate() {
+        put(offset, 0x1000 + index as u16);
+    }
+    for (offset, selector) in [(34, DATA32), (36, CODE32), (38, DATA32), (40, DATA32)] {
+        put(offset, selector);
+    }
+    machine.write(CODE, &far(0xea, SECOND));
+    machine.write(SECOND_CODE, LEAVE);
+    let (state, _) = run(&mut *vcpu);
+    let expected: Vec<u64> = (0..8).map(|index| 0xffff_1000 + index).collect();
+    assert_eq!(state.regs.gpr[..8], expected);
+}
+
+#[test]
+fn arpl_needs_the_right_to_write_only_if_it_writes() {
+    // A processor does so, for segments and for pages.
+    for (selector, vector) in [(0x10u16, 13), (0x13, 0)] {
+        let machine = Machine::new(1);
+        let mut vcpu = protected_mode(&machine);
+        // The gate leads to a handler here: one that says that it was reached.
+        machine.write_u64(IDT + 13 * 8, 0x0000_8e00_0008_0000 | SECOND_CODE);
+        machine.write(SECOND_CODE, &[&[0xb2, 13][..], LEAVE].concat());
+        machine.write(DATA, &selector.to_le_bytes());
+        // arpl [DATA], cx
+        let [a, b, c, d] = (DATA as u32).to_le_bytes();
+        machine.write(CODE, &[&[0x63, 0x0d, a, b, c, d], LEAVE].concat());
+        edit(&mut *vcpu, |state| {
+            state.segments.ds.kind = 1;
+            state.regs.gpr[1] = 3;
+            state.regs.gpr[2] = 0;
+        });
+        let (state, _) = run(&mut *vcpu);
+        assert_eq!(state.regs.gpr[2], vector, "{selector:#x}");
+        assert_eq!(machine.read_u32(DATA) & 0xffff, u32::from(selector));
+    }
 }
