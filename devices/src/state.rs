@@ -4,7 +4,8 @@
 //! ways between them. Whoever adds the device to a machine makes a [`StateUnit`] of it with [`unit`], once; the
 //! machine saves and restores its units without knowing what they are.
 //!
-//! A state is JSON. A field that is new or gone is a new [`Stateful::VERSION`].
+//! A state is JSON. A field that is new or gone is a new [`Stateful::VERSION`]; the states of older versions that a device
+//! still takes have defaults for what they lack.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -36,6 +37,8 @@ pub trait Stateful {
     const NAME: &'static str;
     /// Version of the state's form.
     const VERSION: u32 = 1;
+    /// The oldest version whose states it takes.
+    const OLDEST_VERSION: u32 = Self::VERSION;
 
     /// What the device is now.
     fn save(&self) -> Self::State;
@@ -89,7 +92,7 @@ impl<D: Stateful + Send> StateUnit for Unit<D> {
     }
 
     fn restore(&self, version: u32, state: &[u8]) -> Result<(), BadState> {
-        BadState::unless(version == D::VERSION, || {
+        BadState::unless((D::OLDEST_VERSION..=D::VERSION).contains(&version), || {
             format!("version {version} is unknown, this harrier has {}", D::VERSION)
         })?;
         let state = serde_json::from_slice(state).map_err(|err| BadState(err.to_string()))?;

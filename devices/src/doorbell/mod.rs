@@ -10,6 +10,7 @@
 //! for each sequence number ([`channels`]).
 
 pub mod channels;
+mod checkpoint;
 mod events;
 pub mod state;
 #[cfg(test)]
@@ -18,17 +19,19 @@ mod tests;
 use harrier_engine::{Flow, GuestMemory};
 use harrier_hypercall_abi::block::{self, ALIGN, Block, CHANNELS, RESULT_OFFSET, STATUS_OFFSET};
 use harrier_hypercall_abi::calls::{
-    self, CONSOLE_MAX, Call, ClockArgs, ClockResult, ConsoleArgs, ConsoleResult, EXIT_CODE_MAX, EXIT_REASONS,
-    ExitArgs, FeaturesArgs, FeaturesResult, MEM_RELEASE_MAX_BYTES, MEM_RELEASE_MAX_RANGES, MarkArgs,
-    MemRange, MemReleaseArgs, MemReleaseResult, PARK_FIRST_VECTOR, PHASES, ParkArgs, number,
+    self, CONSOLE_MAX, Call, CheckpointArgs, CheckpointResult, ClockArgs, ClockResult, ConsoleArgs,
+    ConsoleResult, EXIT_CODE_MAX, EXIT_REASONS, ExitArgs, FeaturesArgs, FeaturesResult, IdentityResult,
+    MEM_RELEASE_MAX_BYTES, MEM_RELEASE_MAX_RANGES, MarkArgs, MemRange, MemReleaseArgs, MemReleaseResult,
+    PARK_FIRST_VECTOR, PHASES, ParkArgs, QUIESCE_ASK, QUIESCE_READY, QuiesceArgs, QuiesceResult, number,
 };
 use harrier_hypercall_abi::{Status, VERSION, VERSION_MAJOR, port};
-use vm_memory::{Address, Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use crate::bus::BusDevice;
 use crate::guest_error::GuestErrors;
 use crate::state::BadState;
 use channels::{Answer, Channels, Lookup};
+pub use checkpoint::PendingCheckpoint;
 pub use events::Events;
 
 /// Bytes of the console that are copied at a time.
@@ -40,6 +43,8 @@ const PAGE: u64 = 4096;
 pub trait Hypercalls: Send {
     /// The feature bits of the calls that are offered; the others are answered with [`Status::Unsupported`].
     fn features(&self) -> u64;
+    /// The guest has said which features it uses; also called when a state is taken up.
+    fn agreed(&mut self, guest_features: u64);
     /// Writes to the console and answers how many bytes it took. Fewer than all: there is no room, and
     /// [`port::event::CONSOLE_ROOM`] is signalled when there is.
     fn console(&mut self, bytes: &[u8]) -> usize;
@@ -60,6 +65,26 @@ pub trait Hypercalls: Send {
     /// # Errors
     /// [`Status::BadPointer`] if the range is not in one piece of memory; [`Status::HostFailed`].
     fn release(&mut self, range: MemRange) -> Result<(), Status>;
+    /// Has a snapshot taken, and the calling processor held until [`Doorbell::checkpoint_done`] or
+    /// [`Doorbell::checkpoint_failed`] has been called.
+    ///
+    /// # Errors
+    /// [`Status::Full`] if no snapshot is to be had now.
+    fn checkpoint(&mut self) -> Result<(), Status>;
+    /// Who the machine is.
+    fn who(&self) -> CheckpointResult;
+    /// Who the machine is, with randomness for it alone.
+    ///
+    /// # Errors
+    /// [`Status::HostFailed`] if the host has no randomness.
+    fn identity(&mut self) -> Result<IdentityResult, Status>;
+    /// What the host wants of the guest's coming to rest.
+    fn quiesce_wanted(&mut self) -> QuiesceResult;
+    /// The guest has come to rest, as a request wants it.
+    ///
+    /// # Errors
+    /// [`Status::Stale`] if the request is over or was never made.
+    fn quiesce_ready(&mut self, request: u64) -> Result<(), Status>;
     /// What a snapshot has to keep of what the calls did.
     fn save(&self) -> serde_json::Value {
         serde_json::Value::Null
@@ -104,6 +129,8 @@ pub struct Doorbell {
     channels: Channels,
     guest_features: u64,
     rejected: u32,
+    /// A CHECKPOINT call that has not ended.
+    checkpoint: Option<PendingCheckpoint>,
     errors: GuestErrors,
 }
 
@@ -129,6 +156,7 @@ impl Doorbell {
             channels: Channels::default(),
             guest_features: 0,
             rejected: 0,
+            checkpoint: None,
             errors: GuestErrors::default(),
         }
     }
@@ -178,7 +206,7 @@ impl Doorbell {
         }
         let block = Block::from_bytes(&bytes);
         let done = match self.check(&block) {
-            Ok(call) => self.call(call, &block),
+            Ok(call) => self.call(call, &block, gpa),
             Err(status) => Done { answer: Answer::error(status), flow: Flow::Continue },
         };
         let answer = &done.answer;
@@ -188,21 +216,24 @@ impl Doorbell {
                 format_args!("call {} on channel {}: {}", block.number, block.channel, answer.status.name()),
             );
         }
+        match self.write_answer(gpa, answer) {
+            Ok(()) => done.flow,
+            // The memory was there a moment ago.
+            Err(_) => self.reject(gpa),
+        }
+    }
+
+    /// Writes an answer into the block at `gpa`.
+    fn write_answer(&self, gpa: GuestAddress, answer: &Answer) -> Result<(), GuestMemoryError> {
         // Results first: who sees the status sees them.
         let result = answer.result.get(..answer.result_len as usize).unwrap_or_default();
         let mut ending = [0; 8];
         let (status, len) = ending.split_at_mut(4);
         status.copy_from_slice(&(answer.status as i32).to_le_bytes());
         len.copy_from_slice(&answer.result_len.to_le_bytes());
-        let written = self
-            .memory
-            .write_slice(result, gpa.unchecked_add(RESULT_OFFSET))
-            .and_then(|()| self.memory.write_slice(&ending, gpa.unchecked_add(STATUS_OFFSET)));
-        match written {
-            Ok(()) => done.flow,
-            // The memory was there a moment ago.
-            Err(_) => self.reject(gpa),
-        }
+        let at = |offset: u64| GuestAddress(gpa.0.saturating_add(offset));
+        self.memory.write_slice(result, at(RESULT_OFFSET))?;
+        self.memory.write_slice(&ending, at(STATUS_OFFSET))
     }
 
     fn reject(&mut self, gpa: GuestAddress) -> Flow {
@@ -229,14 +260,26 @@ impl Doorbell {
     }
 
     /// Makes the call, unless its sequence number says that it has been made.
-    fn call(&mut self, call: &Call, block: &Block) -> Done {
+    fn call(&mut self, call: &Call, block: &Block, gpa: GuestAddress) -> Done {
         match self.channels.look_up(block.channel, block.sequence, block.number) {
             Lookup::New => {}
+            // What is to be the caller's alone is not said again from memory, least of all in a copy of the machine.
+            Lookup::Made(_) if call.number == number::IDENTITY => {}
             Lookup::Made(answer) => return Done { answer, flow: Flow::Continue },
             Lookup::Stale => return Done { answer: Answer::error(Status::Stale), flow: Flow::Continue },
         }
         let mut flow = Flow::Continue;
-        let answer = self.dispatch(call.number, &block.args, &mut flow);
+        let answer = if call.number == number::CHECKPOINT {
+            let (channel, sequence) = (block.channel, block.sequence);
+            let pending = PendingCheckpoint { gpa: gpa.0, channel, sequence };
+            let answer = self.checkpoint(CheckpointArgs::from_bytes(&block.args), pending);
+            if answer.status == Status::Ok {
+                flow = Flow::Leave;
+            }
+            answer
+        } else {
+            self.dispatch(call.number, &block.args, &mut flow)
+        };
         self.channels.remember(block.channel, block.sequence, block.number, &answer);
         Done { answer, flow }
     }
@@ -265,6 +308,11 @@ impl Doorbell {
                 }
                 Answer::plain(ended)
             }
+            number::QUIESCE => self.quiesce(QuiesceArgs::from_bytes(args)),
+            number::IDENTITY => match self.calls.identity() {
+                Ok(result) => Answer::ok(&result.to_bytes()),
+                Err(status) => Answer::error(status),
+            },
             // In the table, and not reserved: whoever adds a call adds it here.
             _ => Answer::error(Status::Unsupported),
         }
@@ -272,6 +320,7 @@ impl Doorbell {
 
     fn features(&mut self, args: FeaturesArgs) -> Answer {
         self.guest_features = args.guest_features;
+        self.calls.agreed(args.guest_features);
         let result = FeaturesResult {
             features: self.calls.features(),
             shared_page: self.config.shared_page_gpa,
@@ -367,6 +416,19 @@ impl Doorbell {
             result.done += 1;
         }
         Ok(())
+    }
+
+    fn quiesce(&mut self, args: QuiesceArgs) -> Answer {
+        match (args.op, args.reserved, args.request) {
+            (QUIESCE_ASK, 0, 0) => {}
+            (QUIESCE_READY, 0, request) => {
+                if let Err(status) = self.calls.quiesce_ready(request) {
+                    return Answer::error(status);
+                }
+            }
+            _ => return Answer::error(Status::BadArgument),
+        }
+        Answer::ok(&self.calls.quiesce_wanted().to_bytes())
     }
 
     fn exit(&mut self, args: &ExitArgs) -> Result<(), Status> {

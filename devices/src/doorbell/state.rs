@@ -2,10 +2,11 @@
 
 use harrier_hypercall_abi::Status;
 use harrier_hypercall_abi::block::{CHANNELS, PAYLOAD};
+use harrier_hypercall_abi::port::event;
 use serde::{Deserialize, Serialize};
 
 use super::channels::{Answer, ChannelState};
-use super::{Doorbell, DoorbellState};
+use super::{Doorbell, DoorbellState, PendingCheckpoint};
 use crate::state::{BadState, Stateful};
 
 /// The device, its pending events, and what its calls have left.
@@ -22,6 +23,9 @@ pub struct Saved {
     pub channels: Vec<SavedChannel>,
     /// The calls' own part.
     pub calls: serde_json::Value,
+    /// A CHECKPOINT call that waits for this very snapshot. Version 1 had none.
+    #[serde(default)]
+    pub checkpoint: Option<PendingCheckpoint>,
 }
 
 /// The last numbered call of a channel.
@@ -45,6 +49,8 @@ pub struct SavedChannel {
 impl Stateful for Doorbell {
     type State = Saved;
     const NAME: &'static str = "doorbell";
+    const VERSION: u32 = 2;
+    const OLDEST_VERSION: u32 = 1;
 
     fn save(&self) -> Saved {
         let DoorbellState { guest_features, rejected, channels } = self.state();
@@ -63,6 +69,7 @@ impl Stateful for Doorbell {
             events: self.events.pending(),
             channels: channels.collect(),
             calls: self.calls.save(),
+            checkpoint: self.checkpoint,
         }
     }
 
@@ -93,7 +100,14 @@ impl Stateful for Doorbell {
             channels,
         });
         self.calls.restore(&saved.calls)?;
-        self.events.raise(saved.events);
+        self.calls.agreed(saved.guest_features);
+        // What the host that took the snapshot asked for is over.
+        self.events.raise(saved.events & !event::QUIESCE);
+        if let Some(pending) = saved.checkpoint {
+            BadState::unless(pending.channel < CHANNELS, || format!("channel {}", pending.channel))?;
+            self.checkpoint = Some(pending);
+            self.checkpoint_returns();
+        }
         Ok(())
     }
 }

@@ -8,6 +8,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::interrupt::tests::RecordedLine;
+use crate::state::Stateful;
 
 const MEMORY: usize = 1 << 20;
 const BLOCK: u64 = 0x1000;
@@ -17,7 +18,10 @@ const ALL: u64 = features::CONSOLE
     | features::CLOCK
     | features::PARK
     | features::MEM_RELEASE
-    | features::EXIT;
+    | features::EXIT
+    | features::CHECKPOINT
+    | features::QUIESCE
+    | features::IDENTITY;
 
 /// What the calls did.
 #[derive(Default)]
@@ -28,11 +32,16 @@ struct Seen {
     parks: Vec<ParkArgs>,
     released: Vec<MemRange>,
     exits: Vec<(u8, u32, String)>,
+    agreed: Vec<u64>,
+    checkpoints: usize,
+    identities: u8,
+    ready: Vec<u64>,
 }
 
 struct Machine {
     features: u64,
     seen: Arc<Mutex<Seen>>,
+    who: CheckpointResult,
 }
 
 impl Hypercalls for Machine {
@@ -67,6 +76,32 @@ impl Hypercalls for Machine {
         self.seen.lock().unwrap().released.push(range);
         Ok(())
     }
+    fn agreed(&mut self, guest_features: u64) {
+        self.seen.lock().unwrap().agreed.push(guest_features);
+    }
+    fn checkpoint(&mut self) -> Result<(), Status> {
+        self.seen.lock().unwrap().checkpoints += 1;
+        Ok(())
+    }
+    fn who(&self) -> CheckpointResult {
+        self.who
+    }
+    fn identity(&mut self) -> Result<IdentityResult, Status> {
+        let identities = &mut self.seen.lock().unwrap().identities;
+        *identities += 1;
+        let CheckpointResult { generation, role, clone_index } = self.who;
+        Ok(IdentityResult { generation, role, clone_index, entropy: [*identities; 32] })
+    }
+    fn quiesce_wanted(&mut self) -> QuiesceResult {
+        QuiesceResult { request: 5, remaining_ms: 77, reserved: 0 }
+    }
+    fn quiesce_ready(&mut self, request: u64) -> Result<(), Status> {
+        if request != 5 {
+            return Err(Status::Stale);
+        }
+        self.seen.lock().unwrap().ready.push(request);
+        Ok(())
+    }
     fn exit(&mut self, code: u8, reason: u32, message: &str) {
         self.seen.lock().unwrap().exits.push((code, reason, message.to_owned()));
     }
@@ -81,12 +116,16 @@ struct Guest {
 }
 
 fn guest_with(features: u64) -> Guest {
+    guest_of(features, CheckpointResult::default())
+}
+
+fn guest_of(features: u64, who: CheckpointResult) -> Guest {
     let memory = GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap();
     let line = Arc::new(RecordedLine::default());
     let events = Events::new(line.clone());
     let seen = Arc::new(Mutex::new(Seen::default()));
     let config = DoorbellConfig { shared_page_gpa: 0xf_f000, gsi: 3 };
-    let calls = Box::new(Machine { features, seen: seen.clone() });
+    let calls = Box::new(Machine { features, seen: seen.clone(), who });
     let doorbell = Doorbell::new(config, memory.clone(), events.clone(), calls);
     Guest { doorbell, memory, line, events, seen }
 }
@@ -118,7 +157,11 @@ impl Guest {
     }
 
     fn call(&mut self, number: u16, args: &[u8]) -> (Status, Vec<u8>) {
-        let (_, answer) = self.ring(&block(number, args));
+        self.made(&block(number, args))
+    }
+
+    fn made(&mut self, block: &Block) -> (Status, Vec<u8>) {
+        let (_, answer) = self.ring(block);
         let result = answer.result[..answer.result_len as usize].to_vec();
         (Status::from_value(answer.status).unwrap(), result)
     }
@@ -188,9 +231,7 @@ fn what_is_wrong_with_a_block_is_said_in_it() {
         (Block { args_len: u32::MAX, ..good }, Status::BadLength),
         (Block { channel: 256, ..good }, Status::BadArgument),
         (Block { flags: 1, ..good }, Status::BadArgument),
-        (Block { number: number::CHECKPOINT, args_len: 0, ..good }, Status::Unsupported),
-        (Block { number: number::QUIESCE, args_len: 0, ..good }, Status::Unsupported),
-        (Block { number: number::IDENTITY, args_len: 0, ..good }, Status::Unsupported),
+        (Block { number: number::CHECKPOINT, args_len: 0, ..good }, Status::BadLength),
     ] {
         let (flow, answer) = guest.ring(&bad);
         assert_eq!((flow, Status::from_value(answer.status)), (Flow::Continue, Some(status)), "{bad:?}");
@@ -428,4 +469,82 @@ fn events_hold_the_line_until_the_guest_clears_them() {
     assert_eq!((guest.register(port::REG_EVENTS), guest.line.is_high()), (0, false));
     guest.events.raise(0);
     assert_eq!((guest.line.rises(), guest.line.is_high()), (1, false));
+}
+
+#[test]
+fn identity_is_never_said_from_memory() {
+    let mut guest = guest_of(ALL, CheckpointResult { generation: 3, role: 2, clone_index: 9 });
+    let mut numbered = block(number::IDENTITY, &[]);
+    numbered.sequence = 4;
+    for expected in 1..=2u8 {
+        let (status, result) = guest.made(&numbered);
+        let identity = IdentityResult::from_bytes(&result);
+        assert_eq!((status, identity.generation, identity.role), (Status::Ok, 3, 2));
+        assert_eq!((identity.clone_index, identity.entropy), (9, [expected; 32]));
+    }
+    numbered.sequence = 3;
+    assert_eq!(guest.made(&numbered).0, Status::Stale);
+}
+
+#[test]
+fn a_guest_asks_and_answers_about_its_rest() {
+    let mut guest = guest();
+    let args = |op, reserved, request| QuiesceArgs { op, reserved, request }.to_bytes();
+    let (status, result) = guest.call(number::QUIESCE, &args(QUIESCE_ASK, 0, 0));
+    let wanted = QuiesceResult::from_bytes(&result);
+    assert_eq!((status, wanted.request, wanted.remaining_ms), (Status::Ok, 5, 77));
+    for (args, status) in [
+        (args(QUIESCE_READY, 0, 5), Status::Ok),
+        (args(QUIESCE_READY, 0, 4), Status::Stale),
+        (args(QUIESCE_READY, 0, 0), Status::Stale),
+        (args(QUIESCE_READY, 1, 5), Status::BadArgument),
+        (args(QUIESCE_ASK, 0, 5), Status::BadArgument),
+        (args(2, 0, 0), Status::BadArgument),
+    ] {
+        assert_eq!(guest.call(number::QUIESCE, &args).0, status, "{args:?}");
+    }
+    assert_eq!(guest.seen.lock().unwrap().ready, [5]);
+}
+
+#[test]
+fn a_checkpoint_returns_here_and_in_what_is_made_of_it() {
+    let mut guest = guest_of(ALL, CheckpointResult { generation: 1, role: 1, clone_index: 0 });
+    let mut checkpoint = block(number::CHECKPOINT, &[0; 8]);
+    (checkpoint.sequence, checkpoint.channel) = (7, 2);
+    let (status, result) = guest.made(&checkpoint);
+    let here = CheckpointResult::from_bytes(&result);
+    assert_eq!((status, here), (Status::Ok, CheckpointResult { generation: 1, role: 0, clone_index: 0 }));
+    // One at a time, and not by a guest's retry.
+    assert_eq!(guest.call(number::CHECKPOINT, &[0; 8]).0, Status::Full);
+    assert_eq!(guest.made(&checkpoint), (status, result));
+    guest.call(number::FEATURES, &features::QUIESCE.to_le_bytes());
+    guest.events.raise(port::event::QUIESCE | port::event::CLOCK);
+    let saved = guest.doorbell.save();
+    assert_eq!(guest.seen.lock().unwrap().checkpoints, 1);
+
+    let mut other = guest_of(ALL, CheckpointResult { generation: 2, role: 2, clone_index: 4 });
+    other.doorbell.restore(saved).unwrap();
+    let answered = |guest: &Guest| {
+        let mut bytes = [0; Block::SIZE];
+        guest.memory.read_slice(&mut bytes, GuestAddress(BLOCK)).unwrap();
+        let block = Block::from_bytes(&bytes);
+        (block.status, CheckpointResult::from_bytes(&block.result))
+    };
+    let there = CheckpointResult { generation: 2, role: 2, clone_index: 4 };
+    assert_eq!(answered(&other), (0, there));
+    assert_eq!(CheckpointResult::from_bytes(&other.made(&checkpoint).1), there, "also from memory");
+    assert_eq!(other.events.pending(), port::event::CLOCK, "nobody waits for its rest any more");
+    assert_eq!(other.seen.lock().unwrap().agreed, [features::QUIESCE]);
+    assert_eq!(other.doorbell.save().checkpoint, None);
+
+    // The machine itself hears if there is none.
+    guest.doorbell.checkpoint_failed();
+    assert_eq!(guest.made(&checkpoint).0, Status::HostFailed);
+    checkpoint.sequence = 8;
+    assert_eq!(guest.made(&checkpoint).0, Status::Ok);
+    guest.doorbell.checkpoint_done();
+    assert_eq!(guest.made(&checkpoint).0, Status::Ok, "from memory");
+    let wrong = CheckpointArgs { flags: 1, reserved: 0 }.to_bytes();
+    assert_eq!(guest.call(number::CHECKPOINT, &wrong).0, Status::BadArgument);
+    assert_eq!(guest.seen.lock().unwrap().checkpoints, 2);
 }

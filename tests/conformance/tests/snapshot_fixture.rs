@@ -101,6 +101,7 @@ fn make() {
         target: &target,
         kind: Kind::Full,
         stay_paused: false,
+        quiesce_limit: Duration::ZERO,
         producer: "harrier fixture",
         owner: &mut |_| Ok(()),
         progress: &mut |_| true,

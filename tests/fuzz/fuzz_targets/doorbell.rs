@@ -13,9 +13,10 @@ use harrier_engine::{Flow, GuestMemory};
 use harrier_fuzz::input::Input;
 use harrier_hypercall_abi::block::{ALIGN, Block, PAYLOAD, RESULT_OFFSET, STATUS_OFFSET};
 use harrier_hypercall_abi::calls::{
-    self, CALLS, ClockResult, EXIT_REASONS, MEM_RELEASE_MAX_BYTES, MemRange, PHASES, ParkArgs,
+    self, CALLS, CheckpointResult, ClockResult, EXIT_REASONS, IdentityResult, MEM_RELEASE_MAX_BYTES,
+    MemRange, PHASES, ParkArgs, QuiesceResult,
 };
-use harrier_hypercall_abi::{Status, VERSION_MAJOR, features, port};
+use harrier_hypercall_abi::{Status, VERSION_MAJOR, port};
 use harrier_machine::memory::{GuestRam, ReleaseError};
 use libfuzzer_sys::fuzz_target;
 use vm_memory::{Bytes, GuestAddress};
@@ -30,6 +31,8 @@ struct Machine {
     output: ByteOutput,
     features: u64,
     marks: usize,
+    /// A CHECKPOINT call waits; nobody ends it here.
+    is_held: bool,
 }
 
 fn assert_text(text: &str) {
@@ -75,6 +78,23 @@ impl Hypercalls for Machine {
             Err(ReleaseError::NotMemory) => Err(Status::BadPointer),
             Err(ReleaseError::Host(err)) => panic!("the host refused {range:?}: {err}"),
         }
+    }
+    fn agreed(&mut self, _guest_features: u64) {}
+    fn checkpoint(&mut self) -> Result<(), Status> {
+        assert!(!std::mem::replace(&mut self.is_held, true), "one at a time");
+        Ok(())
+    }
+    fn who(&self) -> CheckpointResult {
+        CheckpointResult { generation: 1, role: 1, clone_index: 0 }
+    }
+    fn identity(&mut self) -> Result<IdentityResult, Status> {
+        Ok(IdentityResult { generation: 1, role: 1, clone_index: 0, entropy: [7; 32] })
+    }
+    fn quiesce_wanted(&mut self) -> QuiesceResult {
+        QuiesceResult { request: 1, remaining_ms: 1, reserved: 0 }
+    }
+    fn quiesce_ready(&mut self, request: u64) -> Result<(), Status> {
+        if request == 1 { Ok(()) } else { Err(Status::Stale) }
     }
     fn exit(&mut self, _code: u8, reason: u32, message: &str) {
         assert!(EXIT_REASONS.iter().any(|(known, ..)| *known == reason));
@@ -189,9 +209,8 @@ fuzz_target!(|bytes: &[u8]| {
     memory.write_slice(&[0; LOW as usize], GuestAddress(0)).expect("low memory");
     let events = Events::new(Arc::new(Line));
     let all = CALLS.iter().fold(0, |word, call| word | call.feature);
-    let reserved = features::CHECKPOINT | features::QUIESCE | features::IDENTITY;
-    let features = if input.u8() & 15 == 0 { input.u64() } else { all & !reserved };
-    let machine = Machine { ram, output: ByteOutput::new(8 << 10), features, marks: 0 };
+    let features = if input.u8() & 15 == 0 { input.u64() } else { all };
+    let machine = Machine { ram, output: ByteOutput::new(8 << 10), features, marks: 0, is_held: false };
     let config = DoorbellConfig { shared_page_gpa: 0xf_f000, gsi: 3 };
     let mut doorbell = Doorbell::new(config, memory.clone(), events.clone(), Box::new(machine));
     while !input.is_empty() {

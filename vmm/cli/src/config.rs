@@ -20,6 +20,9 @@ use crate::units::{UnitError, parse_size, parse_time};
 /// Kernel command line of a plain boot: a console, and an end instead of a hang when the kernel panics.
 const PLAIN_COMMAND_LINE: &str = "console=ttyS0 panic=-1";
 
+/// Most of the guest's own snapshots that are kept.
+const MAX_CHECKPOINTS: usize = 1000;
+
 /// What runs in the machine.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Workload {
@@ -76,6 +79,8 @@ pub(crate) struct OutputConfig {
 pub(crate) struct RunConfig {
     /// The snapshot that the machine is made of, instead of booting.
     pub(crate) restore: Option<Restored>,
+    /// How many of the guest's own snapshots are kept.
+    pub(crate) checkpoints: usize,
     pub(crate) engine: EngineChoice,
     pub(crate) vcpu_count: u32,
     pub(crate) memory_bytes: u64,
@@ -136,6 +141,8 @@ pub(crate) enum ConfigError {
     EmptyCommand,
     #[error(transparent)]
     Files(#[from] FileFlagError),
+    #[error("--checkpoints '{0}' is not possible: give 0 to {MAX_CHECKPOINTS}")]
+    Checkpoints(String),
     #[error("--elf-entry '{0}' is unknown: use auto, pvh or linux64")]
     ElfEntry(String),
 }
@@ -190,6 +197,7 @@ impl RunConfig {
         }
         Ok(RunConfig {
             restore: None,
+            checkpoints: parse_checkpoints(&flags.checkpoints)?,
             engine,
             vcpu_count,
             memory_bytes,
@@ -211,6 +219,12 @@ impl RunConfig {
             seccomp: !flags.no_seccomp,
         })
     }
+}
+
+/// Checks `--checkpoints`.
+pub(crate) fn parse_checkpoints(text: &str) -> Result<usize, ConfigError> {
+    let count = text.parse().ok().filter(|count| *count <= MAX_CHECKPOINTS);
+    count.ok_or_else(|| ConfigError::Checkpoints(text.to_owned()))
 }
 
 fn lossy(text: &OsStr) -> String {

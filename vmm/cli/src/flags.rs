@@ -138,6 +138,9 @@ pub(crate) struct RunFlags {
     /// Write what the guest prints on its serial console to a file.
     #[arg(long, value_name = "FILE")]
     pub(crate) console: Option<PathBuf>,
+    /// How many of the snapshots that the guest takes of itself are kept; 0 lets it take none.
+    #[arg(long, default_value = "1", value_name = "COUNT", allow_hyphen_values = true)]
+    pub(crate) checkpoints: String,
     /// Print one JSON object on stdout, with the output of the command in it, instead of streaming.
     #[arg(long)]
     pub(crate) json: bool,
@@ -420,6 +423,9 @@ pub(crate) struct RestoreFlags {
     /// Write what the guest prints on its serial console to a file.
     #[arg(long, value_name = "FILE")]
     pub(crate) console: Option<PathBuf>,
+    /// How many of the snapshots that the guest takes of itself are kept; 0 lets it take none.
+    #[arg(long, default_value = "1", value_name = "COUNT", allow_hyphen_values = true)]
+    pub(crate) checkpoints: String,
     /// Print one JSON object on stdout, with the output in it, instead of streaming.
     #[arg(long)]
     pub(crate) json: bool,
@@ -462,6 +468,7 @@ impl RestoreFlags {
             engine: self.engine,
             cpus: "1".to_owned(),
             memory: "512M".to_owned(),
+            checkpoints: self.checkpoints,
             timeout: self.timeout,
             files: self.files,
             console: self.console,

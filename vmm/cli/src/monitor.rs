@@ -30,7 +30,7 @@ use crate::config::{RunConfig, Workload};
 use crate::exit::{Failure, HARRIER_FAILED};
 use crate::flags::{Command, Flags, MonitorFlags, RunFlags};
 use crate::signals::{Interrupter, Interruption};
-use crate::snapshots::{KeptByHost, Snapshots};
+use crate::snapshots::Snapshots;
 
 /// How long clients may take to hear of the end.
 const LAST_ANSWERS: Duration = Duration::from_millis(500);
@@ -201,6 +201,11 @@ impl Monitor {
         self.running.is_stopping.load(Ordering::Acquire)
     }
 
+    /// The machine's name.
+    pub(crate) fn name(&self) -> &str {
+        self.running.record.name.as_str()
+    }
+
     /// Whether the machine has no terminal and no streams but the log.
     pub(crate) fn is_detached(&self) -> bool {
         self.running.record.detached
@@ -252,11 +257,10 @@ impl Monitor {
     pub(crate) fn serve(
         &self,
         machine: MachineHandle,
-        kept: KeptByHost,
+        snapshots: Snapshots,
         seccomp: bool,
     ) -> Result<(), Failure> {
         let refused = |err| Failure::new(format!("the control socket cannot be served ({err})"));
-        let snapshots = Snapshots::start(machine.clone(), kept).map_err(refused)?;
         // Called once.
         let _ = self.running.snapshots.set(snapshots);
         // Called once.

@@ -26,7 +26,7 @@ use crate::flags::RunFlags;
 use crate::monitor::{self, Monitor};
 use crate::report::{self, RunRecord};
 use crate::signals::{Interrupter, Interruption, SignalThread};
-use crate::snapshots::{self, KeptByHost};
+use crate::snapshots::{self, Checkpoints, KeptByHost, Snapshots};
 use crate::{disks, engines, guest_files, run_command, run_console, runtime_dir};
 
 /// The context id of a guest; 0 to 2 have meanings of their own (virtio 1.2, section 5.10.4).
@@ -252,13 +252,25 @@ pub(crate) fn start(config: &RunConfig, prepared: &mut Prepared, run: &mut Run<'
     if config.seccomp {
         crate::sandbox::enter(machine)?;
     }
+    let checkpoints = Checkpoints {
+        prefix: match run.monitor {
+            Some(monitor) => monitor.name().to_owned(),
+            None => format!("harrier-{}", std::process::id()),
+        },
+        // A job's are its worker's to take.
+        keep: if config.attempt.is_some() { 0 } else { config.checkpoints },
+    };
+    let snapshots = prepared.kept.take().map(|kept| Snapshots::start(machine, kept, checkpoints));
+    let snapshots = snapshots.transpose().map_err(|err| {
+        Failure::new(format!("no thread for snapshots ({err}): raise the limit of processes"))
+    })?;
     run.record.machine_started = Some(Instant::now());
     machine.start()?;
     let handle = machine.handle();
     let interrupter = &run.interrupter;
     interrupter.set_machine(handle.clone());
-    if let (Some(monitor), Some(kept)) = (run.monitor, prepared.kept.take()) {
-        monitor.serve(handle.clone(), kept, config.seccomp)?;
+    if let (Some(monitor), Some(snapshots)) = (run.monitor, snapshots) {
+        monitor.serve(handle.clone(), snapshots, config.seccomp)?;
     }
     if let Some(timeout) = config.timeout {
         // A time beyond the clock's end never comes.

@@ -21,7 +21,8 @@ use harrier_hypercall_abi::{port, shared_page};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::layout::{
-    ACPI_END, ACPI_START, COM1_GSI, DOORBELL_GSI, IOAPIC_START, LAPIC_START, POWER_BUTTON_GSI, SHARED_PAGE,
+    ACPI_END, ACPI_START, COM1_GSI, DOORBELL_GSI, GENERATION_ID, GENERATION_ID_GSI, IOAPIC_START,
+    LAPIC_START, POWER_BUTTON_GSI, SHARED_PAGE,
 };
 
 const OEM: [u8; 6] = *b"HARRIE";
@@ -166,13 +167,33 @@ pub fn power_button_objects() -> Vec<u8> {
     const PRESSED: u8 = 0x80;
     let mut objects = object("PWRB", &EISAName::new("PNP0C0C"), 0, &[]);
     let button = Path::new("PWRB");
-    let notify = Notify::new(&button, &PRESSED);
-    let event = Method::new(Path::new("_EVT"), 1, true, vec![&notify]);
-    let (hid, uid) = (Name::new(Path::new("_HID"), &"ACPI0013"), Name::new(Path::new("_UID"), &aml::ZERO));
-    let interrupt = Interrupt::new(true, true, false, false, POWER_BUTTON_GSI);
-    let settings = Name::new(Path::new("_CRS"), &ResourceTemplate::new(vec![&interrupt]));
-    Device::new(Path::new("GED0"), vec![&hid, &uid, &settings, &event]).to_aml_bytes(&mut objects);
+    event_device("GED0", 0, POWER_BUTTON_GSI, &Notify::new(&button, &PRESSED), &mut objects);
     objects
+}
+
+/// The VM generation id (Microsoft, "Virtual Machine Generation ID", 2018): where it is, and a generic event device that
+/// tells of its change. Systems find it by the compatible id.
+pub fn generation_id_objects() -> Vec<u8> {
+    const CHANGED: u8 = 0x80;
+    let (low, high) = (GENERATION_ID as u32, (GENERATION_ID >> 32) as u32);
+    let (hid, cid) =
+        (Name::new(Path::new("_HID"), &"HARV0002"), Name::new(Path::new("_CID"), &"VM_Gen_Counter"));
+    let name = Name::new(Path::new("_DDN"), &"VM_Gen_Counter");
+    let address = Name::new(Path::new("ADDR"), &Package::new(vec![&low, &high]));
+    let mut objects = Vec::new();
+    Device::new(Path::new("VGEN"), vec![&hid, &cid, &name, &address]).to_aml_bytes(&mut objects);
+    let counter = Path::new("VGEN");
+    event_device("GED1", 1, GENERATION_ID_GSI, &Notify::new(&counter, &CHANGED), &mut objects);
+    objects
+}
+
+/// A generic event device with one interrupt, an edge, for which `event` is done.
+fn event_device(name: &str, uid: u32, gsi: u32, event: &dyn Aml, objects: &mut Vec<u8>) {
+    let event = Method::new(Path::new("_EVT"), 1, true, vec![event]);
+    let (hid, uid) = (Name::new(Path::new("_HID"), &"ACPI0013"), Name::new(Path::new("_UID"), &uid));
+    let interrupt = Interrupt::new(true, true, false, false, gsi);
+    let settings = Name::new(Path::new("_CRS"), &ResourceTemplate::new(vec![&interrupt]));
+    Device::new(Path::new(name), vec![&hid, &uid, &settings, &event]).to_aml_bytes(objects);
 }
 
 /// A virtio-mmio device: its register window and its level-triggered interrupt.
@@ -237,6 +258,7 @@ mod tests {
             pvpanic_object(),
             doorbell_object(),
             power_button_objects(),
+            generation_id_objects(),
             virtio_mmio_object(0, 0xd000_0000, 0x1000, 16),
         ]
     }
@@ -257,7 +279,7 @@ mod tests {
         assert_eq!((word64(&fadt, 248), word64(&fadt, 260)), (0x600, 0x601), "sleep registers");
         let dsdt = table(&memory, word64(&fadt, 140));
         assert_eq!(&dsdt[..4], b"DSDT");
-        for id in [&b"LNRO0005"[..], b"QEMU0001", b"HARV0001", b"ACPI0007", b"_S5_"] {
+        for id in [&b"LNRO0005"[..], b"QEMU0001", b"HARV0001", b"ACPI0007", b"_S5_", b"VM_Gen_Counter"] {
             assert!(dsdt.windows(id.len()).any(|window| window == id), "{id:?}");
         }
         let madt = table(&memory, word64(&xsdt, 44));

@@ -30,9 +30,11 @@ use vm_memory::GuestMemoryError;
 use crate::acpi::{self, TablesTooLarge};
 use crate::boot::{self, Boot, KernelError};
 use crate::event_loop::Subscriber;
-use crate::hypercalls::{ConsoleCalls, GuestClock, HypercallLog, MachineCalls, ParkTimer};
+use crate::generation_id::GenerationId;
+use crate::hypercalls::{ConsoleCalls, GuestClock, HypercallLog, Lives, MachineCalls, ParkTimer};
 use crate::layout::{
-    COM1_GSI, DOORBELL_GSI, POWER_BUTTON_GSI, SHARED_PAGE, VIRTIO_GSIS, VIRTIO_MMIO_LEN, VIRTIO_MMIO_START,
+    COM1_GSI, DOORBELL_GSI, GENERATION_ID_GSI, POWER_BUTTON_GSI, SHARED_PAGE, VIRTIO_GSIS, VIRTIO_MMIO_LEN,
+    VIRTIO_MMIO_START,
 };
 use crate::machine::{Machine, Parts};
 use crate::memory::{GuestRam, MemoryError};
@@ -155,6 +157,10 @@ pub struct MachineBuilder {
     pub(crate) vcpus: Vec<Box<dyn Vcpu>>,
     pub(crate) units: Vec<Arc<dyn StateUnit>>,
     pub(crate) guest_clock: Option<Arc<GuestClock>>,
+    /// What is said to the guest about its lives, before the machine and after.
+    pub(crate) lives: Arc<Lives>,
+    pub(crate) generation_id: Option<GenerationId>,
+    doorbell: Option<Arc<Mutex<Doorbell>>>,
     pio: BusBuilder,
     mmio: BusBuilder,
     ioapic: IoApic,
@@ -217,6 +223,9 @@ impl MachineBuilder {
             engine: engine.name(),
             units: Vec::new(),
             guest_clock: None,
+            lives: Arc::new(Lives::new(doorbell_events.clone())),
+            generation_id: None,
+            doorbell: None,
             vm,
             ram,
             vcpus,
@@ -313,6 +322,9 @@ impl MachineBuilder {
         self.add_at_ports(pvpanic::PORT, pvpanic::SIZE, PvPanic::new(power))?;
         self.add_acpi_object(acpi::pvpanic_object());
         self.add_acpi_object(acpi::power_button_objects());
+        let line = self.interrupt_line(GENERATION_ID_GSI);
+        self.generation_id = Some(GenerationId::new(self.ram.memory.clone(), line));
+        self.add_acpi_object(acpi::generation_id_objects());
         Ok(())
     }
 
@@ -376,10 +388,14 @@ impl MachineBuilder {
             ram: self.ram.clone(),
             control: Arc::clone(&self.control),
             log: self.hypercalls.clone(),
+            lives: Arc::clone(&self.lives),
         };
         let config = DoorbellConfig { shared_page_gpa: SHARED_PAGE, gsi: DOORBELL_GSI };
         let device = Doorbell::new(config, memory, self.doorbell_events.clone(), Box::new(calls));
-        self.add_at_ports(port::BASE, port::LEN.into(), device)?;
+        let device = Arc::new(Mutex::new(device));
+        self.doorbell = Some(Arc::clone(&device));
+        self.units.push(state::unit(Doorbell::NAME, &device));
+        self.pio.insert(port::BASE.into(), port::LEN.into(), device)?;
         self.add_acpi_object(acpi::doorbell_object());
         Ok(())
     }
@@ -412,6 +428,9 @@ impl MachineBuilder {
         // A flat image may want the place of the tables for itself.
         if matches!(boot, Boot::Kernel { .. }) {
             acpi::write_tables(vcpu_count, &self.acpi_objects, &self.ram.memory)?;
+            if let Some(id) = &self.generation_id {
+                id.renew().map_err(|source| BuildError::Device { device: "generation id", source })?;
+            }
             mp_table::write(vcpu_count, &self.ram.memory)?;
         }
         if let Some(boot_processor) = self.vcpus.first_mut() {
@@ -449,7 +468,10 @@ impl MachineBuilder {
                 boot_tsc_khz,
                 identity,
                 written: Mutex::new(written),
+                lives: self.lives,
+                doorbell: self.doorbell,
             }),
+            generation_id: self.generation_id,
             io: MachineIo { pio: self.pio.build(), mmio: self.mmio.build(), ioapic: self.ioapic },
             control: self.control,
             subscribers: self.subscribers,

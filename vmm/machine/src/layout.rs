@@ -41,6 +41,8 @@ pub const ACPI_START: u64 = 0xe_0000;
 pub const ACPI_END: u64 = 0xf_0000;
 /// The MP table.
 pub const MP_TABLE_START: u64 = 0xf_0000;
+/// The VM generation id, in a page of its own, reserved like the rest of the BIOS area.
+pub const GENERATION_ID: u64 = 0xf_e000;
 /// The page that host and guest share for hypercalls, reserved like the rest of the BIOS area.
 pub const SHARED_PAGE: u64 = 0xf_f000;
 /// End of the space that firmware would take.
@@ -54,6 +56,8 @@ pub const COM1_PORT: u16 = 0x3f8;
 pub const COM1_GSI: u32 = 4;
 /// Global system interrupt of the doorbell: where a PC has its second serial port.
 pub const DOORBELL_GSI: u32 = 3;
+/// Global system interrupt that tells of another generation id: where a PC has its keyboard.
+pub const GENERATION_ID_GSI: u32 = 1;
 /// Global system interrupt of the real-time clock.
 pub const RTC_GSI: u32 = 8;
 /// Global system interrupt of the power button.

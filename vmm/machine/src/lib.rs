@@ -11,6 +11,7 @@ pub mod acpi;
 pub mod boot;
 mod builder;
 mod event_loop;
+mod generation_id;
 mod hypercalls;
 pub mod layout;
 mod machine;
@@ -22,6 +23,6 @@ mod vcpu;
 
 pub use builder::{BuildError, MAX_VCPUS, MAX_VIRTIO_DEVICES, MachineBuilder, MachineConfig};
 pub use event_loop::Subscriber;
-pub use hypercalls::{HypercallReport, Mark};
+pub use hypercalls::{HypercallReport, Mark, OnCheckpoint, Quiesced};
 pub use machine::{Machine, MachineHandle, OnThreadStart, RunReport, StartError, ThreadRole};
 pub use run_control::{EXIT_DONE, MachineEnd};

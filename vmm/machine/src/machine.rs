@@ -1,19 +1,22 @@
 //! The running machine and what its owner can do with it.
 
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use harrier_devices::doorbell::Events;
+use harrier_devices::doorbell::{Doorbell, Events};
 use harrier_devices::{InterruptLine, StateUnit};
 use harrier_engine::{Counters, CpuState, EngineError, GuestMemory, Vm};
+use harrier_hypercall_abi::{features, port::event};
 
 use crate::builder::MachineConfig;
 use crate::event_loop::{EventLoop, Subscriber};
-use crate::hypercalls::{HypercallLog, HypercallReport};
+use crate::generation_id::GenerationId;
+use crate::hypercalls::{HypercallLog, HypercallReport, Lives, OnCheckpoint};
 use crate::memory::GuestRam;
 use crate::run_control::{MachineEnd, RunControl};
-use crate::snapshot::{Identity, Written};
+use crate::snapshot::{Identity, Role, Written};
 use crate::vcpu::{self, MachineIo, SharedVcpu};
 
 /// A machine whose processors may run. Dropping it ends it and waits for its threads.
@@ -29,6 +32,7 @@ pub struct Machine {
     pub(crate) hypercalls: HypercallLog,
     pub(crate) doorbell_events: Events,
     pub(crate) power_button: Arc<dyn InterruptLine>,
+    pub(crate) generation_id: Option<GenerationId>,
     pub(crate) on_thread_start: OnThreadStart,
 }
 
@@ -48,6 +52,8 @@ pub(crate) struct Parts {
     pub(crate) identity: Identity,
     /// Which pages were written since when.
     pub(crate) written: Mutex<Written>,
+    pub(crate) lives: Arc<Lives>,
+    pub(crate) doorbell: Option<Arc<Mutex<Doorbell>>>,
 }
 
 impl Parts {
@@ -142,6 +148,17 @@ impl MachineHandle {
         self.doorbell_events.raise(events);
     }
 
+    /// Ends the CHECKPOINT call for which the owner was asked: the snapshot is there, or there is none. The guest's call
+    /// returns, and its processor goes on.
+    pub fn checkpoint_done(&self, is_there: bool) {
+        let Some(parts) = self.parts.upgrade() else { return };
+        if let Some(doorbell) = &parts.doorbell {
+            let mut doorbell = doorbell.lock().unwrap_or_else(PoisonError::into_inner);
+            if is_there { doorbell.checkpoint_done() } else { doorbell.checkpoint_failed() }
+        }
+        self.control.release_held();
+    }
+
     /// What the guest has told by hypercalls so far.
     pub fn hypercalls(&self) -> HypercallReport {
         self.hypercalls.report()
@@ -166,6 +183,28 @@ impl Machine {
     /// [`Machine::start`].
     pub fn on_thread_start(&mut self, hook: OnThreadStart) {
         self.on_thread_start = hook;
+    }
+
+    /// Offers the guest CHECKPOINT calls, for which `ask` is called. To be called once, before [`Machine::start`].
+    pub fn on_checkpoint(&mut self, ask: OnCheckpoint) {
+        // Only the first one counts.
+        let _ = self.parts.lives.on_checkpoint.set(ask);
+    }
+
+    /// Tells the guest of a machine that was made of a snapshot that it is another one, by every way that it may listen to.
+    /// Interrupts are sent here, since the state of the processors is there now.
+    fn announce(&self) {
+        if self.parts.identity.role == Role::Booted {
+            return;
+        }
+        if let Some(id) = &self.generation_id {
+            id.announce();
+        }
+        let lives = &self.parts.lives;
+        if lives.guest_features.load(Ordering::Acquire) & features::IDENTITY != 0 {
+            self.doorbell_events.raise(event::GENERATION);
+        }
+        lives.quiesce.end();
     }
 
     /// Starts the event loop and all vCPUs. Until then the machine is a paused one; a [`MachineHandle::pause`] before
@@ -198,6 +237,7 @@ impl Machine {
             .map_err(|source| StartError { what: format!("vcpu {index}"), source })?;
             self.threads.push(thread);
         }
+        self.announce();
         self.control.resume();
         Ok(())
     }

@@ -5,6 +5,7 @@
 //! through [`crate::MachineHandle`]. A machine that has not been started is a paused one.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
 use harrier_devices::{PowerEvent, PowerSink};
@@ -100,6 +101,8 @@ struct State {
     time_stands: bool,
     first_instruction: Option<Instant>,
     kickers: Vec<Arc<dyn Kicker>>,
+    /// The thread of a vCPU that stands although the machine runs.
+    held: Option<ThreadId>,
 }
 
 /// Shared by all threads of one machine.
@@ -211,15 +214,34 @@ impl RunControl {
 
     fn stand_locked(&self) -> MutexGuard<'_, State> {
         let mut state = self.lock();
-        if state.pauses > 0 && state.end.is_none() {
+        let me = std::thread::current().id();
+        let is_to_stand = |state: &State| (state.pauses > 0 || state.held == Some(me)) && state.end.is_none();
+        if is_to_stand(&state) {
             state.parked += 1;
             self.changed.notify_all();
-            while state.pauses > 0 && state.end.is_none() {
+            while is_to_stand(&state) {
                 state = self.wait(state);
             }
             state.parked = state.parked.saturating_sub(1);
         }
         state
+    }
+
+    /// Has the vCPU whose thread this is stand at its next gate, until [`RunControl::release_held`]. One at a time.
+    pub(crate) fn hold_this_thread(&self) {
+        self.lock().held = Some(std::thread::current().id());
+    }
+
+    /// Lets the vCPU that is held go on.
+    pub(crate) fn release_held(&self) {
+        self.lock().held = None;
+        self.changed.notify_all();
+    }
+
+    /// Whether the machine stands, so that its guest can answer nothing.
+    pub(crate) fn is_standing(&self) -> bool {
+        let state = self.lock();
+        state.pauses > 0 || state.end.is_some()
     }
 
     /// When the first vCPU first ran.

@@ -4,21 +4,17 @@
 mod fork;
 mod kept;
 mod manage;
+mod taker;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::mpsc::{Sender, channel};
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use harrier_control::api::{ApiError, MachineState, SnapshotInfo, SnapshotRequest};
+use harrier_control::api::SnapshotRequest;
 use harrier_control::{Client, Registry, unix_ms};
-use harrier_machine::MachineHandle;
 use harrier_machine::boot::ElfEntry;
-use harrier_machine::snapshot::{
-    self, Kind, MachineState as SavedMachine, Request, Restoration, Role, TakeError,
-};
+use harrier_machine::snapshot::{MachineState as SavedMachine, Restoration, Role};
 use harrier_snapshot::{Chain, Snapshot};
 
 use crate::config::{OutputConfig, Restored, RunConfig, Workload};
@@ -30,11 +26,15 @@ use crate::units::parse_time;
 pub(crate) use fork::fork;
 pub(crate) use kept::{KeptByHost, open_for_copies, open_own_disk, read_session};
 pub(crate) use manage::run;
+pub(crate) use taker::{Checkpoints, Snapshots};
 
 /// The program that writes snapshots.
 const PRODUCER: &str = concat!("harrier ", env!("CARGO_PKG_VERSION"));
 /// How long a monitor may take for one: as long as a large memory takes to a slow disk.
 const TAKE_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
+
+/// How long a guest that wants to be asked may take to come to rest.
+const QUIESCE_LIMIT: Duration = Duration::from_secs(1);
 
 /// Where snapshots are kept, unless a folder is given.
 fn store() -> Result<PathBuf, Failure> {
@@ -137,72 +137,8 @@ pub(crate) fn restored_config(flags: RunFlags, folder: &Path, remarks: bool) -> 
         seccomp: !flags.no_seccomp,
         attempt: flags.attempt,
         stderr: flags.stderr,
+        checkpoints: crate::config::parse_checkpoints(&flags.checkpoints)?,
         restore: Some(Restored { chain: Arc::new(chain), restoration }),
-    })
-}
-
-type Answer = Result<SnapshotInfo, ApiError>;
-
-/// Takes the snapshots of the machine of this process, in a thread that may open files.
-pub(crate) struct Snapshots {
-    requests: Mutex<Sender<(SnapshotRequest, Sender<Answer>)>>,
-}
-
-impl Snapshots {
-    pub(crate) fn start(machine: MachineHandle, mut kept: KeptByHost) -> std::io::Result<Self> {
-        let (requests, taken) = channel::<(SnapshotRequest, Sender<Answer>)>();
-        std::thread::Builder::new().name("snapshots".to_owned()).spawn(move || {
-            for (request, answer) in taken {
-                // Whoever asked may be gone; the snapshot is taken all the same.
-                let _ = answer.send(take_one(&machine, &mut kept, &request));
-            }
-        })?;
-        Ok(Snapshots { requests: Mutex::new(requests) })
-    }
-
-    /// Waits until the snapshot is durable. The state in the answer is left to the caller.
-    pub(crate) fn take(&self, request: SnapshotRequest) -> Answer {
-        let (answer, answered) = channel();
-        let requests = self.requests.lock().unwrap_or_else(PoisonError::into_inner);
-        let gone = || ApiError::internal("the snapshot thread has ended: this is a bug in harrier");
-        requests.send((request, answer)).map_err(|_| gone())?;
-        drop(requests);
-        answered.recv().map_err(|_| gone())?
-    }
-}
-
-fn take_one(machine: &MachineHandle, kept: &mut KeptByHost, request: &SnapshotRequest) -> Answer {
-    let target = Path::new(&request.target);
-    if !target.is_absolute() {
-        return Err(ApiError::bad_request(format!("'{}' is no absolute path", request.target)));
-    }
-    let kind = match (request.image, request.diff) {
-        (true, true) => return Err(ApiError::bad_request("an image is no difference: ask for one of them")),
-        (true, false) => Kind::Image,
-        (false, true) => Kind::Difference,
-        (false, false) => Kind::Full,
-    };
-    let report = machine.snapshot(Request {
-        target,
-        kind,
-        stay_paused: false,
-        producer: PRODUCER,
-        owner: &mut |writer| kept.add_to(writer),
-        progress: &mut |_| true,
-    });
-    let report: snapshot::Report = report.map_err(|err| match err {
-        TakeError::Ended | TakeError::Busy | TakeError::NoParent => ApiError::conflict(err.to_string()),
-        _ => ApiError::internal(err.to_string()),
-    })?;
-    let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
-    Ok(SnapshotInfo {
-        path: report.snapshot.path().display().to_string(),
-        id: report.snapshot.manifest().id.to_string(),
-        pause_us: micros(report.pause),
-        total_us: micros(report.total),
-        pages: report.pages_copied,
-        pages_in_pause: report.pages_in_pause,
-        state: MachineState::Running,
     })
 }
 

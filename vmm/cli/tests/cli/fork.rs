@@ -22,7 +22,8 @@ fn clones_go_on_beside_the_machine_each_as_somebody_else() {
     // Every clone says who it is, with a number of its kernel's, and ends with its own code.
     let script = "for i in $(seq 40); do echo step $i; usleep 50000; done; f=/run/harrier/identity; \
                   [ -e $f ] || exit 99; . $f; echo I $HARRIER_ROLE $HARRIER_GENERATION $HARRIER_CLONE_INDEX \
-                  $(cat /proc/sys/kernel/random/uuid); exit $((10 + HARRIER_CLONE_INDEX))";
+                  $(cat /proc/sys/kernel/random/uuid); echo reseeded $(dmesg | grep -c 'virtual machine fork'); \
+                  exit $((10 + HARRIER_CLONE_INDEX))";
     let run =
         ["run", "-d", "--name", "base", "--memory", "128M", "--cpu-model", "v1", "--", "sh", "-c", script];
     machines.good(&run);
@@ -55,6 +56,9 @@ fn clones_go_on_beside_the_machine_each_as_somebody_else() {
         if let Some(line) = said.lines().find(|line| line.starts_with("I ")) {
             let number = line.strip_prefix(who).unwrap_or_else(|| panic!("{name}: {line}"));
             assert!(numbers.insert(number.to_owned()), "{name} has the random number of another one");
+            // Each restore tells the kernel, by the generation id.
+            let told = who.split_whitespace().nth(2).unwrap();
+            assert!(said.contains(&format!("reseeded {told}\n")), "{name}: {said}");
         }
     }
     assert_eq!(numbers.len(), 4);

@@ -6,24 +6,30 @@
 
 mod clock;
 mod park;
+mod quiesce;
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use harrier_devices::byte_output::ByteOutput;
 use harrier_devices::doorbell::{Events, Hypercalls};
 use harrier_devices::state::BadState;
-use harrier_hypercall_abi::calls::{ClockResult, MARKS_MAX, MemRange, PHASES, ParkArgs};
+use harrier_hypercall_abi::calls::{
+    CheckpointResult, ClockResult, IdentityResult, MARKS_MAX, MemRange, PHASES, ParkArgs, QuiesceResult,
+};
 use harrier_hypercall_abi::port::event;
 use harrier_hypercall_abi::{Status, features};
 
 pub(crate) use clock::GuestClock;
 pub(crate) use park::ParkTimer;
+pub(crate) use quiesce::Quiesce;
+pub use quiesce::Quiesced;
 
 use crate::builder::MAX_VCPUS;
 use crate::memory::{GuestRam, ReleaseError};
 use crate::run_control::{MachineEnd, RunControl};
+use crate::snapshot::Identity;
 
 /// How long a CONSOLE call waits for a sink that is slower than the guest. Short, because the call holds up the
 /// processor that makes it, and a pause with it.
@@ -119,6 +125,35 @@ impl ConsoleCalls {
     }
 }
 
+/// Asks the machine's owner for the snapshot of a CHECKPOINT call; false if none is to be had now. Called in the vCPU's
+/// thread, which stands until [`crate::MachineHandle::checkpoint_done`].
+pub type OnCheckpoint = Box<dyn Fn() -> bool + Send + Sync>;
+
+/// What calls and owner know of each other; shared by both.
+pub(crate) struct Lives {
+    /// Who the machine is. Set before anything is restored, or never for one that boots.
+    pub(crate) identity: OnceLock<Identity>,
+    pub(crate) on_checkpoint: OnceLock<OnCheckpoint>,
+    pub(crate) quiesce: Quiesce,
+    /// What the guest has said that it will use.
+    pub(crate) guest_features: AtomicU64,
+}
+
+impl Lives {
+    pub(crate) fn new(events: Events) -> Self {
+        Lives {
+            identity: OnceLock::new(),
+            on_checkpoint: OnceLock::new(),
+            quiesce: Quiesce::new(events),
+            guest_features: AtomicU64::new(0),
+        }
+    }
+
+    pub(crate) fn identity(&self) -> Identity {
+        self.identity.get().copied().unwrap_or_default()
+    }
+}
+
 /// The machine behind the doorbell.
 pub(crate) struct MachineCalls {
     pub(crate) console: Option<ConsoleCalls>,
@@ -127,12 +162,26 @@ pub(crate) struct MachineCalls {
     pub(crate) ram: GuestRam,
     pub(crate) control: Arc<RunControl>,
     pub(crate) log: HypercallLog,
+    pub(crate) lives: Arc<Lives>,
 }
 
 impl Hypercalls for MachineCalls {
     fn features(&self) -> u64 {
         let console = if self.console.is_some() { features::CONSOLE } else { 0 };
-        console | features::MARK | features::CLOCK | features::PARK | features::MEM_RELEASE | features::EXIT
+        let checkpoint = if self.lives.on_checkpoint.get().is_some() { features::CHECKPOINT } else { 0 };
+        let always = features::MARK
+            | features::CLOCK
+            | features::PARK
+            | features::MEM_RELEASE
+            | features::EXIT
+            | features::QUIESCE
+            | features::IDENTITY;
+        console | checkpoint | always
+    }
+
+    fn agreed(&mut self, guest_features: u64) {
+        self.lives.guest_features.store(guest_features, Ordering::Release);
+        self.lives.quiesce.agreed(guest_features);
     }
 
     fn console(&mut self, bytes: &[u8]) -> usize {
@@ -175,8 +224,47 @@ impl Hypercalls for MachineCalls {
         }
     }
 
+    fn checkpoint(&mut self) -> Result<(), Status> {
+        let ask = self.lives.on_checkpoint.get().ok_or(Status::Unsupported)?;
+        // Before the owner hears of it, who may be faster.
+        self.control.hold_this_thread();
+        if ask() {
+            return Ok(());
+        }
+        self.control.release_held();
+        Err(Status::Full)
+    }
+
+    fn who(&self) -> CheckpointResult {
+        let Identity { role, generation, clone_index } = self.lives.identity();
+        CheckpointResult { generation, role: role.number(), clone_index }
+    }
+
+    fn identity(&mut self) -> Result<IdentityResult, Status> {
+        let CheckpointResult { generation, role, clone_index } = self.who();
+        let mut entropy = [0; 32];
+        let filled = rustix::rand::getrandom(&mut entropy, rustix::rand::GetRandomFlags::empty());
+        if filled != Ok(entropy.len()) {
+            log::warn!("the host gives the guest no randomness");
+            return Err(Status::HostFailed);
+        }
+        Ok(IdentityResult { generation, role, clone_index, entropy })
+    }
+
+    fn quiesce_wanted(&mut self) -> QuiesceResult {
+        self.lives.quiesce.wanted()
+    }
+
+    fn quiesce_ready(&mut self, request: u64) -> Result<(), Status> {
+        self.lives.quiesce.ready(request)
+    }
+
     fn save(&self) -> serde_json::Value {
-        serde_json::json!({ "parked": self.park.save(), "clock_page": self.clock.save() })
+        serde_json::json!({
+            "parked": self.park.save(),
+            "clock_page": self.clock.save(),
+            "quiesce": self.lives.quiesce.save(),
+        })
     }
 
     fn restore(&mut self, state: &serde_json::Value) -> Result<(), BadState> {
@@ -187,14 +275,18 @@ impl Hypercalls for MachineCalls {
             parked: Vec<(u32, u64, u8)>,
             /// Sequence and generation.
             clock_page: Option<(u32, u64)>,
+            /// The last request, and whether the guest is asked to rest.
+            #[serde(default)]
+            quiesce: (u64, bool),
         }
-        let Saved { parked, clock_page } = serde::Deserialize::deserialize(state)
+        let Saved { parked, clock_page, quiesce } = serde::Deserialize::deserialize(state)
             .map_err(|err: serde_json::Error| BadState(err.to_string()))?;
         BadState::unless(parked.len() <= MAX_VCPUS as usize, || format!("{} parked vCPUs", parked.len()))?;
         for (apic_id, left_ns, vector) in parked {
             self.park.wake_after(apic_id, vector, left_ns.min(u64::MAX - 1));
         }
         self.clock.restore(clock_page);
+        self.lives.quiesce.restore(quiesce);
         Ok(())
     }
 

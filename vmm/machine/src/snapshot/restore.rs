@@ -123,6 +123,8 @@ impl MachineBuilder {
             generation: state.generation.saturating_add(1),
             clone_index: restoration.clone_index,
         };
+        // Set once: a builder restores once.
+        let _ = self.lives.identity.set(identity);
         let units = self.all_units();
         for entry in &snapshot.manifest().sections {
             let name = entry.name.as_str();
@@ -154,6 +156,9 @@ impl MachineBuilder {
             if let Err(status) = clock.tie(tsc) {
                 log::warn!("machine: the guest's clock page is not written: {}", status.name());
             }
+        }
+        if let Some(id) = &self.generation_id {
+            id.renew().map_err(|err| wrong(snapshot, MACHINE, format!("no new generation id: {err}")))?;
         }
         let parent = restoration.is_parent.then(|| snapshot.path().to_owned());
         Ok(self.finish(state.boot_tsc_khz, Written::since_restore(parent), identity))

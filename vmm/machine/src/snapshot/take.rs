@@ -14,6 +14,7 @@ use vm_memory::{Bytes, GuestMemoryRegion as _, MemoryRegionAddress};
 
 use super::pages::{PageSet, Written, present};
 use super::{TakeError, sections};
+use crate::hypercalls::Quiesced;
 use crate::machine::{MachineHandle, Parts};
 use crate::memory::GuestRam;
 use crate::run_control::RunControl;
@@ -43,6 +44,8 @@ pub struct Request<'a> {
     pub kind: Kind,
     /// The machine stands still afterwards: one pause is left to be taken back.
     pub stay_paused: bool,
+    /// How long a guest that wants to be asked may take to come to rest.
+    pub quiesce_limit: Duration,
     /// The program that writes it, for people.
     pub producer: &'a str,
     /// Called while the machine stands still, to add what the owner keeps beside the machine: sections whose names
@@ -84,10 +87,38 @@ pub struct Report {
     pub total: Duration,
     /// Rounds of copying before the pause.
     pub rounds: usize,
+    /// Whether the guest had come to rest.
+    pub quiesced: Quiesced,
     /// Pages that were copied, those copied more than once included.
     pub pages_copied: u64,
     /// Pages that were copied while the machine stood still.
     pub pages_in_pause: u64,
+}
+
+/// A guest that is asked to rest, and told that it need not when this goes out of scope.
+struct Rest<'a> {
+    parts: &'a Parts,
+    control: &'a RunControl,
+    quiesced: Quiesced,
+}
+
+impl Rest<'_> {
+    fn begin(&mut self, limit: Duration) {
+        if !limit.is_zero() && !self.control.is_standing() {
+            self.quiesced = self.parts.lives.quiesce.begin(limit, || self.control.is_standing());
+            if self.quiesced == Quiesced::TooLate {
+                log::warn!(
+                    "snapshot: the guest has not come to rest within {limit:?}, and is taken as it is"
+                );
+            }
+        }
+    }
+}
+
+impl Drop for Rest<'_> {
+    fn drop(&mut self) {
+        self.parts.lives.quiesce.end();
+    }
 }
 
 /// A pause that is taken back when it goes out of scope.
@@ -138,7 +169,7 @@ fn take(
     written: &mut Written,
     request: Request<'_>,
 ) -> Result<Report, TakeError> {
-    let Request { target, kind, stay_paused, producer, owner, progress } = request;
+    let Request { target, kind, stay_paused, quiesce_limit, producer, owner, progress } = request;
     let difference = kind == Kind::Difference;
     let begin = Instant::now();
     let parent = match (difference, &written.parent) {
@@ -158,12 +189,17 @@ fn take(
     let mut last = written.collect(parts)?;
     drop(pause);
     let mut todo = if difference { written.since_parent.clone() } else { present(&parts.ram, written)? };
+    let mut rest = Rest { parts, control, quiesced: Quiesced::NotAsked };
     let mut rounds = 0;
     let mut known = 0;
     let pause = loop {
         known += todo.len();
         copy.pages(&todo, |copied| progress(Progress::Copied { pages: copied, of: known }))?;
         rounds += 1;
+        // When most is copied: the guest is to rest no longer than needed.
+        if rounds == 1 {
+            rest.begin(quiesce_limit);
+        }
         let pause = Pause::begin(control)?;
         todo = written.collect(parts)?;
         let becomes_less = rounds == 1 || todo.len() < last.len() * 3 / 4;
@@ -187,6 +223,8 @@ fn take(
     } else {
         drop(pause);
     }
+    let quiesced = rest.quiesced;
+    drop(rest);
     let result = finish(writer, copy, progress);
     match result {
         Ok((snapshot, pages_copied)) => {
@@ -199,6 +237,7 @@ fn take(
                 pause: stood,
                 total: begin.elapsed(),
                 rounds,
+                quiesced,
                 pages_copied,
                 pages_in_pause: pages_copied - pages_before,
             })

@@ -1,0 +1,185 @@
+//! Checkpoints from inside, requests to come to rest, and who a machine is, on every engine. What the guest sees, it checks
+//! itself (`lives` among the bare-metal guests).
+
+use std::io::{self, Write};
+use std::path::Path;
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use harrier_conformance::{DEADLINE, Guest, MEMORY_BYTES, Transcript, engines};
+use harrier_engine::{CpuModel, Engine, Probe};
+use harrier_machine::boot::{Boot, ElfEntry, FileImage};
+use harrier_machine::snapshot::{Kind, Report, Request, Restoration, Role, TakeError};
+use harrier_machine::{Machine, MachineBuilder, MachineConfig, MachineEnd, MachineHandle, Quiesced};
+use harrier_snapshot::Chain;
+
+const GUEST: Guest = Guest { name: "lives", cpus: 1, checks: 0 };
+
+#[derive(Clone, Default)]
+struct Said(Arc<Mutex<Vec<u8>>>);
+
+impl Said {
+    fn text(&self) -> String {
+        String::from_utf8(self.0.lock().unwrap().clone()).unwrap()
+    }
+}
+
+impl Write for Said {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn add_devices(builder: &mut MachineBuilder, said: &Said) {
+    builder.add_platform_devices().unwrap();
+    builder.add_debug_exit().unwrap();
+    builder.add_serial(Box::new(said.clone()), None).unwrap();
+    builder.add_doorbell().unwrap();
+}
+
+fn boot(engine: &dyn Engine, mode: u32, said: &Said) -> Machine {
+    let config = MachineConfig { vcpu_count: 1, memory_bytes: MEMORY_BYTES, cpu_model: CpuModel::V1 };
+    let mut builder = MachineBuilder::new(engine, &config).unwrap();
+    add_devices(&mut builder, said);
+    let image = FileImage::open(&GUEST.path()).unwrap();
+    let command_line = &format!("mode={mode}");
+    let boot = Boot::Kernel { kernel: &image, elf_entry: ElfEntry::Auto, initrd: None, command_line };
+    builder.build(&boot).unwrap()
+}
+
+fn restore(engine: &dyn Engine, folder: &Path, restoration: &Restoration, said: &Said) -> Machine {
+    let chain = Arc::new(Chain::open(folder).unwrap());
+    let mut builder = MachineBuilder::restoring(engine, &chain).unwrap();
+    add_devices(&mut builder, said);
+    builder.restore(&chain, restoration).unwrap()
+}
+
+/// Waits for the end, which has to be a good one, and answers the last comment.
+fn end(machine: Machine, said: &Said) -> String {
+    machine.handle().wait_for_end(Some(Instant::now() + DEADLINE));
+    machine.handle().stop();
+    let end = machine.wait().end;
+    let text = said.text();
+    assert_eq!(end, MachineEnd::DebugExit(0), "{text}");
+    let comment = text.lines().rev().find_map(|line| line.strip_prefix("# ")).unwrap_or_default().to_owned();
+    // A restored machine says the rest of what was begun, so the sums are not those of its own lines.
+    assert!(!text.contains("not ok"), "{text}");
+    comment
+}
+
+fn snapshot(handle: &MachineHandle, target: &Path, limit: Duration) -> Result<Report, TakeError> {
+    handle.snapshot(Request {
+        target,
+        kind: Kind::Full,
+        stay_paused: false,
+        quiesce_limit: limit,
+        producer: "lives",
+        owner: &mut |_| Ok(()),
+        progress: &mut |_| true,
+    })
+}
+
+/// Every engine that is available here.
+fn with_engines(test: impl Fn(&dyn Engine)) {
+    for engine in engines() {
+        match engine.probe() {
+            Probe::Available { .. } => test(engine.as_ref()),
+            Probe::Unavailable { reason } => {
+                eprintln!("skipped: the {} engine is not available: {reason}", engine.name());
+            }
+        }
+    }
+}
+
+#[test]
+fn a_checkpoint_returns_in_the_machine_and_in_each_that_is_made_of_it() {
+    with_engines(|engine| {
+        let folder = tempfile::tempdir().unwrap();
+        let target = folder.path().join("checkpoint");
+        let said = Said::default();
+        let mut machine = boot(engine, 1, &said);
+        let (ask, asked) = channel();
+        machine.on_checkpoint(Box::new(move || ask.send(()).is_ok()));
+        let handle = machine.handle();
+        machine.start().unwrap();
+        // The first one is refused: the guest hears of it, and tries again.
+        asked.recv_timeout(DEADLINE).unwrap();
+        handle.checkpoint_done(false);
+        asked.recv_timeout(DEADLINE).unwrap();
+        snapshot(&handle, &target, Duration::ZERO).unwrap();
+        handle.checkpoint_done(true);
+        assert_eq!(end(machine, &said), "returned as 0 0 0", "{}", engine.name());
+        Transcript { text: said.text() }.verdict().unwrap();
+
+        for (restoration, comment) in [
+            (Restoration::default(), "returned as 1 1 0"),
+            (Restoration { role: Role::Clone, clone_index: 3, is_parent: false }, "returned as 2 1 3"),
+        ] {
+            let said = Said::default();
+            let mut machine = restore(engine, &target, &restoration, &said);
+            machine.on_checkpoint(Box::new(|| false));
+            let again = folder.path().join(format!("again-{}", restoration.clone_index));
+            snapshot(&machine.handle(), &again, Duration::ZERO).unwrap();
+            machine.start().unwrap();
+            assert_eq!(end(machine, &said), comment, "{}", engine.name());
+            let machine = restore(engine, &again, &Restoration::default(), &Said::default());
+            assert_eq!((machine.identity().generation, machine.identity().role), (2, Role::Restored));
+        }
+    });
+}
+
+#[test]
+fn a_guest_that_listens_comes_to_rest_and_goes_on_in_every_copy() {
+    with_engines(|engine| {
+        let folder = tempfile::tempdir().unwrap();
+        for (mode, limit, quiesced) in [
+            (2, DEADLINE, Quiesced::AtRest),
+            (3, Duration::from_millis(50), Quiesced::TooLate),
+            (3, Duration::ZERO, Quiesced::NotAsked),
+        ] {
+            let target = folder.path().join(format!("{mode}-{}", limit.as_millis()));
+            let said = Said::default();
+            let mut machine = boot(engine, mode, &said);
+            let handle = machine.handle();
+            machine.start().unwrap();
+            let give_up = Instant::now() + DEADLINE;
+            while handle.hypercalls().marks.is_empty() && Instant::now() < give_up {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            let report = snapshot(&handle, &target, limit).unwrap();
+            assert_eq!(report.quiesced, quiesced, "{} {mode}", engine.name());
+            if quiesced == Quiesced::NotAsked {
+                // It still waits, here and in the copy.
+                continue;
+            }
+            end(machine, &said);
+            let said = Said::default();
+            let mut machine = restore(engine, &target, &Restoration::default(), &said);
+            machine.start().unwrap();
+            end(machine, &said);
+        }
+    });
+}
+
+#[test]
+fn a_machine_that_stands_is_not_asked_to_rest() {
+    with_engines(|engine| {
+        let folder = tempfile::tempdir().unwrap();
+        let mut machine = boot(engine, 2, &Said::default());
+        let handle = machine.handle();
+        machine.start().unwrap();
+        while handle.hypercalls().marks.is_empty() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert!(handle.pause());
+        let report = snapshot(&handle, &folder.path().join("s"), DEADLINE).unwrap();
+        assert_eq!(report.quiesced, Quiesced::NotAsked);
+        handle.stop();
+    });
+}

@@ -1,0 +1,152 @@
+//! The thread that takes the snapshots of the machine of this process: those that clients ask for, and those that the guest
+//! asks for by CHECKPOINT.
+
+use std::collections::VecDeque;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use harrier_control::api::{ApiError, MachineState, SnapshotInfo, SnapshotRequest};
+use harrier_control::unix_ms;
+use harrier_machine::snapshot::{self, Kind, Request, TakeError};
+use harrier_machine::{Machine, MachineHandle};
+
+use super::{KeptByHost, PRODUCER, QUIESCE_LIMIT, store};
+use crate::exit::Failure;
+
+type Answer = Result<SnapshotInfo, ApiError>;
+
+/// Snapshots that the guest asks for by CHECKPOINT.
+#[derive(Debug, Clone)]
+pub(crate) struct Checkpoints {
+    /// Begins their names: the machine's name.
+    pub(crate) prefix: String,
+    /// How many are kept; the oldest goes when there is one more. Zero offers the guest none.
+    pub(crate) keep: usize,
+}
+
+/// What the thread is asked for.
+enum Wish {
+    /// By a client.
+    Client(SnapshotRequest, Sender<Answer>),
+    /// By the guest.
+    Guest,
+}
+
+/// Takes the snapshots of the machine of this process, in a thread that may open files.
+pub(crate) struct Snapshots {
+    wishes: Mutex<Sender<Wish>>,
+}
+
+impl Snapshots {
+    /// Starts the thread, and offers the guest its checkpoints. The machine has not been started.
+    pub(crate) fn start(
+        machine: &mut Machine,
+        mut kept: KeptByHost,
+        checkpoints: Checkpoints,
+    ) -> std::io::Result<Self> {
+        let (wishes, taken) = channel::<Wish>();
+        if checkpoints.keep > 0 {
+            let guest = Mutex::new(wishes.clone());
+            machine.on_checkpoint(Box::new(move || {
+                guest.lock().unwrap_or_else(PoisonError::into_inner).send(Wish::Guest).is_ok()
+            }));
+        }
+        let machine = machine.handle();
+        std::thread::Builder::new().name("snapshots".to_owned()).spawn(move || {
+            let mut made = VecDeque::new();
+            for wish in taken {
+                match wish {
+                    // Whoever asked may be gone; the snapshot is taken all the same.
+                    Wish::Client(request, answer) => {
+                        let _ = answer.send(take_one(&machine, &mut kept, &request));
+                    }
+                    Wish::Guest => checkpoint(&machine, &mut kept, &checkpoints, &mut made),
+                }
+            }
+        })?;
+        Ok(Snapshots { wishes: Mutex::new(wishes) })
+    }
+
+    /// Waits until the snapshot is durable. The state in the answer is left to the caller.
+    pub(crate) fn take(&self, request: SnapshotRequest) -> Answer {
+        let (answer, answered) = channel();
+        let wishes = self.wishes.lock().unwrap_or_else(PoisonError::into_inner);
+        let gone = || ApiError::internal("the snapshot thread has ended: this is a bug in harrier");
+        wishes.send(Wish::Client(request, answer)).map_err(|_| gone())?;
+        drop(wishes);
+        answered.recv().map_err(|_| gone())?
+    }
+}
+
+/// Takes the snapshot that the guest has asked for, removes those that are too many, and lets the guest go on.
+fn checkpoint(
+    machine: &MachineHandle,
+    kept: &mut KeptByHost,
+    checkpoints: &Checkpoints,
+    made: &mut VecDeque<PathBuf>,
+) {
+    let target = store().and_then(|store| {
+        std::fs::create_dir_all(&store)
+            .map_err(|err| Failure::new(format!("'{}' cannot be made ({err})", store.display())))?;
+        let target = store.join(format!("{}-checkpoint-{}", checkpoints.prefix, unix_ms()));
+        target.into_os_string().into_string().map_err(|path| Failure::new(format!("{path:?} is not text")))
+    });
+    let taken = target.map_err(|err| err.message).and_then(|target| {
+        let request = SnapshotRequest { target, diff: false, resume: false, image: false };
+        take_one(machine, kept, &request).map_err(|err| err.message)
+    });
+    machine.checkpoint_done(taken.is_ok());
+    match taken {
+        Ok(taken) => {
+            log::info!("the guest has taken the snapshot '{}'", taken.path);
+            made.push_back(PathBuf::from(taken.path));
+        }
+        Err(err) => log::warn!("the snapshot that the guest asked for is not taken: {err}"),
+    }
+    while made.len() > checkpoints.keep
+        && let Some(oldest) = made.pop_front()
+    {
+        // One that others need, or that is gone, is nobody's trouble here.
+        if let Err(err) = harrier_snapshot::remove(&oldest) {
+            log::debug!("{err}");
+        }
+    }
+}
+
+fn take_one(machine: &MachineHandle, kept: &mut KeptByHost, request: &SnapshotRequest) -> Answer {
+    let target = Path::new(&request.target);
+    if !target.is_absolute() {
+        return Err(ApiError::bad_request(format!("'{}' is no absolute path", request.target)));
+    }
+    let kind = match (request.image, request.diff) {
+        (true, true) => return Err(ApiError::bad_request("an image is no difference: ask for one of them")),
+        (true, false) => Kind::Image,
+        (false, true) => Kind::Difference,
+        (false, false) => Kind::Full,
+    };
+    let report = machine.snapshot(Request {
+        target,
+        kind,
+        stay_paused: false,
+        quiesce_limit: QUIESCE_LIMIT,
+        producer: PRODUCER,
+        owner: &mut |writer| kept.add_to(writer),
+        progress: &mut |_| true,
+    });
+    let report: snapshot::Report = report.map_err(|err| match err {
+        TakeError::Ended | TakeError::Busy | TakeError::NoParent => ApiError::conflict(err.to_string()),
+        _ => ApiError::internal(err.to_string()),
+    })?;
+    let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+    Ok(SnapshotInfo {
+        path: report.snapshot.path().display().to_string(),
+        id: report.snapshot.manifest().id.to_string(),
+        pause_us: micros(report.pause),
+        total_us: micros(report.total),
+        pages: report.pages_copied,
+        pages_in_pause: report.pages_in_pause,
+        state: MachineState::Running,
+    })
+}
