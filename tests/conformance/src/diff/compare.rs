@@ -144,30 +144,19 @@ pub(super) fn normalise(case: &Case, result: &mut Context) {
     }
 }
 
-/// Differences that are known and not mended yet: an operand in memory that cannot be written or is masked out, of
-/// instructions for which something else comes first.
-const OPEN: &[(&[Mnemonic], &str)] = {
+/// What becomes of an instruction that meets a fault, where the makers of processors do not agree.
+struct Makers {
+    codes: &'static [Code],
+    mnemonics: &'static [Mnemonic],
+    what: &'static str,
+}
+
+const MAKERS: &[Makers] = {
+    use Code::*;
     use Mnemonic::*;
     &[
-        (
-            &[Fst, Fstp, Fist, Fistp, Fisttp, Fbstp],
-            "an unmasked x87 exception keeps the result from memory, and a fault of the address from coming",
-        ),
-        (&[Vcvtps2ph], "the flags of the conversion are raised before the address faults"),
-        (
-            &[Maskmovq, Maskmovdqu, Vmaskmovdqu, Vpmaskmovd, Vpmaskmovq, Vmaskmovps, Vmaskmovpd],
-            "which byte of a masked store faults first",
-        ),
-    ]
-};
-
-/// What a fault of an instruction depends on that the makers of processors do not agree on. The engine does what stands
-/// in Intel's manual.
-const MAKERS: &[(&[Code], &str)] = {
-    use Code::*;
-    &[
-        (
-            &[
+        Makers {
+            codes: &[
                 Sha1rnds4_xmm_xmmm128_imm8,
                 Sha1nexte_xmm_xmmm128,
                 Sha1msg1_xmm_xmmm128,
@@ -176,43 +165,51 @@ const MAKERS: &[(&[Code], &str)] = {
                 Sha256msg1_xmm_xmmm128,
                 Sha256msg2_xmm_xmmm128,
             ],
-            "an operand of SHA that is not aligned: #GP on Intel's (SDM volume 2, exceptions type 4), read on AMD's",
-        ),
-        (&[Movsxd_r16_rm16], "Intel's read two bytes (SDM volume 2, MOVSXD), AMD's four"),
-        (
-            &[Ldmxcsr_m32, VEX_Vldmxcsr_m32],
-            "bit 17 of MXCSR: reserved on Intel's, the misaligned exception mask on AMD's (APM volume 2, 11.3.1)",
-        ),
+            mnemonics: &[],
+            what: "an operand of SHA that is not aligned: #GP on Intel's (SDM volume 2, exceptions type 4) and here, read on AMD's",
+        },
+        Makers {
+            codes: &[Movsxd_r16_rm16],
+            mnemonics: &[],
+            what: "MOVSXD to 16 bits: Intel's read two bytes (SDM volume 2), as here, AMD's four",
+        },
+        Makers {
+            codes: &[Ldmxcsr_m32, VEX_Vldmxcsr_m32],
+            mnemonics: &[],
+            what: "bit 17 of MXCSR: reserved on Intel's and here, the misaligned exception mask on AMD's (APM volume 2, 11.3)",
+        },
+        Makers {
+            codes: &[],
+            mnemonics: &[Fst, Fstp, Fist, Fistp, Fisttp, Fbstp],
+            what: "an unmasked x87 exception of a store to where it faults: Intel's raise the first, AMD's and here the second",
+        },
+        Makers {
+            codes: &[],
+            mnemonics: &[Vcvtps2ph],
+            what: "a conversion that is stored to where it faults: Intel's have raised its flags already, not AMD's, nor here",
+        },
+        Makers {
+            codes: &[],
+            mnemonics: &[Maskmovq, Maskmovdqu, Vmaskmovdqu, Vpmaskmovd, Vpmaskmovq, Vmaskmovps, Vmaskmovpd],
+            what: "which byte of a masked store faults first, and whether others were stored before: here none",
+        },
     ]
 };
 
-/// Whether a case ends with a fault, on either side, in an instruction of the list of those that do not count.
-fn faults_in(case: &Case, host: &Context, engine: &Context, listed: impl Fn(&Instruction) -> bool) -> bool {
-    (host.fault[0] != 0 || engine.fault[0] != 0) && case.instructions.iter().any(listed)
-}
-
-/// Whether a case met one of the [`open_differences`].
-pub(super) fn is_open(case: &Case, host: &Context, engine: &Context) -> bool {
-    faults_in(case, host, engine, |instruction| {
-        OPEN.iter().any(|(list, _)| list.contains(&instruction.mnemonic()))
-    })
-}
-
-/// Whether a case met one of the [`differences_of_makers`].
+/// Whether a case met one of the [`differences_of_makers`]: it ends with a fault, on either side, in one of their
+/// instructions.
 pub(super) fn is_of_makers(case: &Case, host: &Context, engine: &Context) -> bool {
-    faults_in(case, host, engine, |instruction| {
-        MAKERS.iter().any(|(list, _)| list.contains(&instruction.code()))
-    })
+    let listed = |instruction: &Instruction| {
+        MAKERS.iter().any(|row| {
+            row.codes.contains(&instruction.code()) || row.mnemonics.contains(&instruction.mnemonic())
+        })
+    };
+    (host.fault[0] != 0 || engine.fault[0] != 0) && case.instructions.iter().any(listed)
 }
 
 /// Where AMD's and Intel's processors differ from each other.
 pub fn differences_of_makers() -> impl Iterator<Item = &'static str> {
-    MAKERS.iter().map(|(_, what)| *what)
-}
-
-/// What is known to differ.
-pub fn open_differences() -> impl Iterator<Item = &'static str> {
-    OPEN.iter().map(|(_, what)| *what)
+    MAKERS.iter().map(|row| row.what)
 }
 
 /// A reproducer: the instructions, the registers that they began with, and in what the two sides differ.

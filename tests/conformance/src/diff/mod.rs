@@ -27,7 +27,7 @@ use self::layout::{
 use self::native::Native;
 use self::random::Random;
 
-pub use self::compare::{differences_of_makers, open_differences, undefined_flags};
+pub use self::compare::{differences_of_makers, undefined_flags};
 pub use self::generate::comparable;
 
 /// Mismatches of one encoding that are written down.
@@ -55,8 +55,6 @@ pub struct Outcome {
     pub instructions: u64,
     /// Cases that ended with a fault, by vector.
     pub faults: BTreeMap<u64, u64>,
-    /// Cases that met one of the [`open_differences`] and count neither way.
-    pub open: u64,
     /// Cases that met one of the [`differences_of_makers`] and count neither way.
     pub makers: u64,
     /// Encodings that were compared.
@@ -76,12 +74,11 @@ impl fmt::Display for Outcome {
             self.faults.iter().map(|(vector, count)| format!("vector {vector}: {count}")).collect();
         writeln!(
             f,
-            "{} instructions of {} encodings compared in {:.1} s, {} differ, {} met open differences, {} differences of makers; faults in both: {}",
+            "{} instructions of {} encodings compared in {:.1} s, {} differ, {} met differences of makers; faults in both: {}",
             self.instructions,
             self.encodings,
             self.seconds,
             self.mismatches.len(),
-            self.open,
             self.makers,
             faults.join(", ")
         )
@@ -219,9 +216,7 @@ impl Sides {
         let (host, engine) = self.results(cases);
         let mut differing = Vec::new();
         for (index, (host, engine)) in host.iter().zip(&engine).enumerate() {
-            if host != engine && compare::is_open(&cases[index], host, engine) {
-                outcome.open += 1;
-            } else if host != engine && compare::is_of_makers(&cases[index], host, engine) {
+            if host != engine && compare::is_of_makers(&cases[index], host, engine) {
                 outcome.makers += 1;
             } else if host != engine {
                 differing.push(index);
@@ -257,9 +252,8 @@ impl Sides {
                 .filter(|(_, (real, soft))| real != soft)
                 .map(|(at, (real, soft))| (DATA + at as u64, *real, *soft))
                 .collect();
-            let open = compare::is_open(&case[0], &host[0], &engine[0])
-                || compare::is_of_makers(&case[0], &host[0], &engine[0]);
-            if !open && (host != engine || !memory.is_empty()) {
+            let makers = compare::is_of_makers(&case[0], &host[0], &engine[0]);
+            if !makers && (host != engine || !memory.is_empty()) {
                 let names: BTreeSet<String> = case[0]
                     .instructions
                     .iter()
