@@ -126,7 +126,7 @@ pub(crate) struct SubmitFlags {
     /// Hosts that may run it, like 'memory >= 8G && labels.room == "lab"'.
     #[arg(long, value_name = "EXPRESSION")]
     pub(crate) requirements: Option<String>,
-    /// Which of these hosts it prefers: a number, higher is better. Kept with the job; claims do not look at it yet.
+    /// Which of these hosts it prefers: a number, higher is better, like 'memory' or 'labels.room == "lab"'.
     #[arg(long, value_name = "EXPRESSION")]
     pub(crate) rank: Option<String>,
     /// How often the command is run again if it fails.

@@ -28,6 +28,7 @@ on_every_store! {
     users_share_and_what_was_used_is_forgotten,
     the_oldest_job_is_never_passed_over_for_ever,
     hosts_get_only_what_suits_them_and_fits,
+    a_job_is_left_to_the_host_that_it_prefers_for_a_while,
     a_failed_command_is_retried_after_a_growing_wait,
     the_system_fails_a_job_so_often_before_it_is_held,
     jobs_wait_for_others,

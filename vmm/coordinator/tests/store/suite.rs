@@ -5,7 +5,7 @@ use std::sync::Mutex;
 
 use harrier_jobs::protocol::Stream;
 use harrier_jobs::queue::{
-    Checkpoint, Dependency, DependencyKind, JobId, LeaseKey, Reason, State, Times, Wanted,
+    Checkpoint, Dependency, DependencyKind, HostAd, JobId, LeaseKey, Reason, State, Times, Wanted,
 };
 use harrier_jobs::store::{
     Action, CheckpointFile, CheckpointPiece, CheckpointQuery, ClaimRequest, Ended, EventQuery, OutputQuery,
@@ -204,6 +204,39 @@ pub(crate) fn hosts_get_only_what_suits_them_and_fits(f: &Fixture) {
         f.submit("ann", |job| job.spec.memory_bytes = 3 << 30);
     }
     assert_eq!(f.claim("small", 4).len(), 2);
+}
+
+pub(crate) fn a_job_is_left_to_the_host_that_it_prefers_for_a_while(f: &Fixture) {
+    f.host("small", |_| {});
+    f.host("large", |ad| ad.memory_bytes = 64 << 30);
+    let ranked = || f.submit("ann", |job| job.spec.rank = Some("memory".to_owned()));
+    let first = ranked();
+    assert!(f.claim("small", 1).is_empty(), "the other one is better");
+    let taken = f.claim_one("large");
+    assert_eq!(taken.key.job, first);
+    // It waits for a while only, and for nobody who has no room or takes no jobs.
+    let second = ranked();
+    assert!(f.claim("small", 1).is_empty());
+    f.pass(10_000);
+    assert_eq!(f.claim_one("small").key.job, second);
+    let full: fn(&mut HostAd) = |ad| ad.free.slots = 0;
+    let closed: fn(&mut HostAd) = |ad| ad.closed = Some("its owner is there".to_owned());
+    for change in [full, closed] {
+        f.host("large", change);
+        let next = ranked();
+        assert_eq!(f.claim_one("small").key.job, next);
+    }
+    // One that has come back waits anew.
+    f.host("large", |ad| ad.memory_bytes = 64 << 30);
+    f.end(&taken.key, Reason::Vacated, None);
+    assert!(f.claim("small", 1).is_empty());
+    let request = ClaimRequest {
+        host: "large".to_owned(),
+        instance: "large-1".to_owned(),
+        count: 1,
+        free: harrier_jobs::queue::Free { slots: 4, cpus: 4, memory_bytes: 64 << 30 },
+    };
+    assert_eq!(f.store.claim(&request).unwrap()[0].key.job, first);
 }
 
 pub(crate) fn a_failed_command_is_retried_after_a_growing_wait(f: &Fixture) {

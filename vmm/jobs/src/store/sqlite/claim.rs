@@ -1,5 +1,7 @@
 //! Which jobs a worker gets: by priority, then fair share between users, then age.
 //!
+//! A job with a rank is left to the best host that has room for it, for as long as [`RANK_PATIENCE_MS`].
+//!
 //! Within a priority the user goes first who has used least: what was used lately, half of it forgotten every half-life,
 //! and what runs now. So that nobody waits for ever behind higher priorities or lighter users, every
 //! [`OLDEST_EVERY`]th claim is of the oldest job instead.
@@ -11,13 +13,16 @@ use rusqlite::{OptionalExtension, Result, Row, Transaction, params};
 use super::ends::decayed;
 use super::rows::{add_event, find_job};
 use super::{Moment, Refusal, lease};
-use crate::queue::{Free, HostAd, JobId, LeaseKey, Reason, State, unsuitable};
+use crate::queue::expr::Expr;
+use crate::queue::{AdScope, Free, HostAd, JobId, LeaseKey, Reason, State, unsuitable};
 use crate::store::{Claim, ClaimRequest, StoreError};
 
 /// One claim in so many takes the oldest job that fits.
 const OLDEST_EVERY: u64 = 16;
 /// Jobs that one call hands out.
 const MAX_COUNT: u32 = 256;
+/// How long a job waits for a host that it prefers, from when it could have been taken.
+const RANK_PATIENCE_MS: u64 = 10_000;
 /// Candidates read at a time.
 const PAGE: u32 = 64;
 /// What a running job counts for at least, so that users alternate from the first job on: a processor minute.
@@ -49,6 +54,8 @@ pub(super) fn claim(
         ad: &ad,
         free: request.free,
         matches: HashMap::new(),
+        hosts: None,
+        better: HashMap::new(),
         shares: shares(tx, moment)?,
         taken: Vec::new(),
     };
@@ -105,9 +112,12 @@ struct Candidate {
     cpu_model: Option<String>,
     requirements: Option<String>,
     not_before_ms: Option<u64>,
+    rank: Option<String>,
+    submitted_ms: u64,
 }
 
-const CANDIDATE: &str = "id, user, cpus, memory_bytes, engine, cpu_model, requirements, not_before_ms";
+const CANDIDATE: &str =
+    "id, user, cpus, memory_bytes, engine, cpu_model, requirements, not_before_ms, rank, submitted_ms";
 
 fn candidate(row: &Row<'_>) -> Result<Candidate> {
     Ok(Candidate {
@@ -119,6 +129,8 @@ fn candidate(row: &Row<'_>) -> Result<Candidate> {
         cpu_model: row.get(5)?,
         requirements: row.get(6)?,
         not_before_ms: row.get(7)?,
+        rank: row.get(8)?,
+        submitted_ms: row.get(9)?,
     })
 }
 
@@ -143,11 +155,30 @@ struct Chooser<'a> {
     free: Free,
     /// Whether the host suits jobs with the same wishes.
     matches: HashMap<Wishes, bool>,
+    /// The other hosts that take jobs, once somebody has asked.
+    hosts: Option<Vec<HostAd>>,
+    /// Whether another host is better for jobs with the same wishes and this rank.
+    better: HashMap<(Wishes, String), bool>,
     shares: HashMap<String, f64>,
     taken: Vec<JobId>,
 }
 
 type Wishes = (u32, u64, String, Option<String>, Option<String>);
+
+fn wishes(candidate: &Candidate) -> Wishes {
+    (
+        candidate.cpus,
+        candidate.memory_bytes,
+        candidate.engine.clone(),
+        candidate.cpu_model.clone(),
+        candidate.requirements.clone(),
+    )
+}
+
+fn suits(ad: &HostAd, candidate: &Candidate) -> bool {
+    let (model, requirements) = (candidate.cpu_model.as_deref(), candidate.requirements.as_deref());
+    unsuitable(ad, &candidate.engine, model, requirements).is_empty()
+}
 
 impl Chooser<'_> {
     fn take(&mut self, candidate: &Candidate) {
@@ -158,6 +189,51 @@ impl Chooser<'_> {
             f64::from(candidate.cpus) * LEAST_CHARGE_MS;
     }
 
+    /// Whether the host may have a job now.
+    fn may_take(&mut self, candidate: &Candidate) -> Result<bool> {
+        Ok(self.fits(candidate) && !self.is_left_to_another(candidate)?)
+    }
+
+    /// Whether a job has not waited long enough for a host that it prefers.
+    fn is_left_to_another(&mut self, candidate: &Candidate) -> Result<bool> {
+        let Some(rank) = &candidate.rank else { return Ok(false) };
+        let since = candidate.submitted_ms.max(candidate.not_before_ms.unwrap_or(0));
+        if self.moment.now_ms.saturating_sub(since) >= RANK_PATIENCE_MS {
+            let ended: Option<u64> = self
+                .tx
+                .prepare_cached("SELECT max(ended_ms) FROM attempts WHERE job = ?")?
+                .query_row([candidate.id], |row| row.get(0))?;
+            if ended.is_none_or(|ended| self.moment.now_ms.saturating_sub(ended) >= RANK_PATIENCE_MS) {
+                return Ok(false);
+            }
+        }
+        let key = (wishes(candidate), rank.clone());
+        if let Some(known) = self.better.get(&key) {
+            return Ok(*known);
+        }
+        // What cannot be read prefers nobody: it was checked when it was submitted.
+        let Ok(rank) = Expr::parse(rank) else { return Ok(false) };
+        let hosts = match self.hosts.take() {
+            Some(hosts) => hosts,
+            None => super::read::hosts(self.tx, self.moment)?
+                .into_iter()
+                .filter(|host| host.alive && host.ad.closed.is_none() && host.ad.host != self.ad.host)
+                .map(|host| host.ad)
+                .collect(),
+        };
+        let own = rank.number(&AdScope(self.ad));
+        let better = hosts.iter().any(|ad| {
+            rank.number(&AdScope(ad)) > own
+                && ad.free.slots > 0
+                && ad.free.cpus >= candidate.cpus
+                && ad.free.memory_bytes >= candidate.memory_bytes
+                && suits(ad, candidate)
+        });
+        self.hosts = Some(hosts);
+        self.better.insert(key, better);
+        Ok(better)
+    }
+
     fn fits(&mut self, candidate: &Candidate) -> bool {
         if self.taken.contains(&candidate.id)
             || candidate.not_before_ms.is_some_and(|time| time > self.moment.now_ms)
@@ -166,23 +242,8 @@ impl Chooser<'_> {
         {
             return false;
         }
-        let wishes = (
-            candidate.cpus,
-            candidate.memory_bytes,
-            candidate.engine.clone(),
-            candidate.cpu_model.clone(),
-            candidate.requirements.clone(),
-        );
         let ad = self.ad;
-        *self.matches.entry(wishes).or_insert_with(|| {
-            unsuitable(
-                ad,
-                &candidate.engine,
-                candidate.cpu_model.as_deref(),
-                candidate.requirements.as_deref(),
-            )
-            .is_empty()
-        })
+        *self.matches.entry(wishes(candidate)).or_insert_with(|| suits(ad, candidate))
     }
 
     fn oldest(&mut self) -> Result<Option<Candidate>> {
@@ -196,7 +257,7 @@ impl Chooser<'_> {
             let mut statement = tx.prepare_cached(&sql)?;
             let page: Vec<Candidate> = statement.query_map([last], candidate)?.collect::<Result<_>>()?;
             for candidate in &page {
-                if self.fits(candidate) {
+                if self.may_take(candidate)? {
                     return Ok(Some(candidate.clone()));
                 }
                 last = candidate.id;
@@ -236,7 +297,7 @@ impl Chooser<'_> {
     fn next_of(&mut self, priority: i64, queue: &mut UserQueue) -> Result<Option<Candidate>> {
         loop {
             while let Some(candidate) = queue.page.pop_front() {
-                if self.fits(&candidate) {
+                if self.may_take(&candidate)? {
                     return Ok(Some(candidate));
                 }
             }
