@@ -344,6 +344,9 @@ pub(crate) struct WorkerFlags {
     /// How long this worker may be silent before others get its jobs; suffixes ms, s, m. A coordinator decides itself.
     #[arg(long, value_name = "TIME", default_value = "30s")]
     pub(crate) lease: String,
+    /// Kill the worker at a point of its way, for tests.
+    #[arg(long, value_name = "POINT", hide = true, value_parser = harrier_jobs::worker::POINTS.to_vec())]
+    pub(crate) die_at: Option<String>,
     /// Run machines without system-call filters.
     #[arg(long)]
     pub(crate) no_seccomp: bool,

@@ -55,6 +55,7 @@ pub(super) fn run(flags: WorkerFlags) -> Result<u8, Failure> {
         policy: policy(flags.policy.as_deref())?,
         drain: flags.drain,
         jobs: flags.jobs,
+        die_at: flags.die_at,
     };
     let stop = Arc::new(AtomicU32::new(0));
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP])?;

@@ -2,5 +2,7 @@
 
 mod checkpoints;
 mod coordinator;
+mod network;
 mod owner;
 mod pool;
+mod survive;

@@ -60,6 +60,9 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("process {} has said:\n{}", self.child.id(), self.said());
+        }
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -70,6 +73,15 @@ pub(crate) struct Pool {
     folder: tempfile::TempDir,
     /// What commands and workers are given as their queue.
     place: RefCell<Vec<String>>,
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.use_place(&["--queue", &self.text("queue")]);
+            eprintln!("what has happened:\n{}", self.run(&["events"]).1);
+        }
+    }
 }
 
 pub(crate) fn eventually(what: &str, mut holds: impl FnMut() -> bool) {

@@ -75,6 +75,7 @@ pub(super) struct Surroundings {
     pub(super) machines: PathBuf,
     pub(super) run_flags: Vec<OsString>,
     pub(super) transfers: Arc<Transfers>,
+    pub(super) die_at: Option<String>,
     pub(super) say: Say,
     /// Wakes the worker when an attempt is over.
     pub(super) wake: Sender<()>,
@@ -189,6 +190,14 @@ impl Attempt {
 }
 
 impl Surroundings {
+    /// A test may want the worker to die here.
+    pub(super) fn point(&self, name: &str) {
+        debug_assert!(super::POINTS.contains(&name));
+        if self.die_at.as_deref() == Some(name) {
+            let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+        }
+    }
+
     pub(super) fn folder(&self, key: &LeaseKey) -> PathBuf {
         let token: String = key.token.chars().filter(char::is_ascii_alphanumeric).take(16).collect();
         self.attempts.join(format!("{}.{}.{token}", key.job, key.epoch))

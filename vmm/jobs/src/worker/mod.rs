@@ -48,6 +48,21 @@ const ADVERTISEMENT: Duration = Duration::from_secs(10);
 /// How long an idle worker waits between two looks at the queue: at first and at most.
 const LOOKS: (Duration, Duration) = (Duration::from_millis(50), Duration::from_millis(500));
 
+/// Where a worker can be made to die, for tests: right before or after something that others see.
+pub const POINTS: &[&str] = &[
+    "claimed",
+    "monitor started",
+    "guest up",
+    "start told",
+    "paused",
+    "pause told",
+    "checkpoint written",
+    "checkpoint told",
+    "stop told",
+    "monitor ended",
+    "end told",
+];
+
 /// Takes lines that say what a worker does.
 pub type Say = Arc<dyn Fn(&str) + Send + Sync>;
 
@@ -81,6 +96,8 @@ pub struct Config {
     pub drain: bool,
     /// End after so many jobs.
     pub jobs: Option<u64>,
+    /// One of [`POINTS`], at which the worker kills itself: for tests.
+    pub die_at: Option<String>,
 }
 
 /// How a worker is told to end: 0 not, 1 give the jobs back first, 2 at once.
@@ -126,6 +143,7 @@ pub fn run(store: Arc<dyn Store>, config: &Config, say: Say, stop: &Stop) -> Res
         machines: config.state.join("machines"),
         run_flags: config.run_flags.clone(),
         transfers: Transfers::new(config.transfers),
+        die_at: config.die_at.clone(),
         say,
         wake,
     };
@@ -430,6 +448,7 @@ impl Worker<'_> {
             return false;
         }
         self.pause = LOOKS.0;
+        self.around.point("claimed");
         for claim in claims {
             self.claimed += 1;
             let until_ns = asked.saturating_add(claim.lease_ms.saturating_mul(1_000_000));

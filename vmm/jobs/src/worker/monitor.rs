@@ -9,7 +9,7 @@ use std::io::{self, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use harrier_control::api::MachineState;
+use harrier_control::api::{KillRequest, MachineState};
 use harrier_control::{Client, Registry};
 use serde::{Deserialize, Serialize};
 
@@ -220,7 +220,12 @@ impl Monitor {
 
     /// Ends the run in good order: output that has come is written.
     pub(super) fn terminate(&self) {
-        self.signal(rustix::process::Signal::TERM);
+        if self.child.is_some() {
+            self.signal(rustix::process::Signal::TERM);
+        } else if let Ok(client) = self.control() {
+            // Somebody else's child is asked; one that does not listen is killed later.
+            let _ = client.kill(KillRequest::default());
+        }
     }
 
     /// Ends the process at once.

@@ -61,8 +61,10 @@ pub(super) struct Runner {
     paused: Option<Reason>,
     /// The pause that the store knows of.
     told: Option<Reason>,
-    /// When the store or the machine is tried again after a refusal.
-    retry_at: Instant,
+    /// When the machine, the store and the way for output are tried again after a refusal: none keeps the others waiting.
+    pause_at: Instant,
+    tell_at: Instant,
+    send_at: Instant,
     looked: Instant,
     /// How much of stdout and stderr a store elsewhere has; `None` if the files are the store's own.
     sent: Option<[u64; 2]>,
@@ -100,7 +102,9 @@ impl Runner {
             noted: now,
             paused: None,
             told: None,
-            retry_at: now,
+            pause_at: now,
+            tell_at: now,
+            send_at: now,
             looked: now,
             sent,
             timed_out: false,
@@ -127,6 +131,7 @@ impl Runner {
                 }
             },
         };
+        self.around.point("monitor started");
         self.looked = Instant::now();
         lock(&self.control).pid = monitor.pid();
         loop {
@@ -148,9 +153,11 @@ impl Runner {
         if desired == Desired::Abandon {
             self.say("given up: its lease is over");
         } else {
+            self.around.point("monitor ended");
             self.finish_writing();
             let ended = self.classify(&monitor, desired);
             self.report_end(ended);
+            self.around.point("end told");
         }
         if let Err(err) = monitor.remove() {
             self.say(&format!("its folder cannot be removed: {err}"));
@@ -254,6 +261,7 @@ impl Runner {
             return;
         }
         let Some(engine) = monitor.started() else { return };
+        self.around.point("guest up");
         let checkpoint = self.record.from.as_ref().map(|from| (from.epoch, from.number));
         let report = Report::Started { engine: Some(engine.clone()), checkpoint };
         if self.around.store.report(&self.record.key, &report).is_ok() {
@@ -267,6 +275,7 @@ impl Runner {
                 }
             }
             self.started = Some(engine);
+            self.around.point("start told");
         }
     }
 
@@ -342,6 +351,7 @@ impl Runner {
                 self.stopping_since = Some(Instant::now());
                 // The end that follows says the same.
                 let _ = self.around.store.report(&self.record.key, &Report::Stopping { reason });
+                self.around.point("stop told");
                 monitor.terminate();
             }
             Some(since) if since.elapsed() > TERMINATION => monitor.kill(),
@@ -352,29 +362,33 @@ impl Runner {
     /// Brings the machine to stand still or to go on, then tells the store.
     fn pause(&mut self, monitor: &Monitor, wish: Option<Reason>) {
         let now = Instant::now();
-        if now < self.retry_at {
-            return;
-        }
         if self.paused.is_some() != wish.is_some() {
+            if now < self.pause_at {
+                return;
+            }
             match monitor.pause(wish.is_some()) {
                 Ok(()) => {
+                    self.around.point("paused");
                     self.paused = wish;
                     self.say(wish.map_or("goes on", |_| "stands still"));
                 }
                 // It has no control socket yet, or ends.
-                Err(_) => self.retry_at = now + TICK,
+                Err(_) => self.pause_at = now + TICK,
             }
         } else {
             self.paused = wish;
         }
-        if self.told != self.paused && self.started.is_some() {
+        if self.told != self.paused && self.started.is_some() && now >= self.tell_at {
             let report = match self.paused {
                 Some(reason) => Report::Paused { reason, detail: None },
                 None => Report::Continued,
             };
             match self.around.store.report(&self.record.key, &report) {
-                Ok(()) => self.told = self.paused,
-                Err(_) => self.retry_at = now + RETRY,
+                Ok(()) => {
+                    self.around.point("pause told");
+                    self.told = self.paused;
+                }
+                Err(_) => self.tell_at = now + RETRY,
             }
         }
     }
@@ -433,11 +447,13 @@ impl Runner {
         }
         let Some(written) = &writing.written else { return };
         let (checkpoint, took, running) = (written.checkpoint.clone(), written.took, writing.running);
-        if Instant::now() < self.retry_at || !self.output_is_safe(checkpoint.output) {
+        if Instant::now() < self.tell_at || !self.output_is_safe(checkpoint.output) {
             return;
         }
+        self.around.point("checkpoint written");
         match self.around.store.report(&self.record.key, &Report::Checkpointed(checkpoint.clone())) {
             Ok(()) => {
+                self.around.point("checkpoint told");
                 self.say(&format!("checkpoint {} written in {took:.1?}", checkpoint.number));
                 self.saved |= self.writing.take().is_some_and(|writing| writing.evicting);
                 self.progress.saved = running;
@@ -448,7 +464,7 @@ impl Runner {
                 control.checkpoint = false;
                 control.checkpointed = Some(Instant::now());
             }
-            Err(err) if err.is_passing() => self.retry_at = Instant::now() + RETRY,
+            Err(err) if err.is_passing() => self.tell_at = Instant::now() + RETRY,
             Err(err) => self.checkpoint_failed(err.to_string()),
         }
     }
@@ -542,7 +558,7 @@ impl Runner {
     fn send_output(&mut self, mut budget: u64) -> bool {
         let Some(sent) = &mut self.sent else { return true };
         let begin = Instant::now();
-        if begin < self.retry_at {
+        if begin < self.send_at {
             return false;
         }
         for ((path, sent), stream) in
@@ -562,7 +578,7 @@ impl Runner {
                     return false;
                 }
                 if self.around.store.write_output(&self.record.key, stream, *sent, &piece).is_err() {
-                    self.retry_at = Instant::now() + RETRY;
+                    self.send_at = Instant::now() + RETRY;
                     return false;
                 }
                 *sent += count as u64;
@@ -575,7 +591,7 @@ impl Runner {
     /// Sends the rest of the output, for as long as that takes and the lease is ours.
     fn send_all_output(&mut self) {
         while !self.send_output(SEND_AT_ONCE) && !self.is_abandoned() {
-            if self.retry_at > Instant::now() {
+            if self.send_at > Instant::now() {
                 thread::sleep(RETRY);
             }
         }

@@ -219,6 +219,10 @@ impl Refusal {
 
 fn sql_error(path: &str, err: rusqlite::Error) -> StoreError {
     let path = path.to_owned();
+    // The shared index of the log cannot grow: SQLite calls that an I/O error.
+    if err.sqlite_error().is_some_and(|err| err.extended_code == rusqlite::ffi::SQLITE_IOERR_SHMSIZE) {
+        return StoreError::Full(path);
+    }
     match err.sqlite_error_code() {
         Some(ErrorCode::DiskFull) => StoreError::Full(path),
         Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => StoreError::Busy(path),
