@@ -6,3 +6,4 @@ mod network;
 mod owner;
 mod pool;
 mod survive;
+mod warm;

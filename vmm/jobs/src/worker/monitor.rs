@@ -49,6 +49,9 @@ pub(super) struct AttemptRecord {
     /// The checkpoint that it goes on from.
     #[serde(default)]
     pub(super) from: Option<Source>,
+    /// The template that its machine is a copy of.
+    #[serde(default)]
+    pub(super) warm: Option<PathBuf>,
 }
 
 /// A monitor process, our child or one that an earlier worker has left.
@@ -119,6 +122,9 @@ impl Monitor {
             }
             if let Some(rootfs) = &spec.rootfs {
                 command.args(["--rootfs", rootfs]);
+            }
+            if let Some(template) = &record.warm {
+                command.arg("--warm").arg(template);
             }
             command.arg("--").args(&spec.command);
         }
