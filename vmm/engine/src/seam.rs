@@ -85,6 +85,9 @@ pub trait Engine: Send + Sync {
     fn probe(&self) -> Probe;
     /// The CPU models that this engine offers on this host, lowest first.
     fn cpu_models(&self) -> Vec<CpuModel>;
+    /// Whether a guest has no more of a processor than its model, whatever it does. Where user code runs on a processor
+    /// that shows itself as it is, the guest's own programs have to keep to the model.
+    fn enforces_cpu_model(&self) -> bool;
     /// Creates a machine without memory and vCPUs.
     fn create_vm(&self, config: &VmConfig) -> Result<Box<dyn Vm>, EngineError>;
 }

@@ -89,7 +89,11 @@ impl KvmEngine {
     /// The engine that has to run kernel mode here, if one has to.
     fn kernel_mode(&self) -> Option<&Arc<dyn SoftwareEngine>> {
         let software = self.software.as_ref().filter(|_| !self.kvm_alone)?;
-        let in_hardware = match self.in_hardware.get() {
+        (!self.kernel_mode_in_hardware()).then_some(software)
+    }
+
+    fn kernel_mode_in_hardware(&self) -> bool {
+        match self.in_hardware.get() {
             Some(&known) => known,
             None => match calibrate::kernel_mode_in_hardware(&self.path) {
                 Ok(found) => *self.in_hardware.get_or_init(|| found),
@@ -98,8 +102,7 @@ impl KvmEngine {
                     false
                 }
             },
-        };
-        (!in_hardware).then_some(software)
+        }
     }
 
     /// User mode on the processor for a machine that runs everything else in software.
@@ -144,6 +147,11 @@ impl Engine for KvmEngine {
             Some(software) => cpuid::with_host_xcr0(software.cpu_models(), &supported),
             None => cpuid::models(&supported),
         }
+    }
+
+    fn enforces_cpu_model(&self) -> bool {
+        // A KVM that emulates kernel mode runs user code with the host's CPUID, XCR0 and instructions.
+        self.kernel_mode_in_hardware()
     }
 
     fn create_vm(&self, config: &VmConfig) -> Result<Box<dyn Vm>, EngineError> {

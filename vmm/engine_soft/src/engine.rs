@@ -78,6 +78,10 @@ impl Engine for SoftEngine {
         crate::cpuid::supported_models()
     }
 
+    fn enforces_cpu_model(&self) -> bool {
+        true
+    }
+
     fn create_vm(&self, config: &VmConfig) -> Result<Box<dyn Vm>, EngineError> {
         check(config)?;
         Ok(Box::new(SoftVm::new(config, None)))

@@ -28,7 +28,8 @@ use harrier_hypercall_abi::port;
 use vm_memory::GuestMemoryError;
 
 use crate::acpi::{self, TablesTooLarge};
-use crate::boot::{self, Boot, KernelError};
+use crate::boot::{self, Boot, Entry, KernelError};
+use crate::cpu_words::kernel_words;
 use crate::event_loop::Subscriber;
 use crate::generation_id::GenerationId;
 use crate::hypercalls::{ConsoleCalls, GuestClock, HypercallLog, Lives, MachineCalls, ParkTimer};
@@ -152,6 +153,7 @@ impl MsiSink for EngineMsiSink {
 pub struct MachineBuilder {
     config: MachineConfig,
     engine: &'static str,
+    cpu_model_enforced: bool,
     pub(crate) vm: Arc<dyn Vm>,
     pub(crate) ram: GuestRam,
     pub(crate) vcpus: Vec<Box<dyn Vcpu>>,
@@ -221,6 +223,7 @@ impl MachineBuilder {
         Ok(MachineBuilder {
             config: config.clone(),
             engine: engine.name(),
+            cpu_model_enforced: engine.enforces_cpu_model(),
             units: Vec::new(),
             guest_clock: None,
             lives: Arc::new(Lives::new(doorbell_events.clone())),
@@ -424,7 +427,7 @@ impl MachineBuilder {
     /// [`BuildError`] if the kernel or what goes with it cannot be booted.
     pub fn build(mut self, boot: &Boot<'_>) -> Result<Machine, BuildError> {
         let vcpu_count = u32::try_from(self.vcpus.len()).unwrap_or(u32::MAX);
-        let entry = boot::load(boot, &self.ram.memory)?;
+        let entry = self.load(boot)?;
         // A flat image may want the place of the tables for itself.
         if matches!(boot, Boot::Kernel { .. }) {
             acpi::write_tables(vcpu_count, &self.acpi_objects, &self.ram.memory)?;
@@ -447,6 +450,20 @@ impl MachineBuilder {
         Ok(self.finish(boot_tsc_khz, Written::since_boot(), Identity::default()))
     }
 
+    fn load(&self, boot: &Boot<'_>) -> Result<Entry, KernelError> {
+        match *boot {
+            Boot::Kernel { kernel, initrd, command_line, elf_entry }
+                if !self.cpu_model_enforced && boot::is_linux(kernel)? =>
+            {
+                let words = kernel_words(&self.config);
+                // In front: what follows `--` is the first program's.
+                let command_line = &format!("{words} {command_line}");
+                boot::load(&Boot::Kernel { kernel, initrd, command_line, elf_entry }, &self.ram.memory)
+            }
+            _ => boot::load(boot, &self.ram.memory),
+        }
+    }
+
     /// The interrupt controller comes last: its pins follow from the lines that the devices drive.
     pub(crate) fn all_units(&self) -> Vec<Arc<dyn StateUnit>> {
         let mut units = self.units.clone();
@@ -461,6 +478,7 @@ impl MachineBuilder {
             parts: Arc::new(Parts {
                 config: self.config,
                 engine: self.engine,
+                cpu_model_enforced: self.cpu_model_enforced,
                 vm: self.vm,
                 ram: self.ram,
                 vcpus: self.vcpus.into_iter().map(|vcpu| Arc::new(Mutex::new(vcpu))).collect(),

@@ -10,6 +10,7 @@
 pub mod acpi;
 pub mod boot;
 mod builder;
+mod cpu_words;
 mod event_loop;
 mod generation_id;
 mod hypercalls;

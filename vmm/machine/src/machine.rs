@@ -41,6 +41,8 @@ pub(crate) struct Parts {
     pub(crate) config: MachineConfig,
     /// Name of the engine that runs it.
     pub(crate) engine: &'static str,
+    /// Whether that engine holds the guest to its CPU model.
+    pub(crate) cpu_model_enforced: bool,
     pub(crate) vm: Arc<dyn Vm>,
     pub(crate) ram: GuestRam,
     pub(crate) vcpus: Vec<SharedVcpu>,

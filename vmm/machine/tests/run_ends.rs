@@ -63,6 +63,10 @@ impl Engine for PlaybackEngine {
         vec![CpuModel::V1, CpuModel::V2]
     }
 
+    fn enforces_cpu_model(&self) -> bool {
+        true
+    }
+
     fn create_vm(&self, _config: &VmConfig) -> Result<Box<dyn Vm>, EngineError> {
         Ok(Box::new(PlaybackVm { scripts: self.scripts.clone(), runs: Arc::clone(&self.runs) }))
     }

@@ -111,6 +111,22 @@ fn the_kernel_keeps_to_the_features_that_it_is_told() {
     assert!(!stdout.contains("harrier.cpuid"), "the word is the kernel's, not init's");
 }
 
+#[test]
+fn where_the_processor_shows_itself_as_it_is_the_guest_is_asked_to_keep_to_the_model() {
+    for engine in engines() {
+        let record = run(engine, &["--cpu-model", "v2"], "cat /proc/cmdline; env; grep -m1 flags /proc/cpuinfo");
+        // User code is lent to the processor only where KVM does not run kernel mode there.
+        let asked = count(&record, "loans") > 0;
+        let stdout = record["stdout"].as_str().unwrap();
+        let kernel = stdout.lines().next().unwrap().starts_with("harrier.cpuid=1d:");
+        let library = stdout.lines().any(|line| line.starts_with("GLIBC_TUNABLES=glibc.cpu.hwcaps=-AVX,"));
+        assert_eq!((kernel, library), (asked, asked), "{engine}: {stdout}");
+        let flags: Vec<_> = stdout.lines().last().unwrap().split(' ').collect();
+        assert!(flags.contains(&"sse4_2") && flags.contains(&"clflush"), "{engine}: {stdout}");
+        assert!(!flags.contains(&"avx"), "{engine}: {stdout}");
+    }
+}
+
 /// As a program of the user's would, through the documented numbers.
 #[test]
 fn programs_mark_and_end_the_machine_through_the_device() {

@@ -25,6 +25,9 @@ pub use initrd::InitrdError;
 use crate::layout;
 use crate::memory::ByteSize;
 
+/// ELF header: the class of 64-bit files.
+const ELF_CLASS_64: u8 = 2;
+
 /// Which entry of an ELF kernel is used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum ElfEntry {
@@ -168,7 +171,7 @@ fn load_kernel(
         linux::write_boot_params(Some(&plan.header), ramdisk, command_line, memory)?;
         return linux::entry(plan.entry, memory);
     }
-    if let Some(header) = multiboot::find_header(kernel).filter(|_| elf_class != Some(2)) {
+    if let Some(header) = multiboot::find_header(kernel).filter(|_| elf_class != Some(ELF_CLASS_64)) {
         return multiboot::load(kernel, &header, initrd, command_line, memory);
     }
     if elf_class.is_none() {
@@ -191,6 +194,15 @@ fn load_kernel(
             linux::entry(plan.entry, memory)
         }
     }
+}
+
+/// Whether `kernel` takes the command line of Linux: a multiboot program takes arguments of its own.
+///
+/// # Errors
+/// [`ImageError`] if the file cannot be read.
+pub(crate) fn is_linux(kernel: &dyn Image) -> Result<bool, ImageError> {
+    let head: [u8; 0x400] = image::head(kernel)?;
+    Ok(bzimage::is_bzimage(&head) || elf::is_elf(&head) && head.get(4) == Some(&ELF_CLASS_64))
 }
 
 /// Says what a file without a known format is.

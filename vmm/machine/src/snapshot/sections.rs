@@ -13,7 +13,7 @@ use crate::machine::Parts;
 pub const HOST_PREFIX: &str = "host.";
 /// The machine's own section.
 pub(crate) const MACHINE: &str = "machine";
-/// 1 had no generation.
+/// 1 had no generation, nor whether the model was enforced.
 pub(crate) const MACHINE_VERSIONS: std::ops::RangeInclusive<u32> = 1..=2;
 pub(crate) const CPU_VERSION: u32 = 1;
 
@@ -36,6 +36,14 @@ pub struct MachineState {
     /// The restores that led to the machine.
     #[serde(default)]
     pub generation: u64,
+    /// Whether that engine held the guest to its CPU model. For people: one that did not asked the guest to keep to it.
+    #[serde(default = "yes")]
+    pub cpu_model_enforced: bool,
+}
+
+/// What was not written down before an engine could say it.
+fn yes() -> bool {
+    true
 }
 
 /// Name of a vCPU's section.
@@ -59,6 +67,7 @@ pub(crate) fn save(parts: &Parts) -> Result<Vec<Section>, TakeError> {
         clock_ns: parts.vm.clock_ns()?,
         engine: parts.engine.to_owned(),
         generation: parts.identity.generation,
+        cpu_model_enforced: parts.cpu_model_enforced,
     };
     let mut sections = vec![json(MACHINE, *MACHINE_VERSIONS.end(), &machine)?];
     let states: Vec<CpuState> = parts.cpu_states()?;
