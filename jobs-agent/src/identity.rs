@@ -7,18 +7,15 @@ use std::path::Path;
 
 use harrier_agent_protocol::{Attach, Role};
 
-const FOLDER: &str = "/run/harrier";
+/// Where the agent puts what programs may look for.
+pub(crate) const FOLDER: &str = "/run/harrier";
 const NAME: &str = "identity";
 
+/// The roles by their numbers, `HARRIER_ROLE_*` of linux/harrier_hypercall.h.
+pub(crate) const ROLES: [&str; 4] = ["original", "restored", "clone", "migrated"];
+
 /// What the file says: one `NAME=VALUE` a line, which a shell can source.
-fn text(attach: &Attach) -> String {
-    let role = match attach.role {
-        Role::Same => "original",
-        Role::Restored => "restored",
-        Role::Forked => "clone",
-        Role::Migrated => "migrated",
-    };
-    let (generation, index) = (attach.generation, attach.clone_index);
+pub(crate) fn text(role: &str, generation: u64, index: u32) -> String {
     format!("HARRIER_ROLE={role}\nHARRIER_GENERATION={generation}\nHARRIER_CLONE_INDEX={index}\n")
 }
 
@@ -27,7 +24,14 @@ pub(crate) fn write(attach: &Attach) -> io::Result<()> {
     let folder = Path::new(FOLDER);
     fs::create_dir_all(folder)?;
     let new = folder.join(format!(".{NAME}"));
-    fs::write(&new, text(attach))?;
+    let [original, restored, clone, migrated] = ROLES;
+    let role = match attach.role {
+        Role::Same => original,
+        Role::Restored => restored,
+        Role::Forked => clone,
+        Role::Migrated => migrated,
+    };
+    fs::write(&new, text(role, attach.generation.into(), attach.clone_index))?;
     fs::rename(&new, folder.join(NAME))
 }
 
@@ -37,7 +41,6 @@ mod tests {
 
     #[test]
     fn a_shell_can_source_it() {
-        let attach = Attach { role: Role::Forked, generation: 2, clone_index: 7, ..Attach::default() };
-        assert_eq!(text(&attach), "HARRIER_ROLE=clone\nHARRIER_GENERATION=2\nHARRIER_CLONE_INDEX=7\n");
+        assert_eq!(text("clone", 2, 7), "HARRIER_ROLE=clone\nHARRIER_GENERATION=2\nHARRIER_CLONE_INDEX=7\n");
     }
 }

@@ -21,6 +21,7 @@ use crate::dial::{self, Dialer};
 use crate::root::{self, MachineRoot};
 use crate::session::{Ending, Place, Session};
 use crate::sys;
+use crate::{guest, identity};
 
 /// The agent has begun, in linux/harrier_hypercall.h.
 const PHASE_AGENT: u32 = 7;
@@ -92,6 +93,7 @@ pub(crate) fn run(start_ns: u64) -> ! {
 fn serve(start_ns: u64) -> Result<(), String> {
     mount_all();
     sys::mark(PHASE_AGENT);
+    offer_guest_program();
     load_modules(Path::new(MODULE_LIST));
     if let Err(error) = sys::loopback_up() {
         say(&format!("cannot bring the loopback interface up: {error}"));
@@ -119,6 +121,20 @@ fn serve(start_ns: u64) -> Result<(), String> {
         }
         Ok(Ending::Disconnected) => Err("the host is gone and has not come back".into()),
         Err(error) => Err(error.to_string()),
+    }
+}
+
+/// Puts [`guest`] where every root file system has it. Only on Harrier's own kernel is there anything that it could do.
+fn offer_guest_program() {
+    let link = Path::new(identity::FOLDER).join(guest::NAME);
+    if !Path::new(sys::DEVICE).exists() {
+        return;
+    }
+    // By this name the file is found from within another root, too.
+    let made =
+        fs::create_dir_all(identity::FOLDER).and_then(|()| std::os::unix::fs::symlink("/proc/1/exe", &link));
+    if let Err(error) = made {
+        say(&format!("cannot make {}: {error}", link.display()));
     }
 }
 

@@ -9,10 +9,13 @@
 //! ordinary process, `--redial-unix PATH` dials again when it is lost: the same session without mounts, for tests and
 //! development.
 //!
+//! Under the name `harrier-guest` it is another program, for jobs ([`guest`]).
+//!
 //! One thread, one poll loop. All unsafe code is in [`sys`]. The host's side is `harrier-jobs`.
 
 mod command;
 mod dial;
+mod guest;
 mod identity;
 mod init;
 mod root;
@@ -36,7 +39,12 @@ fn main() -> ExitCode {
     if std::process::id() == 1 {
         init::run(start_ns)
     }
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<String> =
+        std::env::args_os().map(|word| word.to_string_lossy().into_owned()).collect();
+    let (name, arguments) = arguments.split_first().map_or(("", [].as_slice()), |(name, rest)| (name, rest));
+    if std::path::Path::new(name).file_name().is_some_and(|name| name == guest::NAME) {
+        return guest::run(arguments);
+    }
     let mut dialer = Dialer::Given;
     let connection = match arguments.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
         [option @ ("--connect-unix" | "--redial-unix"), path] => {

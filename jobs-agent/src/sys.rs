@@ -21,7 +21,19 @@ fn check(result: libc::c_int) -> io::Result<libc::c_int> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 
-/// `struct harrier_ioc_mark` of linux/harrier.h, which Harrier's own guest kernel brings.
+/// Where Harrier's own guest kernel lets programs ask the monitor; linux/harrier.h describes the calls.
+pub(crate) const DEVICE: &str = "/dev/harrier";
+
+/// `struct harrier_ioc_features`.
+#[repr(C)]
+#[derive(Default)]
+struct Features {
+    features: u64,
+    version: u32,
+    reserved: u32,
+}
+
+/// `struct harrier_ioc_mark`.
 #[repr(C)]
 struct Mark {
     phase: u32,
@@ -30,16 +42,95 @@ struct Mark {
     name: [u8; 32],
 }
 
-/// `HARRIER_IOC_MARK`: `_IOW(0xbe, 3, struct harrier_ioc_mark)`.
-const MARK: libc::Ioctl = 1 << 30 | (size_of::<Mark>() as libc::Ioctl) << 16 | 0xbe << 8 | 3;
+/// `struct harrier_ioc_exit`.
+#[repr(C)]
+struct End {
+    code: u32,
+    reason: u32,
+    message: [u8; 32],
+}
+
+/// `struct harrier_ioc_identity`: who a machine is.
+#[repr(C)]
+#[derive(Default)]
+pub(crate) struct Identity {
+    pub(crate) generation: u64,
+    /// `HARRIER_ROLE_*`.
+    pub(crate) role: u32,
+    pub(crate) clone_index: u32,
+}
+
+/// The kernel writes (`_IOW`, 1) or fills in (`_IOR`, 2) a structure of `T`'s size.
+const fn request<T>(direction: libc::Ioctl, number: libc::Ioctl) -> libc::Ioctl {
+    direction << 30 | (size_of::<T>() as libc::Ioctl) << 16 | 0xbe << 8 | number
+}
+
+/// The monitor's device, open.
+pub(crate) struct Device(std::fs::File);
+
+impl Device {
+    pub(crate) fn open() -> io::Result<Device> {
+        std::fs::File::open(DEVICE).map(Device)
+    }
+
+    /// What the monitor offers: `HARRIER_FEATURE_*` bits.
+    pub(crate) fn features(&self) -> io::Result<u64> {
+        let mut features = Features::default();
+        // SAFETY: the call writes one Features.
+        check(unsafe { libc::ioctl(self.0.as_raw_fd(), request::<Features>(2, 1), &raw mut features) })?;
+        Ok(features.features)
+    }
+
+    /// Notes a moment.
+    pub(crate) fn mark(&self, phase: u32, value: u64, name: [u8; 32]) -> io::Result<()> {
+        let mark = Mark { phase, reserved: 0, value, name };
+        // SAFETY: the call reads one Mark.
+        check(unsafe { libc::ioctl(self.0.as_raw_fd(), request::<Mark>(1, 3), &raw const mark) }).map(drop)
+    }
+
+    /// Ends the machine; comes back only if that fails.
+    pub(crate) fn exit(&self, code: u32, message: [u8; 32]) -> io::Result<()> {
+        let end = End { code, reason: 0, message };
+        // SAFETY: the call reads one End.
+        check(unsafe { libc::ioctl(self.0.as_raw_fd(), request::<End>(1, 7), &raw const end) }).map(drop)
+    }
+
+    /// Takes a snapshot of the machine, and says who returns.
+    pub(crate) fn checkpoint(&self) -> io::Result<Identity> {
+        let mut identity = Identity::default();
+        // SAFETY: the call writes one Identity.
+        check(unsafe { libc::ioctl(self.0.as_raw_fd(), request::<Identity>(2, 8), &raw mut identity) })?;
+        Ok(identity)
+    }
+
+    /// Who this machine is.
+    pub(crate) fn identity(&self) -> io::Result<Identity> {
+        let mut identity = Identity::default();
+        // SAFETY: the call writes one Identity.
+        check(unsafe { libc::ioctl(self.0.as_raw_fd(), request::<Identity>(2, 10), &raw mut identity) })?;
+        Ok(identity)
+    }
+
+    /// Waits until the machine is another one than when the device was opened.
+    pub(crate) fn wait_for_restore(&self) -> io::Result<()> {
+        use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+        loop {
+            let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLPRI)];
+            match poll(&mut fds, PollTimeout::NONE) {
+                Ok(_) => return Ok(()),
+                Err(nix::errno::Errno::EINTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+    }
+}
 
 /// Tells the monitor that a phase begins, one of `HARRIER_PHASE_*` of linux/harrier_hypercall.h. For the monitor's
 /// figures only: another kernel or monitor has no such device, and nothing is lost.
 pub(crate) fn mark(phase: u32) {
-    let Ok(device) = std::fs::File::open("/dev/harrier") else { return };
-    let mark = Mark { phase, reserved: 0, value: 0, name: [0; 32] };
-    // SAFETY: the call reads a Mark, which lives as long as the call; its failure changes nothing.
-    let _ = unsafe { libc::ioctl(device.as_raw_fd(), MARK, &raw const mark) };
+    if let Ok(device) = Device::open() {
+        let _ = device.mark(phase, 0, [0; 32]);
+    }
 }
 
 /// A process that has ended.

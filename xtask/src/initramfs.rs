@@ -13,7 +13,7 @@ use crate::cpio::Archive;
 use crate::{checks, packages, process};
 
 /// Raise when the layout below changes.
-const RECIPE: u32 = 1;
+const RECIPE: u32 = 2;
 
 /// The agent's limit, so that it stays quick to unpack and small in every guest's memory.
 const AGENT_MAX_BYTES: usize = 3 << 20;
@@ -145,6 +145,7 @@ fn assemble(agent: &[u8], busybox: &[u8], applets: &[String], modules: &[Module]
     for name in applets {
         archive.symlink(&format!("bin/{name}"), "busybox");
     }
+    archive.symlink("bin/harrier-guest", "../init");
     archive.symlink("sbin", "bin");
     archive.dir("usr");
     archive.symlink("usr/bin", "../bin");

@@ -16,7 +16,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 const TRIAL_LIMIT: Duration = Duration::from_secs(20);
 
 /// What takes the place of the agent in a plain boot: it says that it is there, runs `true` and switches off.
-const INIT: &str = "rdinit=/bin/sh -- -c \"echo @init; /bin/true; poweroff -f\"";
+pub(crate) const INIT: &str = "rdinit=/bin/sh -- -c \"echo @init; /bin/true; poweroff -f\"";
 
 /// Phases of `harrier run --json`, and what they are called here.
 const PHASES: &[(&str, &str)] = &[

@@ -100,21 +100,53 @@ fn memory_that_a_job_has_freed_goes_back_to_the_host() {
 
 #[test]
 fn the_kernel_keeps_to_the_features_that_it_is_told() {
-    let options = ["--cpu-model", "v3", "--cmdline", "harrier.cpuid=1c:81202000,7b:202,x1c:400001,d1a:0"];
+    let options =
+        ["--cpu-model", "v3", "--cmdline", "harrier.cpuid=1d:fff7ffff,1c:81202000,7b:202,x1c:400001,d1a:0"];
     let record = run("soft", &options, "grep -m1 flags /proc/cpuinfo; env");
     let stdout = record["stdout"].as_str().unwrap();
     let flags: Vec<_> = stdout.lines().next().unwrap().split(' ').collect();
     assert!(flags.contains(&"sse2") && flags.contains(&"cx16"), "{stdout}");
-    for hidden in ["avx", "avx2", "xsave", "bmi1", "popcnt", "sse4_2"] {
+    for hidden in ["clflush", "avx", "avx2", "xsave", "bmi1", "popcnt", "sse4_2"] {
         assert!(!flags.contains(&hidden), "{hidden}: {stdout}");
     }
     assert!(!stdout.contains("harrier.cpuid"), "the word is the kernel's, not init's");
 }
 
 #[test]
+fn a_job_asks_the_monitor_by_harrier_guest() {
+    for engine in engines() {
+        let script = "harrier-guest features; harrier-guest mark 'half way' 78; echo $?; harrier-guest mark ''; echo $?; \
+                      harrier-guest exit 300; echo $?; harrier-guest exit 42 enough; echo never";
+        let output = output(&["run", "--json", "--engine", engine, "--", "sh", "-c", script]);
+        let record: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(record["exit_code"], 42, "{engine}: {record}");
+        let lines: Vec<_> = record["stdout"].as_str().unwrap().lines().collect();
+        let features = u64::from_str_radix(lines[0].strip_prefix("0x").unwrap(), 16).unwrap();
+        assert_eq!((features & 0x3f, &lines[1..]), (0x3f, ["0", "1", "1"].as_slice()), "{engine}: {record}");
+        let marked = |mark: &Value| mark["label"] == "half way" && mark["value"] == 78;
+        assert!(record["marks"].as_array().unwrap().iter().any(marked), "{engine}: {record}");
+        let stderr = record["stderr"].as_str().unwrap();
+        assert!(stderr.contains("harrier-guest: '300' is not an exit code"), "{engine}: {stderr}");
+    }
+}
+
+#[test]
+fn harrier_guest_is_there_in_a_root_of_ones_own() {
+    let image = cache().join("rootfs-debian/current/debian.ext4");
+    let script = "/run/harrier/harrier-guest mark outside 5 && exec /run/harrier/harrier-guest exit 43";
+    let args =
+        ["run", "--json", "--engine", "soft", "--rootfs", image.to_str().unwrap(), "--", "sh", "-c", script];
+    let record: Value = serde_json::from_slice(&output(&args).stdout).unwrap();
+    assert_eq!(record["exit_code"], 43, "{record}");
+    let marked = |mark: &Value| mark["label"] == "outside" && mark["value"] == 5;
+    assert!(record["marks"].as_array().unwrap().iter().any(marked), "{record}");
+}
+
+#[test]
 fn where_the_processor_shows_itself_as_it_is_the_guest_is_asked_to_keep_to_the_model() {
     for engine in engines() {
-        let record = run(engine, &["--cpu-model", "v2"], "cat /proc/cmdline; env; grep -m1 flags /proc/cpuinfo");
+        let record =
+            run(engine, &["--cpu-model", "v2"], "cat /proc/cmdline; env; grep -m1 flags /proc/cpuinfo");
         // User code is lent to the processor only where KVM does not run kernel mode there.
         let asked = count(&record, "loans") > 0;
         let stdout = record["stdout"].as_str().unwrap();
