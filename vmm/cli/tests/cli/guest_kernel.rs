@@ -11,7 +11,7 @@ use serde_json::Value;
 use crate::support::{cache, harrier, output, wait};
 
 /// The engines that can run here; without KVM it is said that its half was skipped.
-fn engines() -> Vec<&'static str> {
+pub(crate) fn engines() -> Vec<&'static str> {
     let kvm = Path::new("/dev/kvm").exists();
     if !kvm {
         eprintln!("skipped: nothing runs on KVM, there is no /dev/kvm");
@@ -110,36 +110,6 @@ fn the_kernel_keeps_to_the_features_that_it_is_told() {
         assert!(!flags.contains(&hidden), "{hidden}: {stdout}");
     }
     assert!(!stdout.contains("harrier.cpuid"), "the word is the kernel's, not init's");
-}
-
-#[test]
-fn a_job_asks_the_monitor_by_harrier_guest() {
-    for engine in engines() {
-        let script = "harrier-guest features; harrier-guest mark 'half way' 78; echo $?; harrier-guest mark ''; echo $?; \
-                      harrier-guest exit 300; echo $?; harrier-guest exit 42 enough; echo never";
-        let output = output(&["run", "--json", "--engine", engine, "--", "sh", "-c", script]);
-        let record: Value = serde_json::from_slice(&output.stdout).unwrap();
-        assert_eq!(record["exit_code"], 42, "{engine}: {record}");
-        let lines: Vec<_> = record["stdout"].as_str().unwrap().lines().collect();
-        let features = u64::from_str_radix(lines[0].strip_prefix("0x").unwrap(), 16).unwrap();
-        assert_eq!((features & 0x3f, &lines[1..]), (0x3f, ["0", "1", "1"].as_slice()), "{engine}: {record}");
-        let marked = |mark: &Value| mark["label"] == "half way" && mark["value"] == 78;
-        assert!(record["marks"].as_array().unwrap().iter().any(marked), "{engine}: {record}");
-        let stderr = record["stderr"].as_str().unwrap();
-        assert!(stderr.contains("harrier-guest: '300' is not an exit code"), "{engine}: {stderr}");
-    }
-}
-
-#[test]
-fn harrier_guest_is_there_in_a_root_of_ones_own() {
-    let image = cache().join("rootfs-debian/current/debian.ext4");
-    let script = "/run/harrier/harrier-guest mark outside 5 && exec /run/harrier/harrier-guest exit 43";
-    let args =
-        ["run", "--json", "--engine", "soft", "--rootfs", image.to_str().unwrap(), "--", "sh", "-c", script];
-    let record: Value = serde_json::from_slice(&output(&args).stdout).unwrap();
-    assert_eq!(record["exit_code"], 43, "{record}");
-    let marked = |mark: &Value| mark["label"] == "outside" && mark["value"] == 5;
-    assert!(record["marks"].as_array().unwrap().iter().any(marked), "{record}");
 }
 
 #[test]

@@ -3,6 +3,7 @@
 mod bad_input;
 mod files;
 mod fork;
+mod guest_asks;
 mod guest_kernel;
 mod hypercalls;
 mod machines;
