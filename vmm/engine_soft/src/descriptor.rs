@@ -262,10 +262,9 @@ impl Cpu {
         })
     }
 
-    /// Sets the stack pointer; bits above the stack's width stay.
+    /// Sets the stack pointer, at the stack's width.
     pub(crate) fn set_stack_pointer(&mut self, value: u64) {
-        let mask = self.stack_mask();
-        self.regs[RSP] = (self.regs[RSP] & !mask) | (value & mask);
+        self.regs[RSP] = self.with_stack_width(self.regs[RSP], value);
     }
 
     /// Pushes one value on the current stack.

@@ -72,8 +72,7 @@ impl Stack for StackLegacy {
         cpu.segmented(SS, rsp & mask, size, intent)
     }
     fn moved(cpu: &Cpu, rsp: u64, by: i64) -> u64 {
-        let mask = cpu.stack_mask();
-        (rsp & !mask) | (rsp.wrapping_add_signed(by) & mask)
+        cpu.with_stack_width(rsp, rsp.wrapping_add_signed(by))
     }
 }
 
@@ -86,6 +85,15 @@ impl Cpu {
             0xffff_ffff
         } else {
             0xffff
+        }
+    }
+
+    /// What RSP is after a stack pointer was put where `before` was: a 16-bit one leaves the rest, a 32-bit one clears the
+    /// upper half, like every write to a register. The upper half shows when compatibility mode goes on in 64-bit mode.
+    pub(crate) fn with_stack_width(&self, before: u64, value: u64) -> u64 {
+        match self.stack_mask() {
+            0xffff => before & !0xffff | value & 0xffff,
+            mask => value & mask,
         }
     }
 }
@@ -190,8 +198,7 @@ fn enter_frame<S: Stack, W: Word>(cpu: &mut Cpu, op: &Op) -> Step {
 
 fn leave<S: Stack, W: Word>(cpu: &mut Cpu, _op: &Op) -> Step {
     let before = cpu.regs[RSP];
-    let mask = cpu.stack_mask();
-    cpu.regs[RSP] = (before & !mask) | (cpu.regs[RBP] & mask);
+    cpu.set_stack_pointer(cpu.regs[RBP]);
     match S::peek::<W>(cpu, 0) {
         Ok(value) => {
             S::drop_bytes(cpu, W::SIZE as u64);

@@ -207,3 +207,27 @@ fn in_real_mode_the_vector_table_is_used_and_no_error_code_pushed() {
     assert_eq!(state.segments.cs.selector, 0);
     assert_eq!(state.regs.rflags & 0x200, 0);
 }
+
+#[test]
+fn a_return_to_compatibility_mode_leaves_nothing_of_the_kernels_stack_pointer() {
+    const HIGH: u64 = 0xffff_8000_0000_0000;
+    const COMPATIBILITY: u64 = 0x33;
+    let machine = Machine::new(1);
+    let mut vcpu = machine.long_mode(0);
+    machine.write_u64(GDT + 0x30, 0x00cf_fb00_0000_ffff);
+    let root = vcpu.state().unwrap().control.cr3;
+    let [low] = machine.read(root);
+    machine.write_u64(root + 256 * 8, low);
+    for (slot, value) in
+        [USER_PAGE, COMPATIBILITY, 0x3202, USER_PAGE + 0x800, u64::from(USER_DATA)].into_iter().enumerate()
+    {
+        machine.write_u64(STACK - 40 + 8 * slot as u64, value);
+    }
+    // iretq; then, in 32-bit code: push eax, and out.
+    machine.write(CODE, &[0x48, 0xcf]);
+    machine.write(USER_PAGE, &[&[0x50], LEAVE].concat());
+    edit(&mut *vcpu, |state| state.regs.gpr[RSP] = HIGH + STACK - 40);
+    let (state, _) = run(&mut *vcpu);
+    assert_eq!(u64::from(state.segments.cs.selector), COMPATIBILITY);
+    assert_eq!(state.regs.gpr[RSP], USER_PAGE + 0x7fc);
+}
