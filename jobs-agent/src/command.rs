@@ -16,6 +16,7 @@ use harrier_agent_protocol::{
     AgentMessage, Attached, Cause, CommandStatus, DATA_MAX, Kept, Outbox, Status, Stream, Usage, WindowSize,
 };
 
+use crate::limits::{self, Group};
 use crate::spawn::Started;
 use crate::sys;
 
@@ -43,6 +44,10 @@ pub(crate) struct Command {
     outputs: [Output; 2],
     /// The last signal's number in the host's count.
     signal: u32,
+    /// What it may use, if that is limited.
+    group: Option<Group>,
+    /// What the machine had ended for want of memory before it.
+    oom_kills_before: u64,
     end: Option<End>,
     said: Said,
 }
@@ -67,6 +72,7 @@ struct Output {
 /// How the main process ended.
 struct End {
     status: Status,
+    cause: Cause,
     usage: Usage,
     at_ns: u64,
     deadline_ns: u64,
@@ -76,6 +82,7 @@ struct End {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Channel {
     Stdin,
+    Limits,
     Output(Stream),
 }
 
@@ -84,12 +91,14 @@ pub(crate) enum Channel {
 pub(crate) enum Interest {
     Read,
     Write,
+    /// An urgent event.
+    Event,
     /// Only that the other side goes away, which poll always reports.
     Hangup,
 }
 
 impl Command {
-    pub(crate) fn new(id: u32, started: Started) -> Self {
+    pub(crate) fn new(id: u32, started: Started, group: Option<Group>, oom_kills_before: u64) -> Self {
         let output = |stream, fd: Option<_>| Output {
             stream,
             file: fd.map(File::from),
@@ -108,6 +117,8 @@ impl Command {
             stdin_is_refused: false,
             outputs: [output(Stream::Stdout, Some(started.stdout)), output(Stream::Stderr, started.stderr)],
             signal: 0,
+            group,
+            oom_kills_before,
             end: None,
             said: Said::default(),
         }
@@ -147,7 +158,9 @@ impl Command {
             Some((Channel::Stdin, file.as_fd(), interest))
         });
         let outputs = self.outputs.iter().filter(|output| output.kept.room() > 0);
-        stdin.into_iter().chain(
+        let events = self.group.as_ref().filter(|_| self.end.is_none()).and_then(Group::process_events);
+        let events = events.map(|fd| (Channel::Limits, fd, Interest::Event));
+        stdin.into_iter().chain(events).chain(
             outputs.filter_map(|o| {
                 o.file.as_ref().map(|f| (Channel::Output(o.stream), f.as_fd(), Interest::Read))
             }),
@@ -183,8 +196,8 @@ impl Command {
         }
         let is_drained = self.outputs.iter().all(|output| output.file.is_none() && output.kept.is_sent());
         if let Some(end) = self.end.as_ref().filter(|_| is_drained && !self.said.end) {
-            let End { status, usage, at_ns, .. } = *end;
-            AgentMessage::Exited { id, status, cause: Cause::Itself, usage, at_ns }.send(outbox);
+            let End { status, cause, usage, at_ns, .. } = *end;
+            AgentMessage::Exited { id, status, cause, usage, at_ns }.send(outbox);
             self.said.end = true;
         }
     }
@@ -301,6 +314,21 @@ impl Command {
         AgentMessage::SignalAck { id: self.id, sequence }.send(outbox);
     }
 
+    /// It may have reached its limit of processes.
+    pub(crate) fn see_limits(&mut self) {
+        if let Some(group) = &mut self.group {
+            group.see_process_events();
+        }
+    }
+
+    /// Ends it and its descendants at once, as far as they can be found.
+    pub(crate) fn end_all(&self) {
+        self.kill(libc::SIGKILL as u8);
+        if let Some(group) = &self.group {
+            group.kill();
+        }
+    }
+
     pub(crate) fn kill(&self, number: u8) {
         if self.end.is_none() {
             // It may have ended just now, and that is no failure.
@@ -320,7 +348,15 @@ impl Command {
     /// The main process has ended.
     pub(crate) fn main_ended(&mut self, status: Status, usage: Usage) {
         let at_ns = sys::monotonic_ns();
-        self.end = Some(End { status, usage, at_ns, deadline_ns: at_ns.saturating_add(GRACE_NS) });
+        // A process that could not be made may be the reason, and its event still be on its way.
+        self.see_limits();
+        let cause = match &self.group {
+            _ if status == Status::Code(0) => Cause::Itself,
+            Some(group) if group.cause() != Cause::Itself => group.cause(),
+            Some(_) | None if limits::oom_kills() > self.oom_kills_before => Cause::Memory,
+            Some(_) | None => Cause::Itself,
+        };
+        self.end = Some(End { status, cause, usage, at_ns, deadline_ns: at_ns.saturating_add(GRACE_NS) });
         for output in &mut self.outputs {
             output.owed = output.file.as_ref().and_then(|file| sys::readable_bytes(file).ok()).unwrap_or(0);
         }

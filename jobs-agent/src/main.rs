@@ -2,7 +2,8 @@
 //!
 //! As process 1 of the initramfs it prepares the machine ([`init`]), dials the host ([`dial`]) and serves it
 //! ([`session`]): it runs commands ([`command`], [`spawn`]), streams their input and output, reaps every process that is
-//! left to it and switches the machine off in the end. It copies files for the host ([`transfer`]). The first command may name a disk as its root
+//! left to it and switches the machine off in the end. It keeps commands to their [`limits`], and copies
+//! files for the host ([`transfer`]). The first command may name a disk as its root
 //! file system ([`root`]).
 //!
 //! Outside a machine, `harrier-jobs-agent --connect-unix PATH` or `--connect-fd N` serves one connection as an
@@ -18,6 +19,8 @@ mod dial;
 mod guest;
 mod identity;
 mod init;
+mod isolate;
+mod limits;
 mod root;
 mod session;
 mod spawn;

@@ -6,6 +6,7 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -61,8 +62,8 @@ pub(crate) enum MachineRoot {
     /// No command has run yet.
     #[default]
     Undecided,
-    /// This one.
-    Entered(Root),
+    /// This one, and for a disk the file system in memory above it.
+    Entered(Root, Option<File>),
     /// An attempt failed half-way.
     Broken,
 }
@@ -71,20 +72,29 @@ impl MachineRoot {
     /// Enters `root`, unless that is done already. Gives a warning, if there is one.
     pub(crate) fn enter(&mut self, root: &Root) -> Result<Option<String>, RootError> {
         match self {
-            Self::Entered(current) if current == root => return Ok(None),
-            Self::Entered(_) => return Err(RootError::Taken),
+            Self::Entered(current, _) if current == root => return Ok(None),
+            Self::Entered(..) => return Err(RootError::Taken),
             Self::Broken => return Err(RootError::Broken),
             Self::Undecided => {}
         }
-        let warning = match root {
-            Root::Initramfs => None,
+        let (warning, memory) = match root {
+            Root::Initramfs => (None, None),
             Root::Disk { serial } => {
                 *self = Self::Broken;
-                switch(serial)?
+                let (warning, memory) = switch(serial)?;
+                (warning, Some(memory))
             }
         };
-        *self = Self::Entered(root.clone());
+        *self = Self::Entered(root.clone(), memory);
         Ok(warning)
+    }
+
+    /// A path of the file system in memory that takes what is written to the root.
+    pub(crate) fn memory(&self) -> PathBuf {
+        match self {
+            Self::Entered(_, Some(folder)) => format!("/proc/self/fd/{}", folder.as_raw_fd()).into(),
+            Self::Entered(_, None) | Self::Undecided | Self::Broken => "/".into(),
+        }
     }
 }
 
@@ -95,7 +105,7 @@ pub(crate) fn set_hostname(name: &[u8]) -> Result<(), String> {
     sethostname(name).map_err(|errno| format!("cannot set the host name {name:?}: {}", errno.desc()))
 }
 
-fn switch(serial: &[u8]) -> Result<Option<String>, RootError> {
+fn switch(serial: &[u8]) -> Result<(Option<String>, File), RootError> {
     let device = find_disk(serial)?;
     let file_system = FileSystem::detect(&device)?;
     for folder in [LOWER, MEMORY, MERGED] {
@@ -104,6 +114,7 @@ fn switch(serial: &[u8]) -> Result<Option<String>, RootError> {
     let warning = file_system.mount(&device)?;
     mount(Some("tmpfs"), MEMORY, Some("tmpfs"), MsFlags::empty(), Some("mode=0755"))
         .map_err(|errno| file_system_error("tmpfs", errno))?;
+    let memory = File::open(MEMORY).map_err(|error| step("open a folder", error))?;
     let (upper, work) = (format!("{MEMORY}/upper"), format!("{MEMORY}/work"));
     for folder in [&upper, &work] {
         fs::create_dir(folder).map_err(|error| step("make a folder", error))?;
@@ -122,7 +133,7 @@ fn switch(serial: &[u8]) -> Result<Option<String>, RootError> {
         .map_err(failed("move the new root"))?;
     chroot(".").map_err(failed("change the root"))?;
     chdir("/").map_err(failed("enter the new root"))?;
-    Ok(warning)
+    Ok((warning, memory))
 }
 
 fn step(step: &'static str, error: io::Error) -> RootError {

@@ -21,6 +21,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use crate::command::{Channel, Command, Interest};
 use crate::dial::{DIAL_LIMIT, Dialer, Redial};
 use crate::identity;
+use crate::limits::{self, Group};
 use crate::root::{self, MachineRoot};
 use crate::spawn::{self, StartError};
 use crate::sys;
@@ -179,9 +180,7 @@ impl Session {
                 }
             }
         };
-        for command in self.state.running() {
-            command.kill(libc::SIGKILL as u8);
-        }
+        self.state.running().for_each(Command::end_all);
         if matches!((&ended, &self.state.place), (Ok(Ending::Shutdown), Place::Process)) {
             self.say_synced();
         }
@@ -303,6 +302,7 @@ impl Session {
                     match interest {
                         Interest::Read => PollFlags::POLLIN,
                         Interest::Write => PollFlags::POLLOUT,
+                        Interest::Event => PollFlags::POLLPRI,
                         Interest::Hangup => PollFlags::empty(),
                     },
                 ));
@@ -506,7 +506,7 @@ impl State {
     /// The host wants to hear no more of a command.
     fn release(&mut self, id: u32) {
         if let Some(Entry::Command(command)) = self.commands.remove(&id) {
-            command.kill(libc::SIGKILL as u8);
+            command.end_all();
         }
     }
 
@@ -541,7 +541,17 @@ impl State {
         if let (Place::Machine(_), Some(name)) = (&self.place, &spec.hostname) {
             root::set_hostname(name).map_err(StartError::other)?;
         }
-        Ok(Command::new(id, spawn::spawn(spec)?))
+        if let Some(bytes) = spec.limits.disk_bytes {
+            match &self.place {
+                Place::Machine(machine) => limits::limit_disk(bytes, &machine.memory()),
+                Place::Process => Err("a disk can only be limited inside a machine".to_owned()),
+            }
+            .map_err(StartError::other)?;
+        }
+        let group = Group::new(id, &spec.limits).map_err(StartError::other)?;
+        let oom_kills = limits::oom_kills();
+        let started = spawn::spawn(spec, group.as_ref())?;
+        Ok(Command::new(id, started, group, oom_kills))
     }
 
     /// Begins to copy a file, in the file system that it names.
@@ -611,6 +621,7 @@ impl State {
         let Some(Entry::Command(command)) = self.commands.get_mut(&id) else { return };
         match channel {
             Channel::Output(stream) => command.read_output(stream, &mut self.scratch),
+            Channel::Limits => command.see_limits(),
             Channel::Stdin if flags.contains(PollFlags::POLLERR) => command.refuse_stdin(),
             Channel::Stdin => command.write_stdin(),
         }

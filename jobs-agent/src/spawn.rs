@@ -16,6 +16,8 @@ use nix::sys::signal::SigSet;
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{self, Gid, Uid};
 
+use crate::isolate;
+use crate::limits::Group;
 use crate::sys::{self, Fork};
 use crate::users::{self, Account};
 
@@ -56,7 +58,9 @@ struct ChildEnds {
 #[derive(Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 enum Stage {
+    Limits,
     Session,
+    Isolation,
     Terminal,
     Streams,
     User,
@@ -67,8 +71,10 @@ enum Stage {
 }
 
 impl Stage {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 9] = [
+        Self::Limits,
         Self::Session,
+        Self::Isolation,
         Self::Terminal,
         Self::Streams,
         Self::User,
@@ -79,7 +85,8 @@ impl Stage {
 }
 
 /// Starts `spec`'s program in the agent's root file system.
-pub(crate) fn spawn(spec: &CommandSpec) -> Result<Started, StartError> {
+/// `group` is what its limits need.
+pub(crate) fn spawn(spec: &CommandSpec, group: Option<&Group>) -> Result<Started, StartError> {
     let resources =
         |error: io::Error| StartError::other(format!("cannot set up the command's streams: {error}"));
     let account = spec.user.as_ref().map(users::find).transpose().map_err(StartError::other)?;
@@ -93,7 +100,7 @@ pub(crate) fn spawn(spec: &CommandSpec) -> Result<Started, StartError> {
     match sys::fork() {
         Err(error) => Err(StartError::other(format!("cannot fork: {error}"))),
         Ok(Fork::Child) => {
-            let (stage, errno) = run_child(spec, account.as_ref(), &program, &ends);
+            let (stage, errno) = run_child(spec, account.as_ref(), group, &program, &ends);
             let mut message = vec![stage as u8];
             message.extend_from_slice(&(errno as i32).to_le_bytes());
             // Nobody could be told that the parent cannot be told.
@@ -254,11 +261,18 @@ fn environment(spec: &CommandSpec, account: Option<&Account>) -> Vec<(Vec<u8>, V
 fn run_child(
     spec: &CommandSpec,
     account: Option<&Account>,
+    group: Option<&Group>,
     program: &Program,
     ends: &ChildEnds,
 ) -> (Stage, Errno) {
     let attempt = || -> Result<(), (Stage, Errno)> {
+        if let Some(group) = group {
+            unistd::write(group.members(), b"0").map_err(|errno| (Stage::Limits, errno))?;
+        }
         unistd::setsid().map_err(|errno| (Stage::Session, errno))?;
+        if spec.isolate {
+            isolate::enter().map_err(|errno| (Stage::Isolation, errno))?;
+        }
         if spec.tty.is_some() {
             sys::set_controlling_terminal(&ends.stdin)
                 .map_err(|error| (Stage::Terminal, errno_of(&error)))?;
@@ -326,6 +340,12 @@ fn describe(spec: &CommandSpec, program: &Program, stage: Stage, errno: Errno) -
             format!("cannot enter the working directory {:?} in the guest: {reason}", workdir(spec)),
         ),
         (Stage::User, _) => (FailureKind::Other, format!("cannot become the user of the command: {reason}")),
+        (Stage::Limits, _) => {
+            (FailureKind::Other, format!("cannot keep the command to its limits: {reason}"))
+        }
+        (Stage::Isolation, _) => {
+            (FailureKind::Other, format!("cannot give the command namespaces of its own: {reason}"))
+        }
         (Stage::Session, _) => (FailureKind::Other, format!("cannot start a session: {reason}")),
         (Stage::Terminal, _) => (FailureKind::Other, format!("cannot take the terminal: {reason}")),
         (Stage::Streams, _) => (FailureKind::Other, format!("cannot hand over the streams: {reason}")),

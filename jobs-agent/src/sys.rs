@@ -192,6 +192,102 @@ pub(crate) fn exit_now(code: libc::c_int) -> ! {
     unsafe { libc::_exit(code) }
 }
 
+/// How a process of a namespace has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ended {
+    Code(u8),
+    Signal(u8),
+}
+
+/// Waits for one child.
+pub(crate) fn wait_for(pid: libc::pid_t) {
+    let mut status = 0;
+    // SAFETY: the pointer is valid for writes of an int.
+    while unsafe { libc::waitpid(pid, &raw mut status, 0) } < 0
+        && io::Error::last_os_error().kind() == io::ErrorKind::Interrupted
+    {}
+}
+
+/// Waits for all children until this one has ended.
+pub(crate) fn reap_until(pid: libc::pid_t) -> Ended {
+    loop {
+        let mut status = 0;
+        // SAFETY: the pointer is valid for writes of an int.
+        let reaped = unsafe { libc::waitpid(-1, &raw mut status, 0) };
+        if reaped == pid && libc::WIFEXITED(status) {
+            return Ended::Code(libc::WEXITSTATUS(status) as u8);
+        }
+        if reaped == pid && libc::WIFSIGNALED(status) {
+            return Ended::Signal(libc::WTERMSIG(status) as u8);
+        }
+        if reaped < 0 && io::Error::last_os_error().raw_os_error() == Some(libc::ECHILD) {
+            return Ended::Signal(libc::SIGKILL as u8);
+        }
+    }
+}
+
+/// Tells the other end of a pipe.
+pub(crate) fn write_ended(pipe: &OwnedFd, ended: Ended) {
+    let bytes = match ended {
+        Ended::Code(code) => [1, code],
+        Ended::Signal(number) => [2, number],
+    };
+    // Who does not hear it is gone.
+    let _ = nix::unistd::write(pipe, &bytes);
+}
+
+/// What the other end of a pipe tells; nothing if it went without a word.
+pub(crate) fn read_ended(pipe: &OwnedFd) -> Option<Ended> {
+    let mut bytes = [0; 2];
+    loop {
+        return match nix::unistd::read(pipe, &mut bytes) {
+            Ok(2) => match bytes {
+                [1, code] => Some(Ended::Code(code)),
+                [2, number] => Some(Ended::Signal(number)),
+                _ => None,
+            },
+            Err(nix::errno::Errno::EINTR) => continue,
+            Ok(_) | Err(_) => None,
+        };
+    }
+}
+
+/// Ignores every signal that can be, but those about children.
+pub(crate) fn ignore_signals() {
+    for number in (1..=64).filter(|number| *number != libc::SIGCHLD) {
+        // SAFETY: SIG_IGN is no handler of ours; numbers that cannot be set are refused with an error.
+        unsafe { libc::signal(number, libc::SIG_IGN) };
+    }
+    // SAFETY: as above.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
+}
+
+/// Ends the process by a signal, without a core.
+pub(crate) fn end_by_signal(number: u8) -> ! {
+    let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: setrlimit reads one rlimit; signal, raise and the mask take integers and a set that lives long enough.
+    unsafe {
+        libc::setrlimit(libc::RLIMIT_CORE, &raw const none);
+        libc::signal(number.into(), libc::SIG_DFL);
+        let mut all = MaybeUninit::<libc::sigset_t>::zeroed();
+        libc::sigfillset(all.as_mut_ptr());
+        libc::sigprocmask(libc::SIG_UNBLOCK, all.as_ptr(), std::ptr::null_mut());
+        libc::raise(number.into());
+    }
+    exit_now(libc::c_int::from(number).saturating_add(128))
+}
+
+/// Closes every file but one. For processes that only wait from here on: nothing is used that was open before.
+pub(crate) fn close_all_but(fd: RawFd) {
+    let fd = fd.unsigned_abs();
+    for (first, last) in [(0, fd.wrapping_sub(1)), (fd.saturating_add(1), u32::MAX)] {
+        if first <= last && !(fd == 0 && first == 0) {
+            // SAFETY: close_range takes integers; files that others own in this process are not used any more.
+            unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
+        }
+    }
+}
+
 /// Puts every signal back to its default action; none stays ignored.
 pub(crate) fn default_signals() {
     for number in 1..=64 {

@@ -47,7 +47,7 @@ impl Pair {
     }
 
     fn put(&self, from: &str, to: &str) -> Result<harrier_jobs::files::FileFacts, CopyError> {
-        copy_in(&self.session, &self.host(from), &bytes_of(&self.guest(to)), None, &Root::Initramfs)
+        copy_in(&self.session, &self.host(from), &bytes_of(&self.guest(to)), None, None, &Root::Initramfs)
     }
 
     fn get(&self, from: &str, to: &str) -> Result<harrier_jobs::files::FileFacts, CopyError> {
@@ -147,10 +147,11 @@ fn what_cannot_be_copied_says_why_and_the_session_goes_on() {
     }
     let owner = Some(User::Name(b"no such user".to_vec()));
     let to = bytes_of(&pair.guest("owned"));
-    let refused = said(copy_in(&pair.session, &pair.host("in"), &to, owner, &Root::Initramfs)).to_string();
+    let refused =
+        said(copy_in(&pair.session, &pair.host("in"), &to, None, owner, &Root::Initramfs)).to_string();
     assert!(refused.contains("\"no such user\" is not in the guest's /etc/passwd"), "{refused}");
     for path in ["relative", ""] {
-        let result = copy_in(&pair.session, &pair.host("in"), path.as_bytes(), None, &Root::Initramfs);
+        let result = copy_in(&pair.session, &pair.host("in"), path.as_bytes(), None, None, &Root::Initramfs);
         assert!(said(result).to_string().contains("is not a path in the guest"));
     }
     assert_eq!(pair.names("host"), ["in"]);

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use harrier_jobs::worker::lease_file::{LeaseFile, now_ns};
-use harrier_jobs::worker::{RunResult, names, write_durably};
+use harrier_jobs::worker::{RunOutput, RunResult, names, write_durably};
 
 use crate::exit::{Failure, HARRIER_FAILED};
 use crate::report::RunRecord;
@@ -47,7 +47,17 @@ impl Attempt {
             Ok(code) => (*code, None),
             Err(failure) => (failure.code, Some(failure.message.clone())),
         };
-        let result = RunResult { status: record.status().map(str::to_owned), exit_code, error };
+        let outputs = record.output_files.iter().map(|file| RunOutput {
+            guest: String::from_utf8_lossy(&file.guest).into_owned(),
+            facts: file.facts,
+        });
+        let result = RunResult {
+            status: record.status().map(str::to_owned),
+            exit_code,
+            error,
+            cause: record.cause().map(str::to_owned),
+            outputs: outputs.collect(),
+        };
         let written = serde_json::to_vec(&result)
             .map_err(io::Error::from)
             .and_then(|text| write_durably(&self.folder.join(names::RESULT), &text));

@@ -15,6 +15,7 @@ use thiserror::Error;
 use crate::engines::{EngineChoice, EngineChoiceError};
 use crate::files::{FileFlagError, FilesConfig};
 use crate::flags::RunFlags;
+use crate::limits::{LimitFlagError, LimitsConfig};
 use crate::units::{UnitError, parse_size, parse_time};
 
 /// Kernel command line of a plain boot: a console, and an end instead of a hang when the kernel panics.
@@ -99,13 +100,11 @@ pub(crate) struct RunConfig {
     pub(crate) attempt: Option<PathBuf>,
     /// Where the command's stderr goes, if not to this program's.
     pub(crate) stderr: Option<PathBuf>,
-    /// Nothing is to run: the machine becomes this template as soon as it could run something.
-    pub(crate) template: Option<PathBuf>,
-    /// What it is made of has no command yet.
-    pub(crate) is_warm: bool,
     pub(crate) workload: Workload,
     /// Files of the command.
     pub(crate) files: FilesConfig,
+    /// What the command may do; one that goes on in a snapshot has that in it.
+    pub(crate) limits: LimitsConfig,
     /// Input of a detached machine stays open.
     pub(crate) interactive: bool,
     /// The command has a terminal wherever its streams go.
@@ -144,6 +143,8 @@ pub(crate) enum ConfigError {
     #[error("the command name is empty: give a program")]
     EmptyCommand,
     #[error(transparent)]
+    Limits(#[from] LimitFlagError),
+    #[error(transparent)]
     Files(#[from] FileFlagError),
     #[error("--checkpoints '{0}' is not possible: give 0 to {MAX_CHECKPOINTS}")]
     Checkpoints(String),
@@ -177,6 +178,8 @@ impl RunConfig {
                 ("--tty", flags.tty),
                 ("--input", !flags.files.input.is_empty()),
                 ("--output", !flags.files.output.is_empty()),
+                ("--user", flags.limits.user.is_some()),
+                ("--isolate", flags.limits.isolate),
             ];
             if flags.kernel.is_none() {
                 return Err(ConfigError::Nothing);
@@ -215,8 +218,7 @@ impl RunConfig {
             console: flags.console,
             attempt: flags.attempt,
             stderr: flags.stderr,
-            template: flags.template,
-            is_warm: false,
+            limits: LimitsConfig::from_flags(&flags.limits)?,
             files: FilesConfig::from_flags(&flags.files, flags.workdir.as_ref().map(|dir| dir.as_bytes()))?,
             workload,
             interactive: flags.interactive,

@@ -36,6 +36,8 @@ pub(crate) struct Input {
     pub(crate) host: PathBuf,
     /// Absolute.
     pub(crate) guest: Vec<u8>,
+    /// Its permission bits, if not the host's file's.
+    pub(crate) mode: Option<u32>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,12 +63,18 @@ impl FilesConfig {
     /// Reads the flags. Relative paths of the guest begin at the command's working directory.
     pub(crate) fn from_flags(flags: &FileFlags, workdir: Option<&[u8]>) -> Result<Self, FileFlagError> {
         let mut config = FilesConfig::default();
-        for text in &flags.input {
+        let as_they_are = flags.input.iter().map(|text| (text.as_os_str(), None));
+        let with_mode = flags.input_as.iter().map(|text| {
+            let (mode, rest) = split(text, |bytes| bytes.iter().position(|byte| *byte == b':'));
+            let mode = mode.to_str().and_then(|mode| u32::from_str_radix(mode, 8).ok());
+            (rest.unwrap_or_default(), Some(mode.unwrap_or(0o600) & 0o777))
+        });
+        for (text, mode) in as_they_are.chain(with_mode) {
             let wrong = || FileFlagError::Input(text.to_string_lossy().into_owned());
             let (host, guest) = split(text, |bytes| bytes.iter().rposition(|byte| *byte == b':'));
             let guest = guest.unwrap_or(OsStr::new(""));
             let name = Path::new(host).file_name().ok_or_else(wrong)?;
-            config.inputs.push(Input { host: host.into(), guest: in_guest(guest, name, workdir) });
+            config.inputs.push(Input { host: host.into(), guest: in_guest(guest, name, workdir), mode });
         }
         for text in &flags.output {
             let wrong = || FileFlagError::Output(text.to_string_lossy().into_owned());
@@ -143,7 +151,7 @@ pub(crate) fn copy_inputs(
     root: &Root,
 ) -> Result<(), FileTrouble> {
     for input in &config.inputs {
-        copy_in(session, &input.host, &input.guest, owner.cloned(), root)
+        copy_in(session, &input.host, &input.guest, input.mode, owner.cloned(), root)
             .map_err(|error| FileTrouble::new("--input", error))?;
     }
     Ok(())
@@ -247,7 +255,7 @@ mod tests {
 
     fn config(input: &[&str], output: &[&str]) -> Result<FilesConfig, FileFlagError> {
         let words = |words: &[&str]| words.iter().map(OsString::from).collect();
-        let flags = FileFlags { input: words(input), output: words(output), output_limit: None };
+        let flags = FileFlags { input: words(input), output: words(output), ..FileFlags::default() };
         FilesConfig::from_flags(&flags, Some(b"/work"))
     }
 

@@ -117,6 +117,8 @@ pub(crate) struct RunFlags {
     pub(crate) workdir: Option<OsString>,
     #[command(flatten)]
     pub(crate) files: FileFlags,
+    #[command(flatten)]
+    pub(crate) limits: LimitFlags,
     /// End the machine after this time; suffixes ms, s, m, h.
     #[arg(long, value_name = "TIME", allow_hyphen_values = true)]
     pub(crate) timeout: Option<String>,
@@ -162,12 +164,6 @@ pub(crate) struct RunFlags {
     /// Where the command's stderr goes, for workers.
     #[arg(long, value_name = "FILE", hide = true)]
     pub(crate) stderr: Option<PathBuf>,
-    /// Make a template for warm starts instead of running the command, for workers.
-    #[arg(long, value_name = "DIR", hide = true)]
-    pub(crate) template: Option<PathBuf>,
-    /// Start in a copy of this template, for workers.
-    #[arg(long, value_name = "DIR", hide = true, conflicts_with = "template")]
-    pub(crate) warm: Option<PathBuf>,
     /// The snapshot that the machine is made of; set by `harrier restore`.
     #[arg(skip)]
     pub(crate) restore: Option<PathBuf>,
@@ -196,9 +192,35 @@ pub(crate) struct FileFlags {
     /// under its own name. If the command succeeds without having written it, the run fails. Repeatable.
     #[arg(long, value_name = "GUEST[:HOST]")]
     pub(crate) output: Vec<OsString>,
+    /// An input with permission bits of its own, for workers.
+    #[arg(long, value_name = "MODE:HOST:GUEST", hide = true)]
+    pub(crate) input_as: Vec<OsString>,
     /// The longest output file that is taken; suffixes K, M, G. The default is 16G.
     #[arg(long, value_name = "SIZE")]
     pub(crate) output_limit: Option<String>,
+}
+
+/// What the command may do in its machine.
+#[derive(Debug, Args, Default, Clone)]
+pub(crate) struct LimitFlags {
+    /// Run the command as this user: UID, UID:GID, or a name in the guest's /etc/passwd.
+    #[arg(long, short, value_name = "USER")]
+    pub(crate) user: Option<String>,
+    /// Run the command in namespaces of its own: it sees no process, mount or host name of the machine.
+    #[arg(long)]
+    pub(crate) isolate: bool,
+    /// Processor time of the command, in percent of one processor.
+    #[arg(long, value_name = "PERCENT")]
+    pub(crate) cpu_limit: Option<String>,
+    /// Memory of the command, with its files in memory; suffixes K, M, G. If it needs more it is ended.
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) memory_limit: Option<String>,
+    /// Processes and threads of the command. If it makes more it is ended.
+    #[arg(long, value_name = "N")]
+    pub(crate) process_limit: Option<String>,
+    /// What fits each file system that the command can write without a disk of its own; suffixes K, M, G.
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) disk_limit: Option<String>,
 }
 
 #[derive(Debug, Args)]

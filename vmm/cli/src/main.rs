@@ -16,6 +16,7 @@ mod files;
 mod flags;
 mod guest_files;
 mod jobs;
+mod limits;
 mod logging;
 mod machines;
 mod monitor;
@@ -30,7 +31,6 @@ mod snapshots;
 mod stdout_check;
 mod table;
 mod terminal;
-mod warm;
 
 use std::io::{IsTerminal, Write};
 use std::panic::catch_unwind;

@@ -74,7 +74,7 @@ pub(crate) struct RunRecord {
     command: Map<String, Value>,
     /// Of a command that has ended.
     pub(crate) output_files: Vec<OutputEnd>,
-    pub(crate) cause: Cause,
+    cause: Cause,
     report: Option<RunReport>,
 }
 
@@ -145,13 +145,17 @@ impl RunRecord {
         set("system_us", outcome.usage.system_us.into());
         set("max_rss_kib", outcome.usage.max_rss_kib.into());
         self.cause = outcome.cause;
-        let cause = match outcome.cause {
+        if let Some(cause) = self.cause() {
+            self.command.insert("cause".to_owned(), cause.into());
+        }
+    }
+
+    /// What has ended the command, in a word, if not it itself.
+    pub(crate) fn cause(&self) -> Option<&'static str> {
+        match self.cause {
             Cause::Itself => None,
             Cause::Memory => Some("memory"),
             Cause::Processes => Some("processes"),
-        };
-        if let Some(cause) = cause {
-            set("cause", cause.into());
         }
     }
 

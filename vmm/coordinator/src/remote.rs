@@ -8,13 +8,14 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use harrier_control::http::read_response;
+use harrier_jobs::files::Sha256Digest;
 use harrier_jobs::protocol::Stream;
 use harrier_jobs::queue::{Attempt, Dependency, Event, Host, HostAd, Job, JobId, LeaseKey, NewJob};
 use harrier_jobs::store::checkpoints::check_name;
 use harrier_jobs::store::{
     Action, ActionResult, CheckpointData, CheckpointFile, CheckpointPiece, CheckpointQuery, Claim,
-    ClaimRequest, EventQuery, JobFilter, LEASE_MS, OutputPiece, OutputQuery, Renewal, Report, Result, Stats,
-    Store, StoreError,
+    ClaimRequest, EventQuery, FilePiece, JobFilter, LEASE_MS, OutputPiece, OutputQuery, Renewal, Report,
+    Result, Stats, Store, StoreError,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -22,7 +23,7 @@ use ureq::Agent;
 use ureq::tls::{Certificate, RootCerts, TlsConfig};
 
 use crate::wire::{
-    Act, CheckpointHead, OfCheckpoint, OfJob, OutputHead, OutputPlace, Renew, Reported, Submit,
+    Act, CheckpointHead, OfCheckpoint, OfJob, OutputHead, OutputPlace, ReadFile, Renew, Reported, Submit,
 };
 
 /// How long a worker waits for an answer at most, and which part of a lease that may be: it has to be able to let its jobs
@@ -310,6 +311,22 @@ impl Store for RemoteStore {
 
     fn checkpoint_files(&self, key: &LeaseKey, epoch: u64, number: u32) -> Result<Vec<CheckpointFile>> {
         self.worker_call("checkpoint_files", &OfCheckpoint { key: key.clone(), epoch, number })
+    }
+
+    fn write_file(&self, piece: &FilePiece, bytes: &[u8]) -> Result<bool> {
+        let FilePiece { sha256, bytes: length, offset } = piece;
+        let path = format!("/v1/write_file?sha256={sha256}&bytes={length}&offset={offset}");
+        self.understand(&self.post(&path, bytes, TRANSFER_TIMEOUT)?)
+    }
+
+    fn read_file(&self, sha256: &Sha256Digest, offset: u64, limit: u64) -> Result<Vec<u8>> {
+        let args = ReadFile { sha256: *sha256, offset, limit };
+        let body = serde_json::to_vec(&args).map_err(|err| StoreError::Invalid(err.to_string()))?;
+        Ok(self.post("/v1/read_file", &body, TRANSFER_TIMEOUT)?.body)
+    }
+
+    fn local_file(&self, _sha256: &Sha256Digest) -> Option<PathBuf> {
+        None
     }
 
     fn read_checkpoint(&self, query: &CheckpointQuery) -> Result<CheckpointData> {

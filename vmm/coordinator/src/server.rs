@@ -17,15 +17,16 @@ use axum_server::tls_rustls::RustlsConfig;
 use harrier_jobs::protocol::Stream;
 use harrier_jobs::queue::{HostAd, LeaseKey};
 use harrier_jobs::store::{
-    CheckpointPiece, CheckpointQuery, ClaimRequest, EventQuery, JobFilter, OutputQuery, Store, StoreError,
+    CheckpointPiece, CheckpointQuery, ClaimRequest, EventQuery, FilePiece, JobFilter, OutputQuery, Store,
+    StoreError,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use thiserror::Error;
 
 use crate::wire::{
-    self, Act, CheckpointHead, CheckpointPlace, OfCheckpoint, OfJob, OutputHead, OutputPlace, Renew,
-    Reported, Submit,
+    self, Act, CheckpointHead, CheckpointPlace, OfCheckpoint, OfJob, OutputHead, OutputPlace, ReadFile,
+    Renew, Reported, Submit,
 };
 
 /// The longest body of a request.
@@ -253,6 +254,8 @@ fn router(store: Arc<dyn Store>, token: Option<String>) -> Router {
         )
         .route("/v1/read_checkpoint", post(read_checkpoint))
         .route("/v1/write_checkpoint", post(write_checkpoint))
+        .route("/v1/read_file", post(read_file))
+        .route("/v1/write_file", post(write_file))
         .route("/v1/read_output", post(read_output))
         .route("/v1/write_output", post(write_output))
         .route("/metrics", get(metrics))
@@ -346,6 +349,34 @@ async fn write_output(
     let stream = if place.stderr { Stream::Stderr } else { Stream::Stdout };
     match blocking(app, move |store| store.write_output(&key, stream, place.offset, &body)).await {
         Ok(()) => StatusCode::OK.into_response(),
+        Err(err) => error(&err),
+    }
+}
+
+async fn read_file(State(app): State<App>, body: Bytes) -> Response {
+    let args = match serde_json::from_slice::<ReadFile>(&body) {
+        Ok(args) => args,
+        Err(err) => return error(&StoreError::Invalid(format!("the body is not what it should be: {err}"))),
+    };
+    match blocking(app, move |store| store.read_file(&args.sha256, args.offset, args.limit)).await {
+        Ok(bytes) => ([(header::CONTENT_TYPE, "application/octet-stream")], bytes).into_response(),
+        Err(err) => error(&err),
+    }
+}
+
+async fn write_file(
+    State(app): State<App>,
+    piece: Result<Query<FilePiece>, QueryRejection>,
+    body: Bytes,
+) -> Response {
+    let Ok(Query(piece)) = piece else {
+        return error(&StoreError::Invalid("the query is not what it should be".to_owned()));
+    };
+    match blocking(app, move |store| store.write_file(&piece, &body)).await {
+        Ok(complete) => {
+            let body = serde_json::to_vec(&complete).unwrap_or_default();
+            ([(header::CONTENT_TYPE, "application/json")], body).into_response()
+        }
         Err(err) => error(&err),
     }
 }

@@ -1,5 +1,6 @@
 //! The arguments of each method, as client and server write them.
 
+use harrier_jobs::files::Sha256Digest;
 use harrier_jobs::queue::{JobId, LeaseKey, NewJob};
 use harrier_jobs::store::{Action, Report, StoreError};
 use serde::{Deserialize, Serialize};
@@ -76,6 +77,14 @@ pub(crate) struct CheckpointPlace {
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct CheckpointHead {
     pub(crate) offset: u64,
+}
+
+/// The arguments of `read_file`; the answer is the piece.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct ReadFile {
+    pub(crate) sha256: Sha256Digest,
+    pub(crate) offset: u64,
+    pub(crate) limit: u64,
 }
 
 /// The status that goes with an error.

@@ -158,7 +158,8 @@ fn open(path: &Path) -> Result<(File, FileFacts), CopyError> {
     Ok((file, facts))
 }
 
-/// Copies a file into the machine, and waits until it is there. The machine's file has the permission bits of the host's.
+/// Copies a file into the machine, and waits until it is there. The machine's file has
+/// the permission bits of the host's, or `mode`.
 ///
 /// # Errors
 /// Everything that can go wrong on both sides.
@@ -166,11 +167,13 @@ pub fn copy_in(
     session: &Session,
     from: &Path,
     to: &[u8],
+    mode: Option<u32>,
     owner: Option<User>,
     root: &Root,
 ) -> Result<FileFacts, CopyError> {
     let (file, facts) = open(from)?;
-    let FileFacts { bytes, sha256, mode } = facts;
+    let FileFacts { bytes, sha256, mode: own } = facts;
+    let mode = mode.unwrap_or(own);
     let spec = PutSpec { path: to.to_owned(), mode, owner, root: root.clone(), bytes, sha256: sha256.0 };
     let stdio = Stdio {
         stdin: Stdin::Reader(Box::new(file.take(bytes))),

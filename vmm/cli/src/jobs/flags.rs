@@ -14,6 +14,8 @@ pub(crate) enum JobCommand {
     History(HistoryFlags),
     /// Show everything about jobs.
     Status(JobsFlags),
+    /// Copy the files that jobs have left to this host, and print their names.
+    Fetch(FetchFlags),
     /// Say why jobs are where they are.
     Why(JobsFlags),
     /// Show what has happened to a job, or to all.
@@ -108,6 +110,34 @@ pub(crate) struct SubmitFlags {
     /// A file that becomes the command's stdin; else it is empty.
     #[arg(long, value_name = "FILE")]
     pub(crate) stdin: Option<PathBuf>,
+    /// A file of this host that the job is given: by default in its working directory, under its own name. It is copied into
+    /// the queue now. Repeatable.
+    #[arg(long, value_name = "HOST[:GUEST]")]
+    pub(crate) input: Vec<String>,
+    /// A file that the job leaves, for 'harrier fetch'; NAME is what it is called there. Repeatable.
+    #[arg(long, value_name = "GUEST[:NAME]")]
+    pub(crate) output: Vec<String>,
+    /// With this exit code the command says that its output files hold its state: it is started again, and given them.
+    #[arg(long, value_name = "CODE", num_args = 0..=1, require_equals = true, default_missing_value = "85")]
+    pub(crate) checkpoint_exit: Option<u8>,
+    /// Run the command as this user: UID, UID:GID, or a name in the guest's /etc/passwd.
+    #[arg(long, value_name = "USER")]
+    pub(crate) user: Option<String>,
+    /// Run the command in namespaces of its own.
+    #[arg(long)]
+    pub(crate) isolate: bool,
+    /// Processor time of the command, in percent of one processor.
+    #[arg(long, value_name = "PERCENT")]
+    pub(crate) cpu_limit: Option<u32>,
+    /// Memory of the command; suffixes K, M, G. If it needs more it is ended.
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) memory_limit: Option<String>,
+    /// Processes and threads of the command; 2048 if nothing is said. If it makes more it is ended.
+    #[arg(long, value_name = "N")]
+    pub(crate) process_limit: Option<u32>,
+    /// What fits each file system that the command can write; suffixes K, M, G.
+    #[arg(long, alias = "disk", value_name = "SIZE")]
+    pub(crate) disk_limit: Option<String>,
     /// Number of virtual CPUs, 1 to 255.
     #[arg(long, value_name = "N")]
     pub(crate) cpus: Option<u32>,
@@ -209,6 +239,24 @@ pub(crate) struct QueueFlags {
 pub(crate) struct JobsFlags {
     #[command(flatten)]
     pub(crate) place: QueuePlace,
+    /// Print one JSON array.
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Jobs: ID, ID,ID or ID-ID.
+    #[arg(required = true, value_name = "ID")]
+    pub(crate) jobs: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct FetchFlags {
+    #[command(flatten)]
+    pub(crate) place: QueuePlace,
+    /// The folder that they go to; with several jobs, into a folder each in it. The default is the working directory.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) to: Option<PathBuf>,
+    /// Only list them.
+    #[arg(long)]
+    pub(crate) list: bool,
     /// Print one JSON array.
     #[arg(long)]
     pub(crate) json: bool,
@@ -341,9 +389,6 @@ pub(crate) struct WorkerFlags {
     /// Checkpoints that are written, sent or fetched at a time.
     #[arg(long, value_name = "N", default_value_t = 2)]
     pub(crate) transfers: u32,
-    /// Jobs begin in copies of machines that have booted; these templates take up to so much. 0 boots every machine.
-    #[arg(long, value_name = "SIZE", default_value = "1G")]
-    pub(crate) warm: String,
     /// How long this worker may be silent before others get its jobs; suffixes ms, s, m. A coordinator decides itself.
     #[arg(long, value_name = "TIME", default_value = "30s")]
     pub(crate) lease: String,

@@ -2,6 +2,7 @@
 
 mod act;
 mod coordinator;
+mod fetch;
 pub(crate) mod flags;
 mod ids;
 mod list;
@@ -39,6 +40,7 @@ pub(crate) fn run(command: JobCommand) -> Result<u8, Failure> {
         JobCommand::Release(flags) => act::act(&Action::Release, &flags),
         JobCommand::Requeue(flags) => act::act(&Action::Requeue, &flags),
         JobCommand::Suspend(flags) => act::act(&Action::Suspend, &flags),
+        JobCommand::Fetch(flags) => fetch::run(&flags),
         JobCommand::Checkpoint(flags) => act::act(&Action::Checkpoint, &flags),
         JobCommand::Vacate(flags) => act::vacate(&flags),
         JobCommand::Prio(flags) => act::prio(&flags),

@@ -4,7 +4,10 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use harrier_jobs::queue::{Dependency, DependencyKind, JobFile, NewJob};
+use harrier_jobs::files;
+use harrier_jobs::queue::{Dependency, DependencyKind, InputFile, JobFile, NewJob, OutputFile};
+use harrier_jobs::store::Store;
+use harrier_jobs::store::files::upload;
 use serde_json::json;
 
 use super::flags::SubmitFlags;
@@ -15,6 +18,8 @@ use crate::units::{parse_size, parse_time};
 pub(super) fn run(flags: SubmitFlags) -> Result<u8, Failure> {
     let (job, place_flags, key, as_json) = (job(&flags)?, &flags.place, flags.key.as_deref(), flags.json);
     let store = place::open(place_flags)?;
+    let mut job = job;
+    put_inputs(store.as_ref(), &mut job)?;
     let ids = store.submit(&place::user(), key, &[job])?;
     if as_json {
         print_json(&json!({ "jobs": ids }))?;
@@ -64,6 +69,32 @@ fn job(flags: &SubmitFlags) -> Result<NewJob, Failure> {
     if let Some(path) = &flags.stdin {
         spec.stdin = Some(absolute(path)?);
     }
+    let workdir = flags.workdir.clone().or_else(|| spec.workdir.clone());
+    let here = std::env::current_dir()?;
+    for text in &flags.input {
+        let file = InputFile::parse(text, &here, workdir.as_deref()).map_err(|err| flag("input")(&err))?;
+        spec.inputs.push(file);
+    }
+    for text in &flags.output {
+        let file = OutputFile::parse(text, workdir.as_deref()).map_err(|err| flag("output")(&err))?;
+        spec.outputs.push(file);
+    }
+    let limits = &mut spec.limits;
+    for (name, limit, text) in [
+        ("memory-limit", &mut limits.memory_bytes, &flags.memory_limit),
+        ("disk-limit", &mut limits.disk_bytes, &flags.disk_limit),
+    ] {
+        if let Some(text) = text {
+            *limit = Some(parse_size(text).map_err(|err| flag(name)(&err))?);
+        }
+    }
+    limits.isolate |= flags.isolate;
+    limits.cpu_percent = flags.cpu_limit.or(limits.cpu_percent);
+    limits.processes = flags.process_limit.or(limits.processes);
+    if flags.user.is_some() {
+        limits.user.clone_from(&flags.user);
+    }
+    spec.checkpoint_exit = flags.checkpoint_exit.or(spec.checkpoint_exit);
     if let Some(text) = &flags.memory {
         spec.memory_bytes = parse_size(text).map_err(|err| flag("memory")(&err))?;
     }
@@ -102,6 +133,17 @@ fn job(flags: &SubmitFlags) -> Result<NewJob, Failure> {
     job.hold |= flags.hold;
     job.check()?;
     Ok(job)
+}
+
+/// Copies a job's input files into the queue.
+fn put_inputs(store: &dyn Store, job: &mut NewJob) -> Result<(), Failure> {
+    for file in &mut job.spec.inputs {
+        let path = Path::new(&file.host);
+        let facts = files::facts(path).map_err(|err| Failure::new(format!("input {err}")))?;
+        upload(store, path, &facts)?;
+        file.facts = Some(facts);
+    }
+    Ok(())
 }
 
 fn replace<T: Clone>(old: &mut T, new: &Option<T>) {

@@ -24,7 +24,7 @@ fn section_name() -> String {
 }
 
 /// The session's state has a version of its own inside.
-pub(crate) const SESSION_VERSION: u32 = 1;
+const SESSION_VERSION: u32 = 1;
 
 fn session_section_name() -> String {
     harrier_jobs::session::SECTION.to_owned()

@@ -21,15 +21,16 @@ use crate::config::{OutputConfig, Restored, RunConfig, Workload};
 use crate::exit::Failure;
 use crate::files::FilesConfig;
 use crate::flags::{RestoreFlags, RunFlags, SnapshotFlags};
+use crate::limits::LimitsConfig;
 use crate::units::parse_time;
 
 pub(crate) use fork::fork;
-pub(crate) use kept::{KeptByHost, SESSION_VERSION, open_for_copies, open_own_disk, read_session};
+pub(crate) use kept::{KeptByHost, open_for_copies, open_own_disk, read_session};
 pub(crate) use manage::run;
 pub(crate) use taker::{Checkpoints, Snapshots};
 
 /// The program that writes snapshots.
-pub(crate) const PRODUCER: &str = concat!("harrier ", env!("CARGO_PKG_VERSION"));
+const PRODUCER: &str = concat!("harrier ", env!("CARGO_PKG_VERSION"));
 /// How long a monitor may take for one: as long as a large memory takes to a slow disk.
 const TAKE_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
 
@@ -110,7 +111,7 @@ pub(crate) fn restored_config(flags: RunFlags, folder: &Path, remarks: bool) -> 
         is_parent: flags.image.is_none(),
     };
     let timeout = flags.timeout.as_deref().map(parse_time).transpose();
-    if !flags.files.input.is_empty() {
+    if !flags.files.input.is_empty() || !flags.files.input_as.is_empty() {
         return Err(Failure::new("--input: the command runs already: copy files in when it is started"));
     }
     let workdir = match &workload {
@@ -119,6 +120,7 @@ pub(crate) fn restored_config(flags: RunFlags, folder: &Path, remarks: bool) -> 
     };
     Ok(RunConfig {
         files: FilesConfig::from_flags(&flags.files, workdir)?,
+        limits: LimitsConfig::default(),
         interactive: flags.interactive,
         tty: host.tty(),
         engine: flags.engine.parse()?,
@@ -137,8 +139,6 @@ pub(crate) fn restored_config(flags: RunFlags, folder: &Path, remarks: bool) -> 
         seccomp: !flags.no_seccomp,
         attempt: flags.attempt,
         stderr: flags.stderr,
-        template: None,
-        is_warm: false,
         checkpoints: crate::config::parse_checkpoints(&flags.checkpoints)?,
         restore: Some(Restored { chain: Arc::new(chain), restoration }),
     })

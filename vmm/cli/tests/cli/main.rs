@@ -6,6 +6,7 @@ mod fork;
 mod guest_asks;
 mod guest_kernel;
 mod hypercalls;
+mod limits;
 mod machines;
 mod machines_survive;
 mod plain_boot;

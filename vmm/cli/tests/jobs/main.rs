@@ -2,8 +2,8 @@
 
 mod checkpoints;
 mod coordinator;
+mod files;
 mod network;
 mod owner;
 mod pool;
 mod survive;
-mod warm;

@@ -211,11 +211,12 @@ fn ten_thousand_queued_jobs_are_no_burden() {
 #[test]
 fn a_job_that_forks_without_end_is_ended_and_hurts_nobody() {
     let pool = Pool::new();
-    let bomb = pool.submit(&["--timeout", "4s"], "f() { f | f & }; f; while :; do :; done");
+    let bomb = pool.submit(&["--process-limit", "100"], "f() { f | f & }; f; while :; do sleep 1; done");
     let good = pool.submit(&[], &chain(20, 50_000));
     let mut worker = pool.worker("w", &["--slots", "2", "--cpus", "2", "--drain"]);
     is_done_once(&pool, good, &chain_output(20), "beside a fork bomb");
-    assert_eq!(pool.exit_code(bomb), 124, "{}", pool.history(bomb));
+    assert_eq!(pool.exit_code(bomb), 137, "{}", pool.history(bomb));
+    assert_eq!(pool.job(bomb)["reason"], "process_limit");
     assert_eq!(worker.wait(), 0, "{}", worker.said());
 }
 

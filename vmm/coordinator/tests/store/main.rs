@@ -40,6 +40,8 @@ on_every_store! {
     output_goes_on_at_a_checkpoint_and_nothing_is_doubled,
     a_bad_checkpoint_is_not_offered_again,
     checkpoints_come_in_pieces_and_only_from_who_has_the_job,
+    files_are_there_before_their_job_and_after_its_end,
+    a_job_that_saves_its_state_is_given_it_again,
     time_is_accounted_for,
     events_tell_everything_in_order,
     what_does_not_exist_is_refused,

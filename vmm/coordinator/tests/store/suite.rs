@@ -3,10 +3,13 @@
 use std::collections::HashSet;
 use std::sync::Mutex;
 
+use harrier_jobs::files::FileFacts;
 use harrier_jobs::protocol::Stream;
 use harrier_jobs::queue::{
-    Checkpoint, Dependency, DependencyKind, HostAd, JobId, LeaseKey, Reason, State, Times, Wanted,
+    Checkpoint, Dependency, DependencyKind, HostAd, InputFile, JobId, LeaseKey, NewJob, Reason, State,
+    StoredFile, Times, Wanted,
 };
+use harrier_jobs::store::files::{download, upload};
 use harrier_jobs::store::{
     Action, CheckpointFile, CheckpointPiece, CheckpointQuery, ClaimRequest, Ended, EventQuery, OutputQuery,
     Report, StoreError,
@@ -586,6 +589,78 @@ pub(crate) fn checkpoints_come_in_pieces_and_only_from_who_has_the_job(f: &Fixtu
     f.store.write_checkpoint(&second.key, &piece(0), b"begun").unwrap();
     f.end(&second.key, Reason::Exited, Some(0));
     assert!(f.store.checkpoint_files(&second.key, 1, 1).is_err(), "the lease is over");
+}
+
+/// A file of a test, and what it is.
+fn file(text: &str) -> (tempfile::NamedTempFile, FileFacts) {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), text).unwrap();
+    let facts = harrier_jobs::files::facts(file.path()).unwrap();
+    (file, facts)
+}
+
+pub(crate) fn files_are_there_before_their_job_and_after_its_end(f: &Fixture) {
+    f.host("a", |_| {});
+    let (source, facts) = file("what it is given");
+    let mut job = NewJob::default();
+    job.spec.command = vec!["true".to_owned()];
+    job.spec.inputs = vec![InputFile { host: "/x".into(), guest: "/x".into(), facts: Some(facts) }];
+    let refused = f.store.submit("ann", None, std::slice::from_ref(&job));
+    assert!(matches!(refused, Err(StoreError::Invalid(_))), "{refused:?}");
+    upload(f.store.as_ref(), source.path(), &facts).unwrap();
+    upload(f.store.as_ref(), source.path(), &facts).unwrap();
+    let id = f.store.submit("ann", None, &[job]).unwrap()[0];
+    let claim = f.claim_one("a");
+    assert_eq!(claim.job.spec.inputs[0].facts, Some(facts));
+    let folder = tempfile::tempdir().unwrap();
+    let place = folder.path().join("here");
+    download(f.store.as_ref(), &facts, &place).unwrap();
+    assert_eq!(std::fs::read_to_string(&place).unwrap(), "what it is given");
+
+    f.start(&claim.key);
+    let (source, facts) = file("what it leaves");
+    let unknown = download(f.store.as_ref(), &facts, &place);
+    assert!(matches!(unknown, Err(StoreError::Invalid(_))), "{unknown:?}");
+    assert_eq!(std::fs::read_to_string(&place).unwrap(), "what it is given", "it stays as it is");
+    upload(f.store.as_ref(), source.path(), &facts).unwrap();
+    let left = vec![StoredFile { guest: "/y".into(), facts }];
+    f.store.report(&claim.key, &Report::Files(left.clone())).unwrap();
+    f.store.report(&claim.key, &Report::Progress("half\u{1b}[2J done".into())).unwrap();
+    assert_eq!(f.store.job(id).unwrap().progress.as_deref(), Some("half[2J done"));
+    f.end(&claim.key, Reason::Exited, Some(0));
+    assert_eq!(f.store.attempts(id).unwrap()[0].files, left);
+    let late = f.store.report(&claim.key, &Report::Files(Vec::new()));
+    assert!(matches!(late, Err(StoreError::Fenced(_))), "{late:?}");
+    assert_eq!(f.store.attempts(id).unwrap()[0].files, left);
+}
+
+pub(crate) fn a_job_that_saves_its_state_is_given_it_again(f: &Fixture) {
+    f.host("a", |_| {});
+    let id = f.plain();
+    let (source, facts) = file("state");
+    upload(f.store.as_ref(), source.path(), &facts).unwrap();
+    let saved = vec![StoredFile { guest: "/state".into(), facts }];
+    for _ in 0..7 {
+        let claim = f.claim_one("a");
+        f.start(&claim.key);
+        f.pass(1000);
+        f.store.report(&claim.key, &Report::Files(saved.clone())).unwrap();
+        f.end(&claim.key, Reason::SelfCheckpointed, Some(85));
+        assert_eq!(state(f, id), (State::Queued, Reason::SelfCheckpointed));
+        f.pass(1000);
+    }
+    // A failure of the system loses nothing of it; a new beginning does.
+    let claim = f.claim_one("a");
+    assert_eq!(claim.job.saved, saved);
+    f.end(&claim.key, Reason::MachineFailed, None);
+    f.pass(10_000);
+    let claim = f.claim_one("a");
+    assert_eq!((claim.job.failures, &claim.job.saved), (1, &saved));
+    let times = f.store.attempts(id).unwrap()[0].times;
+    assert_eq!((times.committed_ms, times.lost_ms), (1000, 0));
+    act(f, Action::Requeue, id);
+    f.end(&claim.key, Reason::Requeued, None);
+    assert_eq!(f.claim_one("a").job.saved, []);
 }
 
 pub(crate) fn time_is_accounted_for(f: &Fixture) {

@@ -7,9 +7,20 @@ use serde::{Deserialize, Serialize};
 
 use super::spec::JobSpec;
 use super::state::{Activity, Reason, State};
+use crate::files::FileFacts;
 
 /// A job's number, from 1 upwards.
 pub type JobId = u64;
+
+/// A file that a job has left; the queue has it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoredFile {
+    /// Where it was in the guest.
+    pub guest: String,
+    /// What it is.
+    #[serde(flatten)]
+    pub facts: FileFacts,
+}
 
 /// The place of a job in an array.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -49,6 +60,12 @@ pub struct Job {
     pub retries_used: u32,
     /// System failures since it last made progress.
     pub failures: u32,
+    /// How far its command says it has come.
+    #[serde(default)]
+    pub progress: Option<String>,
+    /// Files that it has saved and is started with again.
+    #[serde(default)]
+    pub saved: Vec<StoredFile>,
     /// Its place in an array.
     pub array: Option<ArrayPlace>,
     /// Jobs that have to end before it.
@@ -208,6 +225,9 @@ pub struct Attempt {
     pub output_base: [u64; 2],
     /// What it did with its time.
     pub times: Times,
+    /// The files that its command has left.
+    #[serde(default)]
+    pub files: Vec<StoredFile>,
 }
 
 /// One line of a job's history.

@@ -9,8 +9,9 @@ use serde::{Deserialize, Deserializer, de};
 use thiserror::Error;
 use toml::de::DeTable;
 
+use super::files::{InputFile, JobLimits, OutputFile};
 use super::job::JobId;
-use super::spec::{Dependency, DependencyKind, JobSpec, NewJob};
+use super::spec::{Dependency, DependencyKind, JobSpec, NewJob, SpecProblem};
 use crate::units::{parse_size, parse_time};
 
 /// A mistake in a job file.
@@ -34,6 +35,18 @@ pub struct JobFile {
     workdir: Option<String>,
     rootfs: Option<PathBuf>,
     stdin: Option<PathBuf>,
+    #[serde(default)]
+    inputs: Vec<String>,
+    #[serde(default)]
+    outputs: Vec<String>,
+    checkpoint_exit: Option<u8>,
+    user: Option<String>,
+    #[serde(default)]
+    isolate: bool,
+    cpu_limit: Option<u32>,
+    memory_limit: Option<Size>,
+    process_limit: Option<u32>,
+    disk_limit: Option<Size>,
     cpus: Option<u32>,
     memory: Option<Size>,
     engine: Option<String>,
@@ -63,7 +76,10 @@ impl JobFile {
             line: line_of(text, err.span()),
             message: err.message().replace('\n', " "),
         })?;
-        let job = file.into_job(folder);
+        let job = file.into_job(folder).map_err(|problem| JobFileError {
+            line: line_of(text, key_span(text, problem.key)),
+            message: problem.to_string(),
+        })?;
         job.check().map_err(|problem| JobFileError {
             line: line_of(text, key_span(text, problem.key)),
             message: problem.to_string(),
@@ -71,8 +87,21 @@ impl JobFile {
         Ok(job)
     }
 
-    fn into_job(self, folder: &Path) -> NewJob {
+    fn into_job(self, folder: &Path) -> Result<NewJob, SpecProblem> {
         let default = JobSpec::default();
+        let workdir = self.workdir.as_deref();
+        let inputs = self.inputs.iter().map(|text| InputFile::parse(text, folder, workdir));
+        let inputs = inputs.collect::<Result<_, _>>();
+        let outputs = self.outputs.iter().map(|text| OutputFile::parse(text, workdir));
+        let outputs = outputs.collect::<Result<_, _>>();
+        let limits = JobLimits {
+            user: self.user,
+            isolate: self.isolate,
+            cpu_percent: self.cpu_limit,
+            memory_bytes: self.memory_limit.map(|size| size.0),
+            processes: self.process_limit.or(default.limits.processes),
+            disk_bytes: self.disk_limit.map(|size| size.0),
+        };
         let path = |path: PathBuf| absolute(&folder.join(path)).to_string_lossy().into_owned();
         let spec = JobSpec {
             name: self.name,
@@ -81,6 +110,10 @@ impl JobFile {
             workdir: self.workdir,
             rootfs: self.rootfs.map(path),
             stdin: self.stdin.map(path),
+            inputs: inputs.map_err(|message| SpecProblem { key: "inputs", message })?,
+            outputs: outputs.map_err(|message| SpecProblem { key: "outputs", message })?,
+            limits,
+            checkpoint_exit: self.checkpoint_exit,
             cpus: self.cpus.unwrap_or(default.cpus),
             memory_bytes: self.memory.map_or(default.memory_bytes, |size| size.0),
             engine: self.engine.unwrap_or(default.engine),
@@ -95,7 +128,7 @@ impl JobFile {
             labels: self.labels,
         };
         let after = [(self.after, DependencyKind::Success), (self.after_any, DependencyKind::End)];
-        NewJob {
+        Ok(NewJob {
             spec,
             array: self.array.map(|range| range.0),
             after: after
@@ -103,7 +136,7 @@ impl JobFile {
                 .flat_map(|(jobs, kind)| jobs.into_iter().map(move |job| Dependency { job, kind }))
                 .collect(),
             hold: self.hold,
-        }
+        })
     }
 }
 

@@ -4,14 +4,17 @@
 //! Times are milliseconds since the Unix epoch by the store's clock, spans are milliseconds.
 
 pub mod expr;
+mod files;
 mod job;
 mod job_file;
 mod matching;
 mod spec;
 mod state;
 
+pub use files::{DEFAULT_PROCESSES, InputFile, JobLimits, OutputFile};
 pub use job::{
-    ArrayPlace, Attempt, Checkpoint, Event, Free, Host, HostAd, Job, JobId, LeaseKey, Times, Wanted,
+    ArrayPlace, Attempt, Checkpoint, Event, Free, Host, HostAd, Job, JobId, LeaseKey, StoredFile, Times,
+    Wanted,
 };
 pub use job_file::{JobFile, JobFileError, parse_interval, parse_range};
 pub use matching::{AdScope, unsuitable, unsuitable_for};

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::expr::Expr;
+use super::files::{self, InputFile, JobLimits, OutputFile};
 use super::job::JobId;
 use super::matching;
 
@@ -32,6 +33,14 @@ pub struct JobSpec {
     pub rootfs: Option<String>,
     /// A file that is its stdin, an absolute path; else empty.
     pub stdin: Option<String>,
+    /// Files that it is given.
+    pub inputs: Vec<InputFile>,
+    /// Files that it leaves.
+    pub outputs: Vec<OutputFile>,
+    /// What its command may do.
+    pub limits: JobLimits,
+    /// An exit code that means: the output files hold my state, start me again with them.
+    pub checkpoint_exit: Option<u8>,
     /// Virtual processors.
     pub cpus: u32,
     /// Guest memory.
@@ -67,6 +76,10 @@ impl Default for JobSpec {
             workdir: None,
             rootfs: None,
             stdin: None,
+            inputs: Vec::new(),
+            outputs: Vec::new(),
+            limits: JobLimits::default(),
+            checkpoint_exit: None,
             cpus: 1,
             memory_bytes: 512 << 20,
             engine: "auto".to_owned(),
@@ -158,6 +171,7 @@ impl NewJob {
                 return problem(key, format!("{path:?} is not an absolute path: start it with /"));
             }
         }
+        files::check(spec)?;
         if !(1..=255).contains(&spec.cpus) {
             return problem("cpus", format!("{} is not a number of cpus: give 1 to 255", spec.cpus));
         }
@@ -215,6 +229,8 @@ impl NewJob {
                 .chain(&spec.labels)
                 .map(|(name, value)| name.len() + value.len())
                 .sum::<usize>()
+            + spec.inputs.iter().map(|file| file.host.len() + file.guest.len()).sum::<usize>()
+            + spec.outputs.iter().map(|file| file.name.len() + file.guest.len()).sum::<usize>()
             + spec.name.as_ref().map_or(0, String::len);
         if text > MAX_TEXT {
             return problem(

@@ -154,6 +154,16 @@ words! {
         Exited = "exited",
         /// A signal has ended its command.
         Signalled = "signalled",
+        /// It was ended for want of memory.
+        OutOfMemory = "out_of_memory",
+        /// It reached its limit of processes.
+        ProcessLimit = "process_limit",
+        /// It succeeded without having written a file that it was to leave.
+        MissingOutput = "missing_output",
+        /// It has saved its state and wants to be started again.
+        SelfCheckpointed = "self_checkpointed",
+        /// Its guest gave no sign of life any more.
+        GuestHung = "guest_hung",
         /// Its time was over.
         TimedOut = "timed_out",
         /// Somebody has cancelled it.
@@ -165,7 +175,9 @@ impl Reason {
     /// What follows from it.
     pub fn kind(self) -> ReasonKind {
         match self {
-            Self::WorkerLost | Self::MachineFailed | Self::RestoreFailed => ReasonKind::System,
+            Self::WorkerLost | Self::MachineFailed | Self::RestoreFailed | Self::GuestHung => {
+                ReasonKind::System
+            }
             Self::HeldByUser | Self::DependencyFailed | Self::SystemFailures | Self::BadInput => {
                 ReasonKind::Person
             }

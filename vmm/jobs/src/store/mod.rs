@@ -11,6 +11,7 @@
 
 pub mod checkpoints;
 mod error;
+pub mod files;
 pub mod output;
 mod sqlite;
 mod why;
@@ -19,10 +20,11 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::files::Sha256Digest;
 use crate::protocol::Stream;
 use crate::queue::{
-    Activity, Attempt, Checkpoint, Event, Host, HostAd, Job, JobId, LeaseKey, NewJob, Reason, State, Times,
-    Wanted,
+    Activity, Attempt, Checkpoint, Event, Host, HostAd, Job, JobId, LeaseKey, NewJob, Reason, State,
+    StoredFile, Times, Wanted,
 };
 
 pub use error::StoreError;
@@ -183,6 +185,10 @@ pub enum Report {
     Activity(Option<Activity>),
     /// A checkpoint is complete and durable.
     Checkpointed(Checkpoint),
+    /// The files that the command has left, all of which the store has. They count if this attempt's end does.
+    Files(Vec<StoredFile>),
+    /// How far the command says it has come.
+    Progress(String),
     /// The machine is being ended.
     Stopping {
         /// Why.
@@ -270,6 +276,17 @@ pub struct CheckpointQuery {
     pub limit: u64,
 }
 
+/// Where a piece of a job's file belongs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FilePiece {
+    /// The whole file's digest, which is its name.
+    pub sha256: Sha256Digest,
+    /// How long the whole file is.
+    pub bytes: u64,
+    /// Where the piece begins in it.
+    pub offset: u64,
+}
+
 /// A piece of a checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CheckpointData {
@@ -355,6 +372,13 @@ pub trait Store: Send + Sync {
     fn checkpoint_files(&self, key: &LeaseKey, epoch: u64, number: u32) -> Result<Vec<CheckpointFile>>;
     /// Reads the next data of a checkpoint's file.
     fn read_checkpoint(&self, query: &CheckpointQuery) -> Result<CheckpointData>;
+    /// Adds a piece of a job's file; true once the whole file is there, also for an empty piece that only asks.
+    fn write_file(&self, piece: &FilePiece, bytes: &[u8]) -> Result<bool>;
+    /// Reads a piece of a file, at most so long; nothing at its end.
+    fn read_file(&self, sha256: &Sha256Digest, offset: u64, limit: u64) -> Result<Vec<u8>>;
+    /// The place of a file on this host; `None` if the store is elsewhere. It is there once [`Store::write_file`] says so,
+    /// and is never to be changed.
+    fn local_file(&self, sha256: &Sha256Digest) -> Option<PathBuf>;
 
     /// One job.
     fn job(&self, id: JobId) -> Result<Job> {

@@ -13,7 +13,6 @@ use super::checkpoint::Transfers;
 use super::lease_file::now_ns;
 use super::monitor::{AttemptRecord, Monitor};
 use super::runner::Runner;
-use super::warm::Warm;
 use crate::queue::{Checkpoint, LeaseKey, Reason, Wanted};
 use crate::store::{Claim, Store};
 
@@ -76,7 +75,6 @@ pub(super) struct Surroundings {
     pub(super) machines: PathBuf,
     pub(super) run_flags: Vec<OsString>,
     pub(super) transfers: Arc<Transfers>,
-    pub(super) warm: Arc<Warm>,
     pub(super) die_at: Option<String>,
     pub(super) say: Say,
     /// Wakes the worker when an attempt is over.
@@ -94,7 +92,7 @@ impl Attempt {
             let folder = around.folder(&claim.key);
             [folder.join("stdout"), folder.join("stderr")]
         });
-        let record = AttemptRecord { key: claim.key, output, job: claim.job, from: None, warm: None };
+        let record = AttemptRecord { key: claim.key, output, job: claim.job, inputs: Vec::new(), from: None };
         Self::spawn(around, record, claim.checkpoints, None, until_ns)
     }
 

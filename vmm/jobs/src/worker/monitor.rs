@@ -15,7 +15,8 @@ use serde::{Deserialize, Serialize};
 
 use super::checkpoint::Source;
 use super::lease_file::LeaseFile;
-use crate::queue::{Job, LeaseKey};
+use crate::files::FileFacts;
+use crate::queue::{Job, JobLimits, LeaseKey};
 
 /// Names in an attempt's folder.
 pub mod names {
@@ -38,20 +39,44 @@ pub struct RunResult {
     pub exit_code: u8,
     /// What went wrong, in words.
     pub error: Option<String>,
+    /// `memory` or `processes`, where the lack of that has ended the command.
+    #[serde(default)]
+    pub cause: Option<String>,
+    /// The output files, in the order in which they were asked for.
+    #[serde(default)]
+    pub outputs: Vec<RunOutput>,
+}
+
+/// An output file of a run.
+#[derive(Clone, Debug, Deserialize, Serialize, PartialEq, Eq)]
+pub struct RunOutput {
+    /// Where it was in the guest.
+    pub guest: String,
+    /// What it is; `None` if the command has not written it.
+    pub facts: Option<FileFacts>,
+}
+
+/// A file that a run is given.
+#[derive(Clone, Debug, Deserialize, Serialize, PartialEq, Eq)]
+pub(super) struct RunInput {
+    /// On this host.
+    pub(super) host: PathBuf,
+    pub(super) guest: String,
+    pub(super) mode: u32,
 }
 
 /// What a worker writes down before it starts a monitor.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct AttemptRecord {
+    /// The files that the job is given, on this host.
+    #[serde(default)]
+    pub(super) inputs: Vec<RunInput>,
     pub(super) key: LeaseKey,
     pub(super) output: [PathBuf; 2],
     pub(super) job: Job,
     /// The checkpoint that it goes on from.
     #[serde(default)]
     pub(super) from: Option<Source>,
-    /// The template that its machine is a copy of.
-    #[serde(default)]
-    pub(super) warm: Option<PathBuf>,
 }
 
 /// A monitor process, our child or one that an earlier worker has left.
@@ -108,6 +133,15 @@ impl Monitor {
         command.args(["--name", &name, "--quiet", "--attempt"]).arg(folder).arg("--stderr").arg(stderr);
         command.args(run_flags);
         command.args(["--engine", &spec.engine]);
+        for (index, file) in spec.outputs.iter().enumerate() {
+            let place = output_place(folder, index);
+            if let Some(parent) = place.parent() {
+                fs::create_dir_all(parent)?;
+            }
+            let mut words = OsString::from(format!("{}:", file.guest));
+            words.push(place);
+            command.arg("--output").arg(words);
+        }
         // A machine that goes on has the rest in it.
         if record.from.is_none() {
             command.args(["--cpus", &spec.cpus.to_string(), "--memory", &spec.memory_bytes.to_string()]);
@@ -123,9 +157,13 @@ impl Monitor {
             if let Some(rootfs) = &spec.rootfs {
                 command.args(["--rootfs", rootfs]);
             }
-            if let Some(template) = &record.warm {
-                command.arg("--warm").arg(template);
+            for file in &record.inputs {
+                let mut words = OsString::from(format!("{:o}:", file.mode));
+                words.push(&file.host);
+                words.push(format!(":{}", file.guest));
+                command.arg("--input-as").arg(words);
             }
+            command.args(limits(&spec.limits));
             command.arg("--").args(&spec.command);
         }
         let log = File::options().create(true).append(true).open(folder.join(names::LOG))?;
@@ -258,6 +296,28 @@ impl Monitor {
         }
         fs::remove_dir_all(&self.folder)
     }
+}
+
+/// Where the monitor puts an output file.
+pub(super) fn output_place(folder: &Path, index: usize) -> PathBuf {
+    folder.join("outputs").join(index.to_string())
+}
+
+/// The flags of what the command may do.
+fn limits(limits: &JobLimits) -> Vec<String> {
+    let mut flags = Vec::new();
+    let values = [
+        ("user", limits.user.clone()),
+        ("cpu-limit", limits.cpu_percent.map(|percent| percent.to_string())),
+        ("memory-limit", limits.memory_bytes.map(|bytes| bytes.to_string())),
+        ("process-limit", limits.processes.map(|count| count.to_string())),
+        ("disk-limit", limits.disk_bytes.map(|bytes| bytes.to_string())),
+    ];
+    flags.extend(values.into_iter().filter_map(|(name, value)| Some(format!("--{name}={}", value?))));
+    if limits.isolate {
+        flags.push("--isolate".to_owned());
+    }
+    flags
 }
 
 /// The machine's name in the worker's registry.

@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 
 use super::attempt::{Control, Desired, Surroundings, lock};
 use super::checkpoint::{Fetched, Source, Way, Written};
+use super::files;
 use super::lease_file::now_ns;
-use super::monitor::{AttemptRecord, Monitor, RunResult};
+use super::monitor::{AttemptRecord, Monitor};
 use super::progress::Progress;
 use crate::protocol::Stream;
 use crate::queue::{Activity, Checkpoint, Reason, State, Times};
@@ -156,6 +157,7 @@ impl Runner {
             self.around.point("monitor ended");
             self.finish_writing();
             let ended = self.classify(&monitor, desired);
+            let ended = self.send_files(&monitor, ended);
             self.report_end(ended);
             self.around.point("end told");
         }
@@ -212,7 +214,8 @@ impl Runner {
         let folder = self.around.folder(&self.record.key);
         self.record.from = self.find_checkpoint()?;
         if self.record.from.is_none() {
-            self.record.warm = self.around.warm.template(&self.record.job.spec);
+            // A machine that goes on has them.
+            self.record.inputs = files::bring(self.around.store.as_ref(), &self.record, &folder)?;
         }
         let until_ns = lock(&self.control).until_ns;
         self.lease_written = until_ns;
@@ -269,9 +272,6 @@ impl Runner {
         let report = Report::Started { engine: Some(engine.clone()), checkpoint };
         if self.around.store.report(&self.record.key, &report).is_ok() {
             match checkpoint {
-                None if self.record.warm.is_some() => {
-                    self.say(&format!("runs on engine {engine}, from a template"));
-                }
                 None => self.say(&format!("runs on engine {engine}")),
                 Some((epoch, number)) => {
                     self.progress.restore = self.begun.elapsed();
@@ -507,7 +507,7 @@ impl Runner {
     /// What the end of the process means for the job.
     fn classify(&self, monitor: &Monitor, desired: Desired) -> Ended {
         let result = monitor.result();
-        if let Some(ended) = result.as_ref().and_then(command_end) {
+        if let Some(ended) = result.as_ref().and_then(|result| files::command_end(&self.record, result)) {
             return ended;
         }
         match desired {
@@ -527,12 +527,30 @@ impl Runner {
             .and_then(|result| result.error)
             .or_else(|| monitor.last_words())
             .unwrap_or_else(|| "the monitor ended without a word".to_owned());
-        if let Some(template) = self.record.warm.as_ref().filter(|_| self.started.is_none()) {
-            self.around.warm.spoil(template);
-        }
         let restoring = self.record.from.is_some() && self.started.is_none();
         let reason = if restoring { Reason::RestoreFailed } else { Reason::MachineFailed };
         ended(reason, Some(detail), None)
+    }
+
+    /// Gives the store the files that a command has left, for as long as that takes and the lease is ours.
+    fn send_files(&mut self, monitor: &Monitor, end: Ended) -> Ended {
+        let Some(result) = monitor.result().filter(|result| !result.outputs.is_empty()) else { return end };
+        loop {
+            let store = self.around.store.as_ref();
+            let sent = files::send(store, &result, monitor.folder()).and_then(|files| {
+                if files.is_empty() { Ok(()) } else { store.report(&self.record.key, &Report::Files(files)) }
+            });
+            match sent {
+                Ok(()) => return end,
+                // Said again with the end.
+                Err(StoreError::Fenced(_)) => return end,
+                Err(err) if err.is_passing() && !self.is_abandoned() => thread::sleep(RETRY),
+                Err(err) => {
+                    let detail = format!("its files cannot be put into the queue: {err}");
+                    return ended(Reason::MachineFailed, Some(detail), None);
+                }
+            }
+        }
     }
 
     /// Tells the store of the end, for as long as that takes and the lease is ours.
@@ -615,21 +633,6 @@ impl Runner {
     }
 }
 
-fn ended(reason: Reason, detail: Option<String>, exit_code: Option<u8>) -> Ended {
+pub(super) fn ended(reason: Reason, detail: Option<String>, exit_code: Option<u8>) -> Ended {
     Ended { reason, detail, exit_code, times: Times::default() }
-}
-
-/// The end of the command, if it came to one.
-fn command_end(result: &RunResult) -> Option<Ended> {
-    match (result.status.as_deref()?, &result.error) {
-        ("exited", None) => Some(ended(Reason::Exited, None, Some(result.exit_code))),
-        ("signaled", None) => {
-            let signal = result.exit_code.saturating_sub(128);
-            Some(ended(Reason::Signalled, Some(format!("signal {signal}")), Some(result.exit_code)))
-        }
-        ("not found" | "not executable", error) => {
-            Some(ended(Reason::Exited, error.clone(), Some(result.exit_code)))
-        }
-        _ => None,
-    }
 }

@@ -65,6 +65,13 @@ pub(super) fn end_attempt(
     charge(tx, moment, job, at_ms, times.allocated_ms)?;
     if next.anew {
         forget_checkpoints(tx, job.id)?;
+    } else if ended.reason == Reason::SelfCheckpointed {
+        // It is started again, not restored.
+        forget_checkpoints(tx, job.id)?;
+        tx.execute(
+            "UPDATE jobs SET saved = (SELECT files FROM attempts WHERE job = ?1 AND epoch = ?2) WHERE id = ?1",
+            params![job.id, job.epoch],
+        )?;
     }
     let exit_code = if next.state.is_final() { ended.exit_code } else { None };
     tx.prepare_cached(
@@ -100,6 +107,7 @@ pub(super) fn cancel_waiting(tx: &Transaction<'_>, moment: Moment, job: &Job) ->
 
 pub(super) fn forget_checkpoints(tx: &Transaction<'_>, job: JobId) -> Result<()> {
     tx.execute("UPDATE snapshots SET usable = 0 WHERE job = ?", [job])?;
+    tx.execute("UPDATE jobs SET saved = NULL, progress = NULL WHERE id = ?", [job])?;
     Ok(())
 }
 
@@ -119,7 +127,12 @@ fn next(moment: Moment, job: &Job, ended: &Ended) -> Next {
     };
     let mut next = match ended.reason {
         Reason::Exited if ended.exit_code == Some(0) => stay(State::Succeeded, Reason::Exited),
-        Reason::Exited | Reason::Signalled | Reason::TimedOut => {
+        Reason::Exited
+        | Reason::Signalled
+        | Reason::TimedOut
+        | Reason::OutOfMemory
+        | Reason::ProcessLimit
+        | Reason::MissingOutput => {
             if job.retries_used < job.spec.retries {
                 let delay = doubled(job.spec.retry_delay_ms, job.retries_used);
                 let what = match ended.exit_code {
@@ -137,6 +150,7 @@ fn next(moment: Moment, job: &Job, ended: &Ended) -> Next {
                 stay(State::Failed, ended.reason)
             }
         }
+        Reason::SelfCheckpointed => Next { failures: 0, ..stay(State::Queued, Reason::SelfCheckpointed) },
         Reason::Cancelled => stay(State::Cancelled, Reason::Cancelled),
         reason if reason.kind() == ReasonKind::System => {
             let failures = job.failures + 1;
@@ -198,7 +212,8 @@ fn account(tx: &Transaction<'_>, job: &Job, at_ms: u64, ended: &Ended, next: &Ne
             .saturating_sub(times.checkpoint_ms)
             .saturating_sub(times.transfer_ms)
     });
-    let kept = if matches!(next.state, State::Succeeded | State::Failed) {
+    let has_saved = ended.reason == Reason::SelfCheckpointed && !next.anew;
+    let kept = if has_saved || matches!(next.state, State::Succeeded | State::Failed) {
         work
     } else if next.anew || next.state == State::Cancelled {
         0

@@ -7,6 +7,9 @@ use super::{Moment, Refusal, ends};
 use crate::queue::{HostAd, Job, JobId, LeaseKey, Reason, State, Times, Wanted};
 use crate::store::{Ended, Renewal, RenewedLease, Report, StoreError};
 
+/// The longest line about a job's progress, in characters.
+const PROGRESS_MAX: usize = 512;
+
 pub(super) fn any_due(tx: &Transaction<'_>, moment: Moment) -> Result<bool> {
     tx.prepare_cached("SELECT EXISTS (SELECT 1 FROM jobs WHERE lease_until_ms <= ?)")?
         .query_row([moment.now_ms], |row| row.get(0))
@@ -175,6 +178,16 @@ pub(super) fn report(
             add_event(tx, (job.id, job.epoch), moment.now_ms, job.state, job.reason, Some(&detail))?;
         }
         Report::Stopping { reason } => set(State::Stopping, *reason, None)?,
+        Report::Files(files) => {
+            tx.execute(
+                "UPDATE attempts SET files = ? WHERE job = ? AND epoch = ?",
+                params![serde_json::to_string(files).unwrap_or_default(), job.id, job.epoch],
+            )?;
+        }
+        Report::Progress(text) => {
+            let line: String = text.chars().filter(|c| !c.is_control()).take(PROGRESS_MAX).collect();
+            tx.execute("UPDATE jobs SET progress = ? WHERE id = ?", params![line, job.id])?;
+        }
         Report::Ended(ended) => ends::end_attempt(tx, moment, &job, moment.now_ms, ended)?,
     }
     Ok(())

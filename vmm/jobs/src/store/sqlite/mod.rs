@@ -19,12 +19,14 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use rusqlite::{Connection, ErrorCode, OpenFlags, Transaction, TransactionBehavior};
 
 use super::checkpoints::CheckpointFiles;
+use super::files::JobFiles;
 use super::output::OutputFiles;
 use super::{
     Action, ActionResult, CheckpointData, CheckpointFile, CheckpointPiece, CheckpointQuery, Claim,
-    ClaimRequest, EventQuery, JobFilter, LEASE_MS, OutputPiece, OutputQuery, Renewal, Report, Result, Stats,
-    Store, StoreError,
+    ClaimRequest, EventQuery, FilePiece, JobFilter, LEASE_MS, OutputPiece, OutputQuery, Renewal, Report,
+    Result, Stats, Store, StoreError,
 };
+use crate::files::Sha256Digest;
 use crate::protocol::Stream;
 use crate::queue::{Attempt, Dependency, Event, Host, HostAd, Job, JobId, LeaseKey, NewJob};
 
@@ -64,6 +66,7 @@ pub struct SqliteStore {
     reader: Mutex<Connection>,
     output: OutputFiles,
     checkpoints: CheckpointFiles,
+    files: JobFiles,
     clock: Arc<dyn Clock>,
     lease_ms: u64,
 }
@@ -92,6 +95,7 @@ impl SqliteStore {
         let path = file.display().to_string();
         let failed = |err: std::io::Error| StoreError::Failed(path.clone(), err.to_string());
         let checkpoints = CheckpointFiles::new(folder.join("checkpoints"));
+        let files = JobFiles::new(folder.join("files"));
         let output = OutputFiles::create(&folder.join("output")).map_err(failed)?;
         let connect = || -> rusqlite::Result<Connection> {
             let connection = Connection::open_with_flags(
@@ -113,7 +117,7 @@ impl SqliteStore {
         let reader = connect().map_err(error)?;
         reader.pragma_update(None, "query_only", true).map_err(error)?;
         let (writer, reader) = (Mutex::new(writer), Mutex::new(reader));
-        Ok(Self { path, writer, reader, output, checkpoints, clock, lease_ms })
+        Ok(Self { path, writer, reader, output, checkpoints, files, clock, lease_ms })
     }
 
     fn moment(&self) -> Moment {
@@ -159,6 +163,20 @@ impl SqliteStore {
         if self.read(|tx, moment| Ok(lease::any_due(tx, moment)?))? {
             for job in self.write(Durability::Synced, |tx, moment| Ok(lease::expire(tx, moment)?))? {
                 self.tidy(job)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What a job is given has to be in the queue before the job is.
+    fn check_inputs(&self, job: &NewJob) -> Result<()> {
+        for file in &job.spec.inputs {
+            let there = file.facts.is_some_and(|facts| self.files.path(&facts.sha256).exists());
+            if !there {
+                return Err(StoreError::Invalid(format!(
+                    "input '{}' is not in the queue: submit it with the job",
+                    file.host
+                )));
             }
         }
         Ok(())
@@ -237,6 +255,7 @@ impl Store for SqliteStore {
     fn submit(&self, user: &str, key: Option<&str>, jobs: &[NewJob]) -> Result<Vec<JobId>> {
         for job in jobs {
             job.check().map_err(|problem| StoreError::Invalid(problem.to_string()))?;
+            self.check_inputs(job)?;
         }
         self.write(Durability::Synced, |tx, moment| submit::submit(tx, moment, user, key, jobs))
     }
@@ -358,6 +377,18 @@ impl Store for SqliteStore {
     fn checkpoint_files(&self, key: &LeaseKey, epoch: u64, number: u32) -> Result<Vec<CheckpointFile>> {
         self.read(|tx, _| lease::check(tx, key).map(|_| ()))?;
         self.checkpoints.files(key.job, epoch, number)
+    }
+
+    fn write_file(&self, piece: &FilePiece, bytes: &[u8]) -> Result<bool> {
+        self.files.write(piece, bytes)
+    }
+
+    fn read_file(&self, sha256: &Sha256Digest, offset: u64, limit: u64) -> Result<Vec<u8>> {
+        self.files.read(sha256, offset, limit)
+    }
+
+    fn local_file(&self, sha256: &Sha256Digest) -> Option<PathBuf> {
+        Some(self.files.path(sha256))
     }
 
     fn read_checkpoint(&self, query: &CheckpointQuery) -> Result<CheckpointData> {

@@ -5,17 +5,17 @@ use std::str::FromStr;
 use rusqlite::types::{FromSqlError, Type};
 use rusqlite::{Result, Row, Transaction, params};
 
-use crate::queue::{ArrayPlace, Attempt, Event, Job, JobId, Reason, State, Times, Wanted};
+use crate::queue::{ArrayPlace, Attempt, Event, Job, JobId, Reason, State, StoredFile, Times, Wanted};
 
 /// The columns that [`job`] reads.
 pub(super) const JOB: &str = "id, user, spec, state, activity, reason, detail, priority, submitted_ms, not_before_ms, \
      epoch, retries_used, failures, array_first, array_index, open_dependencies, host, lease_until_ms, wanted, \
-     started_ms, ended_ms, exit_code";
+     started_ms, ended_ms, exit_code, progress, saved";
 
 /// The columns that [`attempt`] reads.
 pub(super) const ATTEMPT: &str = "job, epoch, host, claimed_ms, started_ms, ended_ms, reason, detail, exit_code, \
      engine, parent, stdout_base, stderr_base, allocated_ms, suspended_ms, checkpoint_ms, restore_ms, transfer_ms, \
-     committed_ms, lost_ms";
+     committed_ms, lost_ms, files";
 
 fn invalid(column: usize, message: String) -> rusqlite::Error {
     rusqlite::Error::FromSqlConversionFailure(
@@ -37,6 +37,13 @@ fn optional_word<T: FromStr<Err = String>>(row: &Row<'_>, column: usize) -> Resu
     match row.get_ref(column)?.as_str_or_null()? {
         None => Ok(None),
         Some(text) => text.parse().map(Some).map_err(|message| invalid(column, message)),
+    }
+}
+
+fn stored_files(row: &Row<'_>, column: usize) -> Result<Vec<StoredFile>> {
+    match row.get_ref(column)?.as_str_or_null()? {
+        None => Ok(Vec::new()),
+        Some(text) => serde_json::from_str(text).map_err(|err| invalid(column, err.to_string())),
     }
 }
 
@@ -68,6 +75,8 @@ pub(super) fn job(row: &Row<'_>) -> Result<Job> {
         started_ms: row.get(19)?,
         ended_ms: row.get(20)?,
         exit_code: row.get(21)?,
+        progress: row.get(22)?,
+        saved: stored_files(row, 23)?,
     })
 }
 
@@ -94,6 +103,7 @@ pub(super) fn attempt(row: &Row<'_>) -> Result<Attempt> {
             committed_ms: row.get(18)?,
             lost_ms: row.get(19)?,
         },
+        files: stored_files(row, 20)?,
     })
 }
 

@@ -127,6 +127,10 @@ CREATE TABLE counters (
     value INTEGER NOT NULL
 ) STRICT, WITHOUT ROWID;
 INSERT INTO counters VALUES ('claims', 0);
+", "
+ALTER TABLE jobs ADD COLUMN progress TEXT;
+ALTER TABLE jobs ADD COLUMN saved TEXT;
+ALTER TABLE attempts ADD COLUMN files TEXT;
 "];
 
 fn number(connection: &Connection, pragma: &str) -> rusqlite::Result<i64> {

@@ -1,0 +1,141 @@
+//! Files that jobs are given and leave, what their commands may do, and commands that save their state themselves.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+
+use crate::pool::{Pool, eventually};
+
+/// Submits and answers the job's number.
+fn submit(pool: &Pool, flags: &[&str], script: &str) -> u64 {
+    let words = [&["submit"], flags, &["--engine", "soft", "--", "sh", "-c", script]].concat();
+    pool.good(&words).trim().parse().unwrap()
+}
+
+fn drain(pool: &Pool) {
+    let mut worker = pool.worker("w", &["--drain"]);
+    assert_eq!(worker.wait(), 0, "{}", worker.said());
+}
+
+fn goes_through(pool: &Pool) {
+    let data: Vec<u8> = (0..3_000_000u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    let (input, program) = (pool.text("in put"), pool.text("program"));
+    fs::write(&input, &data).unwrap();
+    fs::write(&program, "#!/bin/sh\ncat '/data/in put' '/data/in put' > twice; pwd > /where; env\n").unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    let as_program = format!("{program}:/bin/program");
+    let flags = [
+        "--workdir",
+        "/tmp",
+        "--input",
+        &format!("{input}:/data/"),
+        "--input",
+        &as_program,
+        "--output",
+        "twice:results/double",
+        "--output",
+        "/where",
+    ];
+    let id = submit(pool, &flags, "program");
+    // What was submitted counts.
+    fs::write(&input, "changed").unwrap();
+    fs::remove_file(&program).unwrap();
+    let (code, _, err) = pool.run(&["fetch", &id.to_string()]);
+    assert!(code == 125 && err.contains("its files are there when it has ended"), "{err}");
+    drain(pool);
+    assert_eq!(pool.exit_code(id), 0, "{}", pool.good(&["status", &id.to_string()]));
+    let to = pool.text("fetched");
+    let said = pool.good(&["fetch", "--to", &to, &id.to_string()]);
+    assert_eq!(said, format!("{to}/results/double\n{to}/where\n"));
+    assert!(fs::read(pool.path("fetched/results/double")).unwrap() == [data.clone(), data].concat());
+    assert_eq!(fs::read_to_string(pool.path("fetched/where")).unwrap(), "/tmp\n");
+    let names: Vec<_> =
+        fs::read_dir(pool.path("fetched")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(names.len(), 2, "{names:?}");
+    let env = pool.good(&["logs", "--stdout", &id.to_string()]);
+    for variable in [format!("HARRIER_JOB_ID={id}\n"), "HARRIER_ATTEMPT=1\n".into()] {
+        assert!(env.contains(&variable), "{env}");
+    }
+    assert!(env.contains(&format!("HARRIER_IDEMPOTENCY_KEY={id}-")), "{env}");
+}
+
+#[test]
+fn files_go_with_a_job_and_come_back() {
+    goes_through(&Pool::new());
+}
+
+#[test]
+fn files_go_through_a_coordinator() {
+    let pool = Pool::new();
+    let socket = format!("unix:{}", pool.text("socket"));
+    let (_coordinator, address) = pool.coordinator(&["--listen", &socket]);
+    pool.use_place(&["--queue", &address]);
+    goes_through(&pool);
+}
+
+#[test]
+fn a_job_that_does_not_leave_what_it_was_to_leave_has_not_succeeded() {
+    let pool = Pool::new();
+    let missing = submit(&pool, &["--output", "/there", "--output", "/missing"], "echo x > /there");
+    let failed = submit(&pool, &["--output", "/there", "--output", "/missing"], "echo x > /there; exit 4");
+    drain(&pool);
+    let job = pool.job(missing);
+    assert_eq!((&job["state"], &job["reason"]), (&"failed".into(), &"missing_output".into()), "{job}");
+    assert_eq!(job["detail"], "it ended without having written /missing");
+    assert_eq!(pool.job(failed)["reason"], "exited");
+    // What is there can be looked at all the same.
+    for id in [missing, failed] {
+        let listed = pool.good(&["fetch", "--list", "--to", "x", &id.to_string()]);
+        assert_eq!(listed, "x/there\n");
+    }
+    let (code, _, err) = pool.run(&["submit", "--input", &pool.text("none"), "--", "true"]);
+    assert!(code == 125 && err.contains("none' cannot be read"), "{err}");
+    assert_eq!(pool.json(&["queue", "--all"]).as_array().unwrap().len(), 2, "nothing was submitted");
+}
+
+#[test]
+fn limits_end_a_job_with_their_reason_and_its_machine_lives_to_say_so() {
+    let pool = Pool::new();
+    let bomb = submit(&pool, &["--process-limit", "64"], "f() { f | f & }; f; while :; do sleep 1; done");
+    let memory = submit(&pool, &["--memory-limit", "12M"], "tail /dev/zero");
+    let user = submit(&pool, &["--user", "nobody", "--isolate"], "id -u; ls -d /proc/[0-9]* | wc -l");
+    drain(&pool);
+    for (id, reason) in [(bomb, "process_limit"), (memory, "out_of_memory")] {
+        let job = pool.job(id);
+        assert_eq!((&job["state"], &job["reason"]), (&"failed".into(), &reason.into()), "{job}");
+        assert_eq!(job["exit_code"], 137, "{job}");
+    }
+    let said = pool.good(&["logs", "--stdout", &user.to_string()]);
+    assert!(said.starts_with("65534\n") && said.lines().nth(1).unwrap().trim().len() == 1, "{said}");
+}
+
+#[test]
+fn a_command_that_saves_its_state_is_started_again_with_it() {
+    let pool = Pool::new();
+    let state = pool.text("state");
+    fs::write(&state, "0\n").unwrap();
+    let script = "n=$(cat /work/state); n=$((n + 1)); echo $n > /work/state; echo attempt $HARRIER_ATTEMPT made $n; \
+                  [ $n -lt 3 ] && exit 85; exit 0";
+    let input = format!("{state}:/work/state");
+    let id = submit(&pool, &["--input", &input, "--output", "/work/state", "--checkpoint-exit"], script);
+    // An exit code that stands for nothing here is a failure.
+    let other = submit(&pool, &[], "exit 85");
+    drain(&pool);
+    assert_eq!(pool.exit_code(id), 0);
+    assert_eq!(pool.good(&["logs", "--stdout", &id.to_string()]), "attempt 3 made 3\n");
+    let to = pool.text("to");
+    fs::create_dir(&to).unwrap();
+    pool.good(&["fetch", "--to", &to, &id.to_string()]);
+    assert_eq!(fs::read_to_string(pool.path("to/state")).unwrap(), "3\n");
+    let job = pool.job(id);
+    assert_eq!((&job["failures"], &job["retries_used"]), (&0.into(), &0.into()), "{job}");
+    let reasons: Vec<_> = job["attempts"].as_array().unwrap().iter().map(|it| it["reason"].clone()).collect();
+    assert_eq!(reasons, ["self_checkpointed", "self_checkpointed", "exited"]);
+    let kept = |index: usize| job["attempts"][index]["times"]["lost_ms"].as_u64().unwrap();
+    assert_eq!((kept(0), kept(1)), (0, 0), "what was saved is not lost");
+    assert_eq!((&pool.job(other)["state"], pool.exit_code(other)), (&"failed".into(), 85));
+    // From its beginning is from its beginning.
+    pool.good(&["requeue", &id.to_string()]);
+    eventually("it is queued", || pool.job(id)["state"] == "queued");
+    drain(&pool);
+    assert_eq!(pool.good(&["logs", "--stdout", &id.to_string()]), "attempt 6 made 3\n");
+}
