@@ -128,3 +128,39 @@ fn a_program_waits_until_its_machine_is_another_one() {
     assert_eq!(machines.good(&["logs", "base"]), "waits\n", "the machine that was forked is the same one");
     machines.good(&["kill", "base"]);
 }
+
+#[test]
+fn marks_beyond_the_cap_are_refused_by_name_and_the_first_ones_kept() {
+    let script = "i=0; while harrier-guest mark m$i $i; do i=$((i + 1)); done; echo $i";
+    let record: Value = serde_json::from_slice(
+        &output(&["run", "--json", "--engine", "soft", "--", "sh", "-c", script]).stdout,
+    )
+    .unwrap();
+    let marks = record["marks"].as_array().unwrap();
+    // Eight are the boot's own.
+    assert_eq!((marks.len(), record["stdout"].as_str().unwrap()), (256, "248\n"), "{record}");
+    assert!(marked(&record, "m247", 247));
+    let stderr = record["stderr"].as_str().unwrap();
+    assert_eq!(stderr, "harrier-guest: the monitor keeps no more marks of this machine\n");
+}
+
+#[test]
+fn what_programs_have_written_is_on_the_disks_before_a_snapshot() {
+    for engine in engines() {
+        let machines = Machines::new();
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+        let disk = path("disk");
+        std::fs::write(&disk, vec![0; 1 << 20]).unwrap();
+        let first_bytes = || std::fs::read(&disk).unwrap()[..5].to_vec();
+        // As long as the file is open nobody has reason to write it through, for half a minute.
+        let script = "exec 3>/dev/vda; echo hello >&3; echo written; sleep 100";
+        let run = ["run", "-d", "--name", "m", "--engine", engine, "--memory", "128M", "--disk", &disk];
+        machines.good(&[run.as_slice(), &["--", "sh", "-c", script]].concat());
+        eventually("it is written", || machines.good(&["logs", "m"]) == "written\n");
+        assert_eq!(first_bytes(), [0; 5], "{engine}: it was on the disk without being asked");
+        machines.good(&["snapshot", "m", "--to", &path("snapshot")]);
+        assert_eq!(first_bytes(), b"hello", "{engine}");
+        machines.good(&["kill", "m"]);
+    }
+}
