@@ -14,8 +14,10 @@ mod guest_kernel;
 mod initramfs;
 mod kernel_source;
 mod packages;
+mod pool;
 mod process;
 mod rootfs_images;
+mod soak;
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -63,6 +65,8 @@ enum XtaskCommand {
     },
     /// Measure Harrier beside its peers
     Bench(bench::BenchArguments),
+    /// Run thousands of jobs while workers, machines and the coordinator are killed, and check that nothing is lost
+    Soak(soak::SoakArguments),
     /// Set up, then check format, lints and every test
     Test,
     /// Run a test suite of others on the engines: `conformance --help` lists them
@@ -124,6 +128,16 @@ fn execute(command: XtaskCommand) -> Result<ExitCode> {
             }
         }
         XtaskCommand::Bench(arguments) => bench::run(&cache, root, &arguments)?,
+        XtaskCommand::Soak(arguments) => {
+            let harrier = match &arguments.harrier {
+                Some(file) => file.clone(),
+                None => {
+                    guest::set_up(&cache, root, None)?;
+                    bench::build_harrier(root)?
+                }
+            };
+            soak::run(&harrier, &arguments)?;
+        }
         XtaskCommand::Test => checks::run(&cache, root)?,
         XtaskCommand::Conformance { arguments } => {
             return run_program(root, "harrier-conformance", "harrier-conformance", &arguments);

@@ -9,6 +9,7 @@ mod compute;
 mod devices;
 mod exits;
 mod host;
+mod jobs;
 mod measure;
 mod memory;
 mod monitors;
@@ -79,6 +80,8 @@ enum Group {
     Memory,
     /// The guest's kernel with and without its patches
     Patches,
+    /// The queue, jobs from end to end, checkpoints, and a day of owners who come and go
+    Jobs,
 }
 
 impl Group {
@@ -92,6 +95,7 @@ impl Group {
             Group::Exits => include_str!("notes/exits.md"),
             Group::Memory => include_str!("notes/memory.md"),
             Group::Patches => include_str!("notes/patches.md"),
+            Group::Jobs => include_str!("notes/jobs.md"),
         }
     }
 }
@@ -132,6 +136,7 @@ pub(crate) fn run(cache: &Cache, root: &Path, arguments: &BenchArguments) -> Res
                 };
                 patches::run(&monitors, &guest, &unpatched, arguments.runs)?
             }
+            Group::Jobs => jobs::run(&monitors, root, arguments.runs)?,
         };
         println!("## {}\n\n{}", report.name, report.to_markdown());
         if let Some(folder) = &arguments.plots {
@@ -153,7 +158,8 @@ pub(crate) fn run(cache: &Cache, root: &Path, arguments: &BenchArguments) -> Res
     Ok(())
 }
 
-fn build_harrier(root: &Path) -> Result<PathBuf> {
+/// Builds `harrier` as users have it.
+pub(crate) fn build_harrier(root: &Path) -> Result<PathBuf> {
     process::run_visibly(checks::cargo().current_dir(root).args([
         "build",
         "--quiet",

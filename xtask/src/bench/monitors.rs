@@ -38,7 +38,7 @@ pub(crate) enum Monitor {
 
 impl Monitor {
     /// The engine's name, if it is Harrier's.
-    fn engine(self) -> Option<&'static str> {
+    pub(crate) fn engine(self) -> Option<&'static str> {
         match self {
             Monitor::HarrierSoft => Some("soft"),
             Monitor::HarrierKvm => Some("kvm"),

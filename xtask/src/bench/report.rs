@@ -28,6 +28,12 @@ pub(crate) enum Unit {
     Accesses,
     /// Per cent of one processor.
     CpuPercent,
+    /// So many in a second on the clock on the wall.
+    PerSecond,
+    /// Per cent.
+    Percent,
+    /// Seconds on the clock on the wall.
+    Seconds,
 }
 
 impl Unit {
@@ -43,6 +49,9 @@ impl Unit {
             Unit::WallUs => "us wall",
             Unit::Accesses => "accesses",
             Unit::CpuPercent => "% cpu",
+            Unit::PerSecond => "/s",
+            Unit::Percent => "%",
+            Unit::Seconds => "s",
         }
     }
 }
