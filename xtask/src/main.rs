@@ -139,7 +139,10 @@ fn execute(command: XtaskCommand) -> Result<ExitCode> {
             soak::run(&harrier, &arguments)?;
         }
         XtaskCommand::Test => checks::run(&cache, root)?,
-        XtaskCommand::Conformance { arguments } => {
+        XtaskCommand::Conformance { mut arguments } => {
+            if arguments.first().is_some_and(|suite| suite == "selftests-x86") {
+                arguments.extend(selftests_guest(&cache, root)?);
+            }
             return run_program(root, "harrier-conformance", "harrier-conformance", &arguments);
         }
         XtaskCommand::Run { arguments } => {
@@ -149,6 +152,26 @@ fn execute(command: XtaskCommand) -> Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// What Linux's own tests run in: `harrier`, a Debian root, and Debian's kernel, which has all that they test.
+fn selftests_guest(cache: &Cache, root: &Path) -> Result<[OsString; 8]> {
+    let kernel = debian_kernel::build(cache, root)?;
+    let rootfs = rootfs_images::build_debian(cache)?;
+    let mut build = checks::cargo();
+    build.args(["build", "--quiet", "--release", "--package", "harrier", "--manifest-path"]);
+    process::run_visibly(build.arg(root.join("Cargo.toml")))?;
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
+    Ok([
+        "--harrier".into(),
+        target.join("release/harrier").into(),
+        "--rootfs".into(),
+        rootfs.join("debian.ext4").into(),
+        "--kernel".into(),
+        kernel.join("vmlinux").into(),
+        "--initrd".into(),
+        kernel.join("initramfs.cpio").into(),
+    ])
 }
 
 /// Replaces this program by `cargo run` of a program of the workspace, so that terminal, signals and exit code are its

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use harrier_conformance::suites::report::Table;
-use harrier_conformance::suites::{EngineName, SuiteError, engine, fex, kvm_unit_tests, test386};
+use harrier_conformance::suites::{EngineName, SuiteError, engine, fex, kvm_unit_tests, selftests, test386};
 use harrier_conformance::{coverage, diff};
 
 /// Runs a test suite of others, which lies in a directory of its own, and prints what passed.
@@ -28,6 +28,15 @@ enum Suite {
     Test386 {
         /// The suite's directory; nasm assembles it
         dir: PathBuf,
+        #[command(flatten)]
+        how: How,
+    },
+    /// Linux's tools/testing/selftests/x86, built in DIR, in a guest and on this host
+    SelftestsX86 {
+        /// The directory with the programs
+        dir: PathBuf,
+        #[command(flatten)]
+        guest: selftests::Guest,
         #[command(flatten)]
         how: How,
     },
@@ -129,6 +138,9 @@ fn run(suite: Suite) -> Result<bool, SuiteError> {
             Ok(table.succeeded())
         }
         Suite::Test386 { dir, how } => print(&test386::run(&dir, how.engine)?, how.json),
+        Suite::SelftestsX86 { dir, guest, how } => {
+            print(&selftests::run(&dir, how.engine, &guest)?, how.json)
+        }
         Suite::KvmUnitTests { dir, how, qemu, only, output } => {
             let options = kvm_unit_tests::Options { engine: how.engine, qemu, only, output };
             print(&kvm_unit_tests::run(&dir, &options)?, how.json)

@@ -4,6 +4,7 @@
 pub mod fex;
 pub mod kvm_unit_tests;
 pub mod report;
+pub mod selftests;
 pub mod test386;
 
 use std::path::PathBuf;
@@ -41,6 +42,9 @@ pub enum SuiteError {
     /// The assembler does not take the suite.
     #[error("'{}' cannot be assembled: {reason}", .file.display())]
     Assembly { file: PathBuf, reason: String },
+    /// No machine for the suite.
+    #[error("the guest cannot be run: {0}")]
+    Guest(String),
     /// The host refuses a temporary file.
     #[error("no temporary file ({0}): make room")]
     Temporary(std::io::Error),
