@@ -12,6 +12,7 @@ use harrier_engine::GuestMemory;
 use vmm_sys_util::fallocate::{FallocateMode, fallocate};
 use vmm_sys_util::write_zeroes::WriteZeroesAt;
 
+use super::block_copy::DiskCopies;
 use super::chain::{Buffers, Chain};
 use super::queue::{DeviceQueue, QueueError};
 use super::{Progress, Running, VirtioDevice};
@@ -97,6 +98,8 @@ pub enum OpenError {
 /// A disk.
 pub struct Block {
     file: File,
+    /// Copies of the disk that are being made; none of one that is not written.
+    copies: Option<DiskCopies>,
     read_only: bool,
     sectors: u64,
     id: [u8; ID_LEN],
@@ -153,13 +156,26 @@ impl Block {
         for (to, from) in padded.iter_mut().zip(id) {
             *to = *from;
         }
+        let copies = if read_only { None } else { Some(DiskCopies::new(file.try_clone()?)) };
         Ok(Block {
             file,
+            copies,
             read_only,
             sectors: len.div_ceil(SECTOR),
             id: padded,
             errors: GuestErrors::default(),
         })
+    }
+
+    /// Makes copies of the disk while the guest writes it; none of a disk that is read-only.
+    pub fn copies(&self) -> Option<DiskCopies> {
+        self.copies.clone()
+    }
+
+    fn before_change(&self, offset: u64, bytes: u64) {
+        if let Some(copies) = &self.copies {
+            copies.before_change(offset, bytes);
+        }
     }
 
     /// Capacity in sectors of 512 bytes.
@@ -237,6 +253,7 @@ impl Block {
             if bytes == 0 {
                 continue;
             }
+            self.before_change(offset, bytes);
             let status = if zero {
                 let result = self.zero(offset, bytes, flags & WRITE_ZEROES_UNMAP != 0);
                 self.host_result("write zeroes", result)
@@ -287,6 +304,7 @@ impl Block {
             }
             REQUEST_WRITE => match self.offset_of(sector, data_out.len() as u64) {
                 Some(offset) if !self.read_only && data_out.len() <= MAX_REQUEST => {
+                    self.before_change(offset, data_out.len() as u64);
                     let result = data_out.write_file(&self.file, offset);
                     (self.host_result("write", result), 0)
                 }

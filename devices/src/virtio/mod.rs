@@ -8,6 +8,7 @@
 //! A device holds no lock and no thread of its own, so tests and fuzzers drive it with plain calls.
 
 pub mod block;
+pub mod block_copy;
 pub mod chain;
 pub mod mmio;
 pub mod queue;

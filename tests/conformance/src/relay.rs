@@ -87,6 +87,7 @@ fn run(
             quiesce_limit: Duration::ZERO,
             producer: "relay",
             owner: &mut |_| Ok(()),
+            settle: &mut || Ok(()),
             progress: &mut |_| true,
         }) else {
             // It was faster.

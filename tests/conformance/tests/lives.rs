@@ -81,6 +81,7 @@ fn snapshot(handle: &MachineHandle, target: &Path, limit: Duration) -> Result<Re
         quiesce_limit: limit,
         producer: "lives",
         owner: &mut |_| Ok(()),
+        settle: &mut || Ok(()),
         progress: &mut |_| true,
     })
 }

@@ -104,6 +104,7 @@ fn make() {
         quiesce_limit: Duration::ZERO,
         producer: "harrier fixture",
         owner: &mut |_| Ok(()),
+        settle: &mut || Ok(()),
         progress: &mut |_| true,
     };
     machine.handle().snapshot(request).unwrap();

@@ -551,6 +551,8 @@ pub(crate) enum SnapshotsCommand {
     Verify(SnapshotsVerifyFlags),
     /// Show everything about snapshots, as JSON.
     Inspect(SnapshotNamesFlags),
+    /// Make full snapshots of differences: they need their parents no longer.
+    Compact(SnapshotNamesFlags),
 }
 
 #[derive(Debug, Args)]

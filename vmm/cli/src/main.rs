@@ -48,6 +48,7 @@ use crate::flags::{Command, Flags};
 fn main() -> ExitCode {
     let started = Instant::now();
     install_panic_hook();
+    signals::survive_file_limits();
     // The hook has said what there is to say.
     let code = catch_unwind(|| dispatch(started)).unwrap_or(HARRIER_FAILED);
     terminal::restore();

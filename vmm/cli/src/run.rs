@@ -6,6 +6,7 @@ use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 
 use harrier_control::{Seat, image};
@@ -16,7 +17,7 @@ use harrier_jobs::{AGENT_PORT, ROOT_DISK_SERIAL};
 use harrier_machine::EXIT_DONE;
 use harrier_machine::boot::{Boot, FileImage, Image, ImageError, InitrdError, KernelError};
 use harrier_machine::snapshot::Role;
-use harrier_machine::{Machine, MachineBuilder, MachineConfig, MachineEnd, RunReport};
+use harrier_machine::{Machine, MachineBuilder, MachineConfig, MachineEnd, RunReport, WorkingSet};
 
 use crate::attempt::Attempt;
 use crate::config::{RunConfig, Workload};
@@ -172,25 +173,24 @@ pub(crate) fn prepare(
         blocks.push(disks::open_root(path, ROOT_DISK_SERIAL)?);
     }
     for (index, disk) in config.disks.iter().enumerate() {
-        match &config.restore {
-            Some(restored) if !disk.read_only => {
-                let (block, file) = snapshots::open_own_disk(&restored.chain, index, disk)?;
-                kept.keep_disk(index, file);
-                blocks.push(block);
-            }
-            _ => {
-                if !disk.read_only {
-                    kept.keep_disk(index, snapshots::open_for_copies(disk)?);
-                }
-                blocks.push(disks::open(disk)?);
-            }
-        }
+        let block = match &config.restore {
+            Some(restored) if !disk.read_only => snapshots::open_own_disk(&restored.chain, index, disk)?,
+            _ => disks::open(disk)?,
+        };
+        kept.keep_disk(index, &block)?;
+        blocks.push(block);
     }
 
     let machine_config =
         MachineConfig { vcpu_count: config.vcpu_count, memory_bytes: config.memory_bytes, cpu_model: model };
     let mut builder = match &config.restore {
-        Some(restored) => MachineBuilder::restoring(engine, &restored.chain)?,
+        Some(restored) => {
+            let builder = MachineBuilder::restoring(engine, &restored.chain)?;
+            if let Some(set) = WorkingSet::load(restored.chain.snapshot()) {
+                builder.prefetch(set);
+            }
+            builder
+        }
         None => MachineBuilder::new(engine, &machine_config)?,
     };
     builder.add_platform_devices()?;
@@ -260,7 +260,10 @@ pub(crate) fn start(config: &RunConfig, prepared: &mut Prepared, run: &mut Run<'
         // A job's are its worker's to take.
         keep: if config.attempt.is_some() { 0 } else { config.checkpoints },
     };
-    let snapshots = prepared.kept.take().map(|kept| Snapshots::start(machine, kept, checkpoints));
+    // The snapshot of an image is restored once and together with the others.
+    let unknown = config.restore.as_ref().filter(|restored| restored.restoration.is_parent);
+    let unknown = unknown.map(|restored| Arc::clone(&restored.chain));
+    let snapshots = prepared.kept.take().map(|kept| Snapshots::start(machine, kept, checkpoints, unknown));
     let snapshots = snapshots.transpose().map_err(|err| {
         Failure::new(format!("no thread for snapshots ({err}): raise the limit of processes"))
     })?;

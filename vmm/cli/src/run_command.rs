@@ -202,6 +202,12 @@ fn connect(
                 }
                 session.set_busy(None);
             }
+            // Whoever started a detached machine hears of it when the command itself runs.
+            if let Some(monitor) = run.monitor
+                && !monitor.is_detached()
+            {
+                monitor.on_running()();
+            }
             Some(session.run(spec, stdio).map_err(FileTrouble::Session))
         }
         Begun::InSnapshot(command, on_dial) => {

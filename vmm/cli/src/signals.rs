@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 
 use harrier_jobs::{Controller, WindowSize};
 use harrier_machine::MachineHandle;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGWINCH};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGWINCH, SIGXFSZ};
 use signal_hook::iterator::{Handle, Signals};
 
 /// Why the owner ended a machine.
@@ -139,5 +139,13 @@ impl Drop for SignalThread {
             // Nothing in it panics, and if it did, it has been said.
             let _ = thread.join();
         }
+    }
+}
+
+/// Makes a file that would grow beyond what the process may write (setrlimit(2), RLIMIT_FSIZE) an error of that write, which is
+/// told like that of a full disk, and not the end of a machine.
+pub(crate) fn survive_file_limits() {
+    if let Err(err) = signal_hook::flag::register(SIGXFSZ, Arc::default()) {
+        log::debug!("SIGXFSZ keeps its default: {err}");
     }
 }

@@ -21,9 +21,11 @@ mod mp_table;
 mod run_control;
 pub mod snapshot;
 mod vcpu;
+mod working_set;
 
 pub use builder::{BuildError, MAX_VCPUS, MAX_VIRTIO_DEVICES, MachineBuilder, MachineConfig};
 pub use event_loop::Subscriber;
 pub use hypercalls::{HypercallReport, Mark, OnCheckpoint, Quiesced};
 pub use machine::{Machine, MachineHandle, OnThreadStart, RunReport, StartError, ThreadRole};
 pub use run_control::{EXIT_DONE, MachineEnd};
+pub use working_set::WorkingSet;

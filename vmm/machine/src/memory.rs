@@ -21,6 +21,8 @@ use crate::layout::{HIGH_MEMORY_START, MMIO_HOLE_START};
 #[path = "memory_overlay.rs"]
 mod overlay;
 
+pub(crate) use overlay::populate;
+
 /// Less memory than this holds no guest at all, in bytes.
 pub const MIN_MEMORY_BYTES: u64 = 2 << 20;
 

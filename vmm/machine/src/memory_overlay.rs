@@ -4,7 +4,7 @@
 //! a few pages, and the number of mappings of a process is limited.
 //!
 //! Unsafe, because replacing a mapping is.
-#![expect(unsafe_code, reason = "mmap over a part of a mapping")]
+#![expect(unsafe_code, reason = "mmap over a part of a mapping, madvise on one")]
 
 use std::io;
 use std::os::fd::AsFd;
@@ -14,7 +14,7 @@ use std::os::unix::fs::FileExt;
 use harrier_engine::GuestRegion;
 use harrier_engine::memory::PAGE_SIZE;
 use harrier_snapshot::{Chain, Run, Source};
-use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous};
 use vm_memory::{Bytes, GuestMemoryRegion, MemoryRegionAddress};
 
 use super::GuestRam;
@@ -98,6 +98,18 @@ pub(super) fn zero(region: &GuestRegion, offset: u64, len_bytes: u64) -> io::Res
     }
     let zeros = vec![0; len_bytes as usize];
     region.write_slice(&zeros, MemoryRegionAddress(offset)).map_err(io::Error::other)
+}
+
+/// Has the host's kernel make a range of a region present, as by a read or a write of each page.
+pub(crate) fn populate(region: &GuestRegion, offset: u64, len: usize, for_writing: bool) -> io::Result<()> {
+    if offset.checked_add(len as u64).is_none_or(|end| end > region.len()) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let at = region.get_host_address(MemoryRegionAddress(offset)).map_err(io::Error::other)?;
+    let advice = if for_writing { Advice::LinuxPopulateWrite } else { Advice::LinuxPopulateRead };
+    // SAFETY: `at` and `len` lie in the region's own mapping, which stays mapped as long as the region lives. No content
+    // changes: a page that is made writable is a copy of what was read there before.
+    unsafe { madvise(at.cast(), len, advice) }.map_err(Into::into)
 }
 
 fn map(ram: &GuestRam, piece: &Piece, source: &Source) -> io::Result<()> {

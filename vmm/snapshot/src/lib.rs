@@ -9,6 +9,7 @@
 //! [`SnapshotWriter`] writes to a temporary name and renames: a snapshot is there completely or not at all.
 
 mod chain;
+mod compact;
 mod error;
 mod id;
 mod manifest;
@@ -20,13 +21,14 @@ mod verify;
 mod writer;
 
 pub use chain::{Chain, Run, Source};
+pub use compact::compact;
 pub use error::SnapshotError;
 pub use id::SnapshotId;
 pub use manifest::{FileEntry, Manifest, MemoryEntry, ParentEntry, SectionEntry};
 pub use memory::{CHUNK_PAGES, MemoryImage, MemoryWriter};
 pub use page_map::{PageKind, PageMap};
 pub use snapshot::Snapshot;
-pub use store::{Listed, list, remove, sweep};
+pub use store::{Listed, list, remove, sweep, touched_file};
 pub use verify::{Damage, verify};
 pub use writer::{Section, SnapshotWriter, Step};
 

@@ -12,6 +12,12 @@ use crate::{Snapshot, SnapshotId};
 /// How names of snapshots in the making begin, and of those being removed.
 pub(crate) const PARTIAL_PREFIX: &str = ".harrier-partial-";
 
+/// Name of the file beside a snapshot that says which of its pages are used first. It is no part of the snapshot, and may be
+/// removed at any time.
+pub fn touched_file(id: SnapshotId) -> String {
+    format!(".harrier-touched-{id}")
+}
+
 /// An entry of a folder of snapshots.
 #[derive(Debug)]
 pub struct Listed {
@@ -89,6 +95,8 @@ pub fn remove(path: &Path) -> Result<(), SnapshotError> {
             if !children.is_empty() {
                 return Err(SnapshotError::Needed { path: path.to_owned(), children });
             }
+            // It is usually not there.
+            let _ = fs::remove_file(folder.join(touched_file(id)));
         }
         Err(error @ SnapshotError::NotASnapshot { .. }) => return Err(error),
         Err(_) => {}

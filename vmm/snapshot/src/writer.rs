@@ -64,6 +64,8 @@ pub struct SnapshotWriter<'a> {
     producer: String,
     watch: Watch<'a>,
     durable: bool,
+    /// When the snapshot that is replaced was taken.
+    replaces: Option<u64>,
     finished: bool,
 }
 
@@ -114,8 +116,47 @@ impl<'a> SnapshotWriter<'a> {
             producer: producer.to_owned(),
             watch: Box::new(|_| ()),
             durable: true,
+            replaces: None,
             finished: false,
         })
+    }
+
+    /// Begins a full snapshot that will take the place of `snapshot`, with its id. Its memory and sections are to be
+    /// written anew; files that stay are linked.
+    ///
+    /// # Errors
+    /// The folder that it is in cannot be written.
+    pub(crate) fn replacing(snapshot: &Snapshot) -> Result<Self, SnapshotError> {
+        let target = snapshot.path().canonicalize().map_err(host("find", snapshot.path()))?;
+        let folder = target.parent().ok_or_else(|| SnapshotError::NoName(target.clone()))?.to_owned();
+        let manifest = snapshot.manifest();
+        let name = SnapshotId::random().map_err(host("name", &target))?;
+        let (partial, lock) = store::create_partial(&folder, name)?;
+        Ok(SnapshotWriter {
+            target,
+            folder,
+            partial,
+            _lock: lock,
+            id: manifest.id,
+            parent: None,
+            memory: None,
+            sections: Vec::new(),
+            files: Vec::new(),
+            producer: manifest.producer.clone(),
+            watch: Box::new(|_| ()),
+            durable: true,
+            replaces: Some(manifest.created_ms),
+            finished: false,
+        })
+    }
+
+    /// Takes over a file of the snapshot that is replaced.
+    pub(crate) fn link_file(&mut self, name: &str) -> Result<(), SnapshotError> {
+        let path = self.partial.join(name);
+        fs::hard_link(self.target.join(name), &path).map_err(host("link", &path))?;
+        let file = File::open(&path).map_err(host("open", &path))?;
+        self.files.push((name.to_owned(), file));
+        Ok(())
     }
 
     /// Has every step told to `watch`.
@@ -238,7 +279,9 @@ impl<'a> SnapshotWriter<'a> {
         let manifest = Manifest {
             id: self.id,
             parent: self.parent.take(),
-            created_ms: u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX),
+            created_ms: self
+                .replaces
+                .unwrap_or_else(|| u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX)),
             producer: std::mem::take(&mut self.producer),
             state_bytes,
             sections,
@@ -252,15 +295,20 @@ impl<'a> SnapshotWriter<'a> {
         file.write_all(&bytes).and_then(|()| self.sync(&file)).map_err(host("write", &path))?;
         self.seal()?;
         (self.watch)(Step::Manifest);
-        renameat_with(CWD, &self.partial, CWD, &self.target, RenameFlags::NOREPLACE).map_err(|errno| {
-            match errno {
-                rustix::io::Errno::EXIST => SnapshotError::Exists(self.target.clone()),
-                other => host("name", &self.target)(other.into()),
-            }
+        let how = if self.replaces.is_some() { RenameFlags::EXCHANGE } else { RenameFlags::NOREPLACE };
+        renameat_with(CWD, &self.partial, CWD, &self.target, how).map_err(|errno| match errno {
+            rustix::io::Errno::EXIST => SnapshotError::Exists(self.target.clone()),
+            other => host("name", &self.target)(other.into()),
         })?;
         self.finished = true;
         (self.watch)(Step::Renamed);
         self.sync_folder(&self.folder)?;
+        if self.replaces.is_some()
+            && let Err(error) = fs::remove_dir_all(&self.partial)
+        {
+            // The name of a writer that is dead: the next one removes it.
+            log::debug!("snapshot: '{}' is left behind: {error}", self.partial.display());
+        }
         (self.watch)(Step::Done);
         Snapshot::open(&self.target)
     }

@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use harrier_snapshot::{
-    Chain, PageKind, Section, Snapshot, SnapshotError, SnapshotWriter, Step, list, remove, sweep, verify,
+    Chain, PageKind, Section, Snapshot, SnapshotError, SnapshotWriter, Step, compact, list, remove, sweep,
+    verify,
 };
 
 const PAGE: usize = 4096;
@@ -346,4 +347,57 @@ fn a_full_disk_is_an_error_and_leaves_nothing() {
     assert!(said.contains("refused: snapshot: cannot write "), "{said}");
     assert_eq!(names(folder.path()), ["base"]);
     assert_eq!(verify(&folder.path().join("base")).unwrap(), []);
+}
+
+#[test]
+fn a_compacted_snapshot_needs_no_parent_and_stays_one_for_others() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let base = write(&path("base"), None, &[0, 1, 2, 700], 1).unwrap();
+    let first = write(&path("first"), Some(&base), &[1, 2, 701], 2).unwrap();
+    let mut writer = SnapshotWriter::create(&path("second"), Some(&first), "test").unwrap();
+    let mut memory = writer.memory(PAGES).unwrap();
+    memory.write(2, &page(3)).unwrap();
+    memory.release(700, 1).unwrap();
+    writer.finish_memory(memory).unwrap();
+    writer.add_section(section("cpu-0", b"second"));
+    let file = writer.create_file("disk-0").unwrap();
+    file.write_all_at(b"second's", 0).unwrap();
+    let second = writer.commit().unwrap();
+    let third = write(&path("third"), Some(&second), &[5], 4).unwrap();
+    let content = |name: &str| -> Vec<u8> {
+        let chain = Chain::open(&path(name)).unwrap();
+        (0..PAGES).map(|at| read_page(&chain, at)).collect()
+    };
+    let (second_before, third_before) = (content("second"), content("third"));
+    assert_eq!((second_before[0], second_before[1], second_before[2], second_before[700]), (1, 2, 3, 0));
+
+    // Damage in what it needs is not made good by new checksums.
+    let memory = path("first").join("memory");
+    let flip = |byte: u8| {
+        fs::set_permissions(&memory, fs::Permissions::from_mode(0o600)).unwrap();
+        File::options().write(true).open(&memory).unwrap().write_all_at(&[byte], PAGE as u64).unwrap();
+    };
+    flip(77);
+    let error = compact(&path("second")).unwrap_err();
+    assert!(error.to_string().contains("first' is damaged: memory at offset 0"), "{error}");
+    flip(2);
+
+    let full = compact(&path("second")).unwrap();
+    assert_eq!(
+        (full.manifest().id, full.manifest().created_ms),
+        (second.manifest().id, second.manifest().created_ms)
+    );
+    assert_eq!((full.manifest().parent.clone(), content("second")), (None, second_before));
+    assert_eq!(full.section("cpu-0").unwrap(), section("cpu-0", b"second"));
+    assert_eq!(fs::read(path("second").join("disk-0")).unwrap(), b"second's");
+    assert_eq!(verify(&path("second")).unwrap(), []);
+    assert_eq!(compact(&path("second")).unwrap().manifest(), full.manifest(), "once is enough");
+    // Those below it need its former parents no longer, those above it are as they were.
+    remove(&path("first")).unwrap();
+    remove(&path("base")).unwrap();
+    assert_eq!(content("third"), third_before);
+    assert_eq!(verify(third.path()).unwrap(), []);
+    assert!(matches!(remove(&path("second")), Err(SnapshotError::Needed { .. })));
+    assert_eq!(names(folder.path()), ["second", "third"]);
 }

@@ -17,6 +17,7 @@ mod patches;
 mod plots;
 mod programs;
 mod report;
+mod snapshot;
 mod statistics;
 mod system;
 
@@ -82,6 +83,8 @@ enum Group {
     Patches,
     /// The queue, jobs from end to end, checkpoints, and a day of owners who come and go
     Jobs,
+    /// Snapshots, restores and forks
+    Snapshot,
 }
 
 impl Group {
@@ -96,6 +99,7 @@ impl Group {
             Group::Memory => include_str!("notes/memory.md"),
             Group::Patches => include_str!("notes/patches.md"),
             Group::Jobs => include_str!("notes/jobs.md"),
+            Group::Snapshot => include_str!("notes/snapshot.md"),
         }
     }
 }
@@ -129,6 +133,7 @@ pub(crate) fn run(cache: &Cache, root: &Path, arguments: &BenchArguments) -> Res
             Group::Devices => devices::run(&monitors, &guest, root, arguments.runs)?,
             Group::Exits => exits::run(&monitors, root, arguments.runs)?,
             Group::Memory => memory::run(&monitors, &guest, arguments.runs)?,
+            Group::Snapshot => snapshot::run(&monitors, arguments.runs)?,
             Group::Patches => {
                 let unpatched = match &arguments.unpatched {
                     Some(file) => file.clone(),

@@ -5,8 +5,10 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use harrier_devices::virtio::block::Block;
+use harrier_devices::virtio::block_copy::{DiskCopies, DiskCopy};
 use harrier_jobs::{Session, SessionState};
 use harrier_machine::snapshot::HOST_PREFIX;
 use harrier_snapshot::{Chain, Section, Snapshot, SnapshotWriter};
@@ -135,8 +137,8 @@ fn read_section<T: DeserializeOwned>(snapshot: &Snapshot, name: &str, known: u32
 /// What a snapshot of the machine of this process keeps.
 pub(crate) struct KeptByHost {
     state: HostState,
-    /// Disks that the guest writes: their number and content.
-    disks: Vec<(usize, File)>,
+    /// Disks that the guest writes: their number, content, and who copies them.
+    disks: Vec<(usize, File, DiskCopies)>,
     /// With the agent, if there is one.
     session: Option<Session>,
 }
@@ -151,13 +153,20 @@ impl KeptByHost {
         self.session = Some(session);
     }
 
-    /// Has the content of a disk kept.
-    pub(crate) fn keep_disk(&mut self, index: usize, content: File) {
-        self.disks.push((index, content));
+    /// Has the content of a disk kept, unless it is read-only.
+    pub(crate) fn keep_disk(&mut self, index: usize, block: &Block) -> Result<(), Failure> {
+        let Some(copies) = block.copies() else { return Ok(()) };
+        let content = copies
+            .file()
+            .try_clone()
+            .map_err(|err| Failure::new(format!("disk {index}: {err}: raise the limit of open files")))?;
+        self.disks.push((index, content, copies));
+        Ok(())
     }
 
-    /// Adds it to a snapshot. The machine stands still, so that memory and disks agree.
-    pub(crate) fn add_to(&mut self, writer: &mut SnapshotWriter<'_>) -> Result<(), String> {
+    /// Adds it to a snapshot. The machine stands still, so that memory and disks agree; copies of disks are only begun, and to
+    /// be finished when it goes on.
+    pub(crate) fn add_to(&mut self, writer: &mut SnapshotWriter<'_>) -> Result<Vec<BegunCopy>, String> {
         let bytes = serde_json::to_vec(&self.state).map_err(|err| err.to_string())?;
         writer.add_section(Section { name: section_name(), version: VERSION, bytes });
         if let Some(session) = &self.session {
@@ -168,12 +177,34 @@ impl KeptByHost {
             let bytes = serde_json::to_vec(&state).map_err(|err| err.to_string())?;
             writer.add_section(Section { name: session_section_name(), version: SESSION_VERSION, bytes });
         }
-        for (index, content) in &self.disks {
-            let copy = writer.create_file(&disk_file(*index)).map_err(|err| err.to_string())?;
-            copy_content(content, &copy).map_err(|err| format!("disk {index} cannot be copied: {err}"))?;
+        let mut begun = Vec::new();
+        for (index, content, copies) in &self.disks {
+            let to = writer.create_file(&disk_file(*index)).map_err(|err| err.to_string())?;
+            // Where the file system shares blocks, the copy is there at once.
+            if rustix::fs::ioctl_ficlone(&to, content).is_err() {
+                let copy = copies.begin(to).map_err(|err| cannot_copy(*index, &err))?;
+                begun.push(BegunCopy { index: *index, copy });
+            }
         }
-        Ok(())
+        Ok(begun)
     }
+}
+
+/// A copy of a disk that is begun.
+pub(crate) struct BegunCopy {
+    index: usize,
+    copy: Arc<DiskCopy>,
+}
+
+impl BegunCopy {
+    /// Copies what the guest has not made it copy.
+    pub(crate) fn finish(&self) -> Result<(), String> {
+        self.copy.finish().map_err(|err| cannot_copy(self.index, &err))
+    }
+}
+
+fn cannot_copy(index: usize, err: &io::Error) -> String {
+    format!("disk {index} cannot be copied: {err}")
 }
 
 /// Name of a disk in a snapshot.
@@ -181,19 +212,8 @@ fn disk_file(index: usize) -> String {
     format!("disk-{index}")
 }
 
-/// Opens a disk that the machine writes, for reading what it has written.
-pub(crate) fn open_for_copies(disk: &DiskConfig) -> Result<File, Failure> {
-    File::open(&disk.path)
-        .map_err(|err| Failure::new(format!("--disk '{}' cannot be read ({err})", disk.path.display())))
-}
-
-/// A disk of a machine that is made of a snapshot: a copy that is this machine's alone and goes with it. Answers the disk
-/// and a handle for copies of it.
-pub(crate) fn open_own_disk(
-    chain: &Chain,
-    index: usize,
-    disk: &DiskConfig,
-) -> Result<(Block, File), Failure> {
+/// A disk of a machine that is made of a snapshot: a copy that is this machine's alone and goes with it.
+pub(crate) fn open_own_disk(chain: &Chain, index: usize, disk: &DiskConfig) -> Result<Block, Failure> {
     let kept = chain.snapshot().file(&disk_file(index))?;
     let failed = |err: io::Error| {
         Failure::new(format!("a copy of disk {index} cannot be made ({err}): make room beside the snapshot"))
@@ -201,8 +221,7 @@ pub(crate) fn open_own_disk(
     let own = nameless_beside(chain.snapshot().path()).map_err(failed)?;
     copy_content(&kept, &own).map_err(failed)?;
     let name = disk.path.file_name().map(|name| name.as_encoded_bytes().to_owned()).unwrap_or_default();
-    let handle = own.try_clone().map_err(failed)?;
-    Ok((Block::from_file(own, false, &name).map_err(failed)?, handle))
+    Block::from_file(own, false, &name).map_err(failed)
 }
 
 /// A file without a name, on the snapshot's file system where that can be written, so that it may share blocks.

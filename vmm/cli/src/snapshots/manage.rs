@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use harrier_machine::snapshot::MachineState;
-use harrier_snapshot::{Chain, Listed, Snapshot, list, remove, sweep, verify};
+use harrier_snapshot::{Chain, Listed, Snapshot, compact, list, remove, sweep, verify};
 use serde_json::{Value, json};
 
 use super::{command_words, find, store};
@@ -19,6 +19,7 @@ pub(crate) fn run(command: SnapshotsCommand) -> Result<u8, Failure> {
         SnapshotsCommand::Rm(flags) => rm(&flags),
         SnapshotsCommand::Verify(flags) => check(&flags),
         SnapshotsCommand::Inspect(flags) => inspect(&flags),
+        SnapshotsCommand::Compact(flags) => make_full(&flags),
     }
 }
 
@@ -117,6 +118,14 @@ fn inspect(flags: &SnapshotNamesFlags) -> Result<u8, Failure> {
     }
     let text = serde_json::to_string_pretty(&all).map_err(Failure::new)?;
     print(&text)?;
+    Ok(0)
+}
+
+fn make_full(flags: &SnapshotNamesFlags) -> Result<u8, Failure> {
+    for name in &flags.snapshots {
+        let full = compact(&find(name)?)?;
+        print(&full.path().display().to_string())?;
+    }
     Ok(0)
 }
 

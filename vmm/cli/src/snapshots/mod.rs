@@ -25,7 +25,7 @@ use crate::limits::LimitsConfig;
 use crate::units::parse_time;
 
 pub(crate) use fork::fork;
-pub(crate) use kept::{KeptByHost, open_for_copies, open_own_disk, read_session};
+pub(crate) use kept::{KeptByHost, open_own_disk, read_session};
 pub(crate) use manage::run;
 pub(crate) use taker::{Checkpoints, Snapshots};
 

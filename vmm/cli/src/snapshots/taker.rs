@@ -1,21 +1,26 @@
 //! The thread that takes the snapshots of the machine of this process: those that clients ask for, and those that the guest
 //! asks for by CHECKPOINT.
 
+use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{Sender, channel};
-use std::sync::{Mutex, PoisonError};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use harrier_control::api::{ApiError, MachineState, SnapshotInfo, SnapshotRequest};
 use harrier_control::unix_ms;
 use harrier_machine::snapshot::{self, Kind, Request, TakeError};
-use harrier_machine::{Machine, MachineHandle};
+use harrier_machine::{Machine, MachineHandle, WorkingSet};
+use harrier_snapshot::Chain;
 
 use super::{KeptByHost, PRODUCER, QUIESCE_LIMIT, store};
 use crate::exit::Failure;
 
 type Answer = Result<SnapshotInfo, ApiError>;
+
+/// How long after a restore it is noted which pages were used.
+const FIRST_MOMENTS: Duration = Duration::from_millis(500);
 
 /// Snapshots that the guest asks for by CHECKPOINT.
 #[derive(Debug, Clone)]
@@ -45,6 +50,7 @@ impl Snapshots {
         machine: &mut Machine,
         mut kept: KeptByHost,
         checkpoints: Checkpoints,
+        restored: Option<Arc<Chain>>,
     ) -> std::io::Result<Self> {
         let (wishes, taken) = channel::<Wish>();
         if checkpoints.keep > 0 {
@@ -56,13 +62,20 @@ impl Snapshots {
         let machine = machine.handle();
         std::thread::Builder::new().name("snapshots".to_owned()).spawn(move || {
             let mut made = VecDeque::new();
-            for wish in taken {
+            let mut to_watch = restored.filter(|chain| WorkingSet::load(chain.snapshot()).is_none());
+            loop {
+                let wish = match &to_watch {
+                    None => taken.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                    Some(_) => taken.recv_timeout(FIRST_MOMENTS),
+                };
                 match wish {
-                    // Whoever asked may be gone; the snapshot is taken all the same.
-                    Wish::Client(request, answer) => {
-                        let _ = answer.send(take_one(&machine, &mut kept, &request));
+                    Err(RecvTimeoutError::Disconnected) => return,
+                    Err(RecvTimeoutError::Timeout) => {
+                        if let Some(chain) = to_watch.take() {
+                            note_working_set(&machine, &chain);
+                        }
                     }
-                    Wish::Guest => checkpoint(&machine, &mut kept, &checkpoints, &mut made),
+                    Ok(wish) => serve(wish, &machine, &mut kept, &checkpoints, &mut made),
                 }
             }
         })?;
@@ -77,6 +90,35 @@ impl Snapshots {
         wishes.send(Wish::Client(request, answer)).map_err(|_| gone())?;
         drop(wishes);
         answered.recv().map_err(|_| gone())?
+    }
+}
+
+fn serve(
+    wish: Wish,
+    machine: &MachineHandle,
+    kept: &mut KeptByHost,
+    checkpoints: &Checkpoints,
+    made: &mut VecDeque<PathBuf>,
+) {
+    match wish {
+        // Whoever asked may be gone; the snapshot is taken all the same.
+        Wish::Client(request, answer) => {
+            let _ = answer.send(take_one(machine, kept, &request));
+        }
+        Wish::Guest => checkpoint(machine, kept, checkpoints, made),
+    }
+}
+
+/// Keeps which pages the machine has used so far, for its next restore.
+fn note_working_set(machine: &MachineHandle, chain: &Chain) {
+    let noted = match machine.working_set() {
+        Ok(Some(set)) => set.store(chain.snapshot()),
+        Ok(None) => Ok(()),
+        Err(err) => Err(err),
+    };
+    // Where it cannot be kept, the next restore is no faster.
+    if let Err(err) = noted {
+        log::debug!("the pages that were used first are not kept: {err}");
     }
 }
 
@@ -126,13 +168,18 @@ fn take_one(machine: &MachineHandle, kept: &mut KeptByHost, request: &SnapshotRe
         (false, true) => Kind::Difference,
         (false, false) => Kind::Full,
     };
+    let copies = RefCell::new(Vec::new());
     let report = machine.snapshot(Request {
         target,
         kind,
         stay_paused: false,
         quiesce_limit: QUIESCE_LIMIT,
         producer: PRODUCER,
-        owner: &mut |writer| kept.add_to(writer),
+        owner: &mut |writer| {
+            *copies.borrow_mut() = kept.add_to(writer)?;
+            Ok(())
+        },
+        settle: &mut || copies.take().into_iter().try_for_each(|copy| copy.finish()),
         progress: &mut |_| true,
     });
     let report: snapshot::Report = report.map_err(|err| match err {

@@ -19,14 +19,22 @@ impl Machines {
         Machines { folder: tempfile::tempdir().unwrap() }
     }
 
-    fn command(&self, args: &[&str]) -> Command {
+    pub(crate) fn command(&self, args: &[&str]) -> Command {
         let mut command = harrier(args);
         command.env("HARRIER_RUNTIME_DIR", self.root());
+        command.env("HARRIER_SNAPSHOTS", self.folder.path().join("snapshots"));
         command
     }
 
     pub(crate) fn root(&self) -> String {
         self.folder.path().join("machines").to_str().unwrap().to_owned()
+    }
+
+    /// Where a snapshot of this name is kept.
+    pub(crate) fn snapshot(&self, name: &str) -> String {
+        let folder = self.folder.path().join("snapshots");
+        std::fs::create_dir_all(&folder).unwrap();
+        folder.join(name).to_str().unwrap().to_owned()
     }
 
     /// What lies in the registry.

@@ -12,4 +12,5 @@ mod machines_survive;
 mod plain_boot;
 mod run_command;
 mod snapshots;
+mod snapshots_survive;
 mod support;

@@ -8,16 +8,16 @@ use crate::machines::Machines;
 use crate::support::{Code, KernelFile, cache};
 
 /// A guest's kernel and initramfs, as `cargo xtask setup` leaves them.
-fn guest() -> (PathBuf, PathBuf) {
+pub(crate) fn guest() -> (PathBuf, PathBuf) {
     let folder = cache().join("guest/agent-3");
     (folder.join("vmlinux"), folder.join("initramfs.cpio"))
 }
 
-fn text(path: &Path) -> &str {
+pub(crate) fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
-fn kvm_is_there(machines: &Machines) -> bool {
+pub(crate) fn kvm_is_there(machines: &Machines) -> bool {
     let doctor: Value = serde_json::from_str(&machines.good(&["doctor", "--json"])).unwrap();
     let there = doctor.to_string().contains("\"kvm\"") && Path::new("/dev/kvm").exists();
     if !there {
@@ -35,14 +35,14 @@ fn boot_script(machines: &Machines, name: &str, cpus: &str, script: &str) {
     machines.good(&[&args[..], &files].concat());
 }
 
-fn wait_for_line(machines: &Machines, name: &str, line: &str) {
+pub(crate) fn wait_for_line(machines: &Machines, name: &str, line: &str) {
     crate::machines::eventually(&format!("{name} says {line}"), || {
         machines.run(&["logs", name]).1.lines().any(|said| said.trim_end() == line)
     });
 }
 
 /// The lines of the script, without the kernel's.
-fn lines(console: &str, mark: &str) -> Vec<String> {
+pub(crate) fn lines(console: &str, mark: &str) -> Vec<String> {
     console.lines().map(str::trim_end).filter(|line| line.starts_with(mark)).map(str::to_owned).collect()
 }
 
@@ -225,6 +225,10 @@ fn snapshots_are_listed_shown_checked_and_removed() {
     let shown: Value = serde_json::from_str(&machines.good(&["snapshots", "inspect", text(&diff)])).unwrap();
     assert_eq!(shown[0]["machine"]["memory_bytes"], 32 << 20);
     assert!(shown[0]["sections"]["cpu-0"]["regs"]["rip"].is_number(), "{shown}");
+    let alone = kept.path().join("alone");
+    machines.good(&["snapshot", "small", "--to", text(&alone), "--diff"]);
+    assert_eq!(machines.good(&["snapshots", "compact", text(&alone)]).trim(), text(&alone));
+    machines.good(&["snapshots", "rm", text(&alone)]);
     let memory = base.join("memory");
     std::fs::set_permissions(&memory, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
     let file = std::fs::File::options().write(true).open(&memory).unwrap();

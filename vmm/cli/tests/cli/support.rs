@@ -4,8 +4,8 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
-use harrier_hypercall_abi::block::{ALIGN, Block, STATUS_OFFSET};
-use harrier_hypercall_abi::calls::{ConsoleArgs, ExitArgs, MemRange, MemReleaseArgs, number};
+use harrier_hypercall_abi::block::{ALIGN, Block, RESULT_OFFSET, STATUS_OFFSET};
+use harrier_hypercall_abi::calls::{CheckpointArgs, ConsoleArgs, ExitArgs, MemRange, MemReleaseArgs, number};
 use harrier_hypercall_abi::{Status, VERSION_MAJOR, port};
 
 /// Where the code is loaded and begins.
@@ -110,6 +110,33 @@ impl Code {
         let list_gpa = self.data(&MemRange { gpa: 0x200_0000, len: 4096 }.to_bytes());
         let args = MemReleaseArgs { list_gpa, count: 1, reserved: 0 };
         self.hypercall(number::MEM_RELEASE, &args.to_bytes())
+    }
+
+    /// Takes a CHECKPOINT and ends the machine by EXIT with 20 and the role as whom the call returned.
+    pub(crate) fn checkpoint_and_exit_as_role(mut self) -> Self {
+        let block = |number, args: &[u8]| {
+            let mut block =
+                Block { version: VERSION_MAJOR, number, args_len: args.len() as u32, ..Block::default() };
+            block.args[..args.len()].copy_from_slice(args);
+            block.to_bytes()
+        };
+        let checkpoint = self.data(&block(number::CHECKPOINT, &CheckpointArgs::default().to_bytes()));
+        let exit = self.data(&block(number::EXIT, &ExitArgs::default().to_bytes()));
+        let address = |gpa: u64| (gpa as u32).to_le_bytes();
+        let [low, high] = port::BASE.to_le_bytes();
+        // mov dx, port; mov eax, place; out dx, eax
+        self.bytes.extend_from_slice(&[0x66, 0xba, low, high, 0xb8]);
+        self.bytes.extend_from_slice(&address(checkpoint / ALIGN));
+        // mov eax, [role]; add eax, 20; mov [code], eax
+        self.bytes.extend_from_slice(&[0xef, 0x8b, 0x04, 0x25]);
+        self.bytes.extend_from_slice(&address(checkpoint + RESULT_OFFSET + 8));
+        self.bytes.extend_from_slice(&[0x83, 0xc0, 20, 0x89, 0x04, 0x25]);
+        self.bytes.extend_from_slice(&address(exit + 32));
+        // mov eax, place; out dx, eax
+        self.bytes.push(0xb8);
+        self.bytes.extend_from_slice(&address(exit / ALIGN));
+        self.bytes.push(0xef);
+        self.spin()
     }
 
     /// Ends the machine by EXIT.

@@ -51,6 +51,9 @@ pub struct Request<'a> {
     /// Called while the machine stands still, to add what the owner keeps beside the machine: sections whose names
     /// begin with [`super::HOST_PREFIX`], and files.
     pub owner: &'a mut OwnerPart<'a>,
+    /// Called when the machine goes on again: for what of the owner's part can be completed later. An error is for people
+    /// and ends the snapshot.
+    pub settle: &'a mut dyn FnMut() -> Result<(), String>,
     /// Hears of the progress; false cancels.
     pub progress: &'a mut (dyn FnMut(Progress) -> bool + Send),
 }
@@ -169,7 +172,7 @@ fn take(
     written: &mut Written,
     request: Request<'_>,
 ) -> Result<Report, TakeError> {
-    let Request { target, kind, stay_paused, quiesce_limit, producer, owner, progress } = request;
+    let Request { target, kind, stay_paused, quiesce_limit, producer, owner, settle, progress } = request;
     let difference = kind == Kind::Difference;
     let begin = Instant::now();
     let parent = match (difference, &written.parent) {
@@ -225,7 +228,9 @@ fn take(
     }
     let quiesced = rest.quiesced;
     drop(rest);
-    let result = finish(writer, copy, progress);
+    let result = settle()
+        .map_err(|reason| TakeError::Unit { unit: "host".to_owned(), reason })
+        .and_then(|()| finish(writer, copy, progress));
     match result {
         Ok((snapshot, pages_copied)) => {
             if kind != Kind::Image {

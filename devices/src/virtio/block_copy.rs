@@ -1,0 +1,196 @@
+//! Copies of a disk as it is at one moment, made while the guest goes on writing.
+//!
+//! [`DiskCopies::begin`] fixes the moment and copies nothing. From then on a part of the disk is copied before the guest
+//! changes it, and [`DiskCopy::finish`] copies what is left. Both happen under the copy's lock, part by part, so that a part
+//! is copied once and as it was. A copy that fails costs the guest nothing.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+/// Bytes of a part: what a write of the guest may have to wait for.
+const PART: u64 = 256 << 10;
+
+/// The copies of one disk that are being made; clones share them.
+#[derive(Debug, Clone)]
+pub struct DiskCopies {
+    file: Arc<File>,
+    under_way: Arc<Mutex<Vec<Weak<DiskCopy>>>>,
+}
+
+/// A copy that is being made. Dropping it leaves it unfinished.
+#[derive(Debug)]
+pub struct DiskCopy {
+    from: Arc<File>,
+    to: File,
+    len: u64,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    /// One for each part: it is copied.
+    copied: Vec<bool>,
+    buffer: Vec<u8>,
+    failed: Option<io::Error>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl DiskCopies {
+    /// For a disk in this file.
+    pub(super) fn new(file: File) -> Self {
+        DiskCopies { file: Arc::new(file), under_way: Arc::default() }
+    }
+
+    /// The disk's file.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Begins a copy into the empty file `to`. The disk stands still: the machine is paused.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn begin(&self, to: File) -> io::Result<Arc<DiskCopy>> {
+        let len = io::Seek::seek(&mut &*self.file, io::SeekFrom::End(0))?;
+        to.set_len(len)?;
+        let parts = usize::try_from(len.div_ceil(PART)).map_err(|_| io::ErrorKind::OutOfMemory)?;
+        let state = State { copied: vec![false; parts], buffer: Vec::new(), failed: None };
+        let copy = Arc::new(DiskCopy { from: Arc::clone(&self.file), to, len, state: Mutex::new(state) });
+        lock(&self.under_way).push(Arc::downgrade(&copy));
+        Ok(copy)
+    }
+
+    /// The guest is about to change these bytes.
+    pub(super) fn before_change(&self, offset: u64, bytes: u64) {
+        let mut under_way = lock(&self.under_way);
+        if under_way.is_empty() || bytes == 0 {
+            return;
+        }
+        under_way.retain(|copy| {
+            copy.upgrade().is_some_and(|copy| {
+                let (first, last) = (offset / PART, (offset + bytes - 1) / PART);
+                (first..=last).all(|part| copy.part(part))
+            })
+        });
+    }
+}
+
+impl DiskCopy {
+    /// Copies what is left. May be called from any thread, while the guest runs.
+    ///
+    /// # Errors
+    /// The host's, also for what was copied before.
+    pub fn finish(&self) -> io::Result<()> {
+        for part in 0..self.len.div_ceil(PART) {
+            if !self.part(part) {
+                break;
+            }
+        }
+        lock(&self.state).failed.take().map_or(Ok(()), Err)
+    }
+
+    /// Copies one part, if it is not copied. False if the copy has failed.
+    fn part(&self, part: u64) -> bool {
+        let mut state = lock(&self.state);
+        let State { copied, buffer, failed } = &mut *state;
+        if failed.is_some() {
+            return false;
+        }
+        // What the guest writes behind the end as it was does not belong to the copy.
+        let Some(copied) = copied.get_mut(part as usize).filter(|copied| !**copied) else { return true };
+        match self.copy(part * PART, buffer) {
+            Ok(()) => *copied = true,
+            Err(error) => *failed = Some(error),
+        }
+        failed.is_none()
+    }
+
+    fn copy(&self, at: u64, buffer: &mut Vec<u8>) -> io::Result<()> {
+        buffer.resize(PART.min(self.len - at) as usize, 0);
+        self.from.read_exact_at(buffer, at)?;
+        // Zeros are a hole.
+        if buffer.iter().any(|byte| *byte != 0) {
+            self.to.write_all_at(buffer, at)?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vmm_sys_util::tempfile::TempFile;
+
+    use super::*;
+
+    fn file(len: u64) -> File {
+        let file = TempFile::new().unwrap().into_file();
+        file.set_len(len).unwrap();
+        file
+    }
+
+    #[test]
+    fn a_copy_is_the_disk_as_it_was_whatever_is_written_meanwhile() {
+        const LEN: u64 = 3 * PART + 1000;
+        let disk = file(LEN);
+        disk.write_all_at(b"first", 0).unwrap();
+        disk.write_all_at(b"last", LEN - 4).unwrap();
+        let copies = DiskCopies::new(disk.try_clone().unwrap());
+        let to = file(0);
+        let copy = copies.begin(to.try_clone().unwrap()).unwrap();
+        let write = |text: &[u8], at: u64| {
+            copies.before_change(at, text.len() as u64);
+            disk.write_all_at(text, at).unwrap();
+        };
+        write(b"later", 2);
+        write(b"over a border", PART - 3);
+        write(b"grown", LEN + 10);
+        copy.finish().unwrap();
+        write(b"much later", 2 * PART);
+        let mut bytes = vec![1; LEN as usize];
+        to.read_exact_at(&mut bytes, 0).unwrap();
+        assert_eq!(to.metadata().unwrap().len(), LEN);
+        assert_eq!((&bytes[..5], &bytes[LEN as usize - 4..]), (&b"first"[..], &b"last"[..]));
+        assert!(bytes[5..LEN as usize - 4].iter().all(|byte| *byte == 0));
+        // Two at a time have each their own moment.
+        let (early, late) = (file(0), file(0));
+        let first = copies.begin(early.try_clone().unwrap()).unwrap();
+        write(b"BETWEEN", 100);
+        let second = copies.begin(late.try_clone().unwrap()).unwrap();
+        write(b"behind!", 100);
+        second.finish().unwrap();
+        first.finish().unwrap();
+        let at = |file: &File| {
+            let mut bytes = [0; 7];
+            file.read_exact_at(&mut bytes, 100).unwrap();
+            bytes
+        };
+        assert_eq!((at(&early), &at(&late), &at(&disk)), ([0; 7], b"BETWEEN", b"behind!"));
+    }
+
+    #[test]
+    fn a_copy_that_fails_costs_the_guest_nothing() {
+        let disk = file(4 * PART);
+        disk.write_all_at(&[7; 100], PART).unwrap();
+        let copies = DiskCopies::new(disk.try_clone().unwrap());
+        // One that cannot be written.
+        let to = TempFile::new().unwrap();
+        let begun = copies.begin(to.as_file().try_clone().unwrap()).unwrap();
+        let copy = DiskCopy {
+            from: Arc::clone(&begun.from),
+            to: File::open(to.as_path()).unwrap(),
+            len: 4 * PART,
+            state: Mutex::new(State { copied: vec![false; 4], buffer: Vec::new(), failed: None }),
+        };
+        drop(begun);
+        let copy = Arc::new(copy);
+        lock(&copies.under_way).push(Arc::downgrade(&copy));
+        copies.before_change(PART + 5, 10);
+        assert!(lock(&copies.under_way).is_empty(), "neither the dropped nor the failed one is kept");
+        assert!(copy.finish().is_err());
+    }
+}

@@ -1,0 +1,47 @@
+//! Making a full snapshot of a difference and all its parents, in its place.
+
+use std::path::Path;
+
+use crate::error::SnapshotError;
+use crate::verify::{Damage, verify};
+use crate::{CHUNK_PAGES, Chain, PAGE_BYTES, Snapshot, SnapshotWriter, Source};
+
+/// Makes the snapshot in the folder `path` a full one: it has the same id and content as before, and needs no other one.
+/// Differences to it stay valid, and its former parents are left alone. It is replaced in one step.
+///
+/// # Errors
+/// It, or what it needs, is damaged or missing, or the host refuses; then nothing has changed.
+pub fn compact(path: &Path) -> Result<Snapshot, SnapshotError> {
+    let chain = Chain::open(path)?;
+    if chain.is_full() {
+        return Snapshot::open(path);
+    }
+    // New checksums over damaged pages would hide the damage.
+    if let Some(Damage { snapshot, part, offset, reason, .. }) = verify(path)?.into_iter().next() {
+        return Err(SnapshotError::Damaged { path: snapshot, part, offset, reason });
+    }
+    let mut writer = SnapshotWriter::replacing(chain.snapshot())?;
+    let mut memory = writer.memory(chain.pages())?;
+    let mut buffer = Vec::new();
+    for run in chain.runs() {
+        if matches!(run.source, Source::Zero) {
+            continue;
+        }
+        let mut first = run.first;
+        while first < run.first + run.count {
+            let count = (run.first + run.count - first).min(CHUNK_PAGES);
+            buffer.resize(count as usize * PAGE_BYTES, 0);
+            chain.read(first, &mut buffer).map_err(crate::error::host("read the memory of", path))?;
+            memory.write(first, &buffer)?;
+            first += count;
+        }
+    }
+    writer.finish_memory(memory)?;
+    for section in chain.snapshot().sections()? {
+        writer.add_section(section);
+    }
+    for entry in &chain.snapshot().manifest().files {
+        writer.link_file(&entry.name)?;
+    }
+    writer.commit()
+}
