@@ -221,3 +221,57 @@ fn a_host_without_room_says_so_and_the_machine_goes_on() {
     assert!(said.contains("No space left on device") && said.contains("left fill\n"), "{said}");
     assert!(said.contains("Read-only file system") && said.contains("kid 1"), "{said}");
 }
+
+/// Seconds of guest time that a sleep of three took, and the guest's wall clock at its end.
+fn times(said: &str) -> (f64, i64) {
+    let line = said.lines().find_map(|line| line.strip_prefix("times ")).unwrap_or_else(|| panic!("{said}"));
+    let numbers: Vec<f64> = line.split_whitespace().map(|word| word.parse().unwrap()).collect();
+    (numbers[1] - numbers[0], numbers[2] as i64)
+}
+
+#[test]
+fn guest_time_stands_with_the_machine_and_the_wall_clock_is_right_afterwards() {
+    const STANDS: Duration = Duration::from_secs(5);
+    let machines = Machines::new();
+    let script = "read a x < /proc/uptime; echo begun; sleep 3; read b x < /proc/uptime; sleep 0.5; \
+                  echo times $a $b $(date +%s)";
+    machines.good(&["run", "-d", "--name", "sleeper", "--memory", "128M", "--", "sh", "-c", script]);
+    wait_for_line(&machines, "sleeper", "begun");
+    let kept = machines.snapshot("kept");
+    machines.good(&["snapshot", "sleeper", "--to", &kept]);
+    std::thread::sleep(STANDS);
+    let now = || {
+        let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+        i64::try_from(since.as_secs()).unwrap()
+    };
+    let check = |said: &str, how: &str| {
+        let (slept, wall) = times(said);
+        // A sleeper sleeps for what was left to it, as after a pause: the time in between does not count.
+        assert!((2.9..7.5).contains(&slept), "{how}: a sleep of 3 s took {slept} s");
+        assert!((now() - wall).abs() <= 3, "{how}: the wall clock is {} s off", now() - wall);
+    };
+    let engines: &[&str] = if kvm_is_there(&machines) { &["soft", "kvm"] } else { &["soft"] };
+    for engine in engines {
+        let restore = ["restore", &kept, "--engine", engine, "--timeout", "60s"];
+        let (code, said, err) = machines.run(&restore);
+        assert_eq!(code, 0, "{engine}: {err}");
+        check(&said, engine);
+        // On a host whose clocks have jumped ahead by a day, or where the host was started anew.
+        let mut jumped = Command::new("unshare");
+        jumped.args([
+            "-rT",
+            "--fork",
+            "--monotonic",
+            "86400",
+            "--boottime",
+            "86400",
+            env!("CARGO_BIN_EXE_harrier"),
+        ]);
+        let output = jumped.args(restore).env("HARRIER_RUNTIME_DIR", machines.root()).output().unwrap();
+        if !output.status.success() && output.stdout.is_empty() {
+            eprintln!("skipped: no time namespace here: {}", String::from_utf8_lossy(&output.stderr));
+            continue;
+        }
+        check(&String::from_utf8_lossy(&output.stdout), &format!("{engine}, a day later"));
+    }
+}
