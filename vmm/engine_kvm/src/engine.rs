@@ -105,12 +105,12 @@ impl KvmEngine {
         }
     }
 
-    /// User mode on the processor for a machine that runs everything else in software.
+    /// User mode on the processor for a machine of this model that runs everything else in software.
     ///
     /// # Errors
     /// [`EngineError`] if KVM is not usable.
-    pub fn create_user_mode(&self) -> Result<Arc<dyn UserMode>, EngineError> {
-        Ok(Arc::new(KvmUserMode::new(&self.open()?)?))
+    pub fn create_user_mode(&self, model: CpuModel) -> Result<Arc<dyn UserMode>, EngineError> {
+        Ok(Arc::new(KvmUserMode::new(&self.open()?, model)?))
     }
 
     fn open(&self) -> Result<Host, EngineError> {
@@ -144,7 +144,7 @@ impl Engine for KvmEngine {
         let supported = probe::open(&self.path).ok().and_then(|host| cpuid::supported(&host.kvm).ok());
         let Some(supported) = supported else { return Vec::new() };
         match self.kernel_mode() {
-            Some(software) => cpuid::with_host_xcr0(software.cpu_models(), &supported),
+            Some(software) => software.cpu_models(),
             None => cpuid::models(&supported),
         }
     }
@@ -156,7 +156,7 @@ impl Engine for KvmEngine {
 
     fn create_vm(&self, config: &VmConfig) -> Result<Box<dyn Vm>, EngineError> {
         if let Some(software) = self.kernel_mode() {
-            return software.create_lending_vm(config, self.create_user_mode()?);
+            return software.create_lending_vm(config, self.create_user_mode(config.cpu_model)?);
         }
         let opened = self.open()?;
         let most = opened.kvm.get_max_vcpus().min(255);

@@ -82,6 +82,11 @@ impl Kick {
         self.kicked.swap(false, Ordering::SeqCst)
     }
 
+    /// Whether a kick has come in and was not taken.
+    pub(crate) fn is_kicked(&self) -> bool {
+        self.kicked.load(Ordering::SeqCst)
+    }
+
     fn lock(&self) -> MutexGuard<'_, Option<libc::pthread_t>> {
         self.runner.lock().unwrap_or_else(PoisonError::into_inner)
     }

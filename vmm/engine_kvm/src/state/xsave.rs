@@ -63,9 +63,14 @@ impl XsaveLayout {
             // SAFETY: only the fixed part is changed, not the length of the part behind it.
             unsafe { area.as_mut_fam_struct() }.xsave.region = page.region;
         }
-        let fixed = area.as_fam_struct_ref().xsave.region.iter();
-        let bytes: Vec<u8> = fixed.chain(area.as_slice()).flat_map(|word| word.to_le_bytes()).collect();
-        Ok(canonical(bytes, xcr0, self.bytes_for(xcr0), &self.components))
+        // This is on the way of every loan of user code: not a byte more than needed.
+        let len = self.bytes_for(xcr0);
+        let mut bytes = vec![0; len.next_multiple_of(4)];
+        let words = area.as_fam_struct_ref().xsave.region.iter().chain(area.as_slice());
+        for (place, word) in bytes.chunks_exact_mut(4).zip(words) {
+            place.copy_from_slice(&word.to_le_bytes());
+        }
+        Ok(canonical(bytes, xcr0, len, &self.components))
     }
 
     /// Writes a vCPU's area.

@@ -3,11 +3,13 @@
 //!
 //! - [`KvmUserMode`]: a VM without interrupt controllers that has the machine's memory.
 //! - [`processor`]: a vCPU that runs user code, and what it does when something else comes.
-//! - [`code`]: which pages of code it may execute.
+//! - [`pages`]: which pages it has in which address space.
+//! - [`code`]: the instructions that it must not execute there.
 //! - [`tables`]: the page tables that it runs on. They are our own, not the guest's: KVM's shadow of the guest's
 //!   would not notice what the software engine writes to them.
 
 mod code;
+mod pages;
 mod processor;
 mod tables;
 
@@ -15,7 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use harrier_engine::memory::PAGE_SIZE;
 use harrier_engine::user_mode::{UserMode, UserProcessor};
-use harrier_engine::{EngineError, GuestRegion};
+use harrier_engine::{CpuModel, EngineError, GuestRegion};
 use kvm_bindings::CpuId;
 use kvm_ioctls::{Cap, VcpuFd, VmFd};
 
@@ -23,6 +25,7 @@ use crate::host::refused;
 use crate::probe::Host;
 use crate::slots::Slots;
 use crate::{cpuid, kick};
+use code::Forbidden;
 use processor::KvmUserProcessor;
 
 /// User mode of one machine.
@@ -30,7 +33,7 @@ use processor::KvmUserProcessor;
 pub(crate) struct KvmUserMode {
     shared: Arc<Shared>,
     supported: CpuId,
-    run_page_bytes: usize,
+    forbidden: Forbidden,
     tsc_khz: u32,
     /// vCPU 0, made together with the VM: only a vCPU knows the frequency of its TSC.
     first: Mutex<Option<VcpuFd>>,
@@ -41,6 +44,7 @@ pub(crate) struct KvmUserMode {
 struct Shared {
     fd: VmFd,
     slots: Mutex<Slots>,
+    run_page_bytes: usize,
 }
 
 impl Shared {
@@ -56,8 +60,8 @@ impl Shared {
 }
 
 impl KvmUserMode {
-    /// Creates the VM.
-    pub(crate) fn new(host: &Host) -> Result<KvmUserMode, EngineError> {
+    /// Creates the VM for a machine of this model.
+    pub(crate) fn new(host: &Host, model: CpuModel) -> Result<KvmUserMode, EngineError> {
         kick::install_handler()?;
         let fd = host
             .create_vm()
@@ -68,10 +72,11 @@ impl KvmUserMode {
         let slots = Slots::new(limit, fd.check_extension(Cap::ReadonlyMem));
         let first = fd.create_vcpu(0).map_err(refused("create vCPU 0"))?;
         let tsc_khz = first.get_tsc_khz().map_err(refused("ask for the frequency of the TSC"))?;
+        let forbidden = Forbidden { xsave: cpuid::saves_more_than(model, &supported) };
         Ok(KvmUserMode {
-            shared: Arc::new(Shared { fd, slots: Mutex::new(slots) }),
+            shared: Arc::new(Shared { fd, slots: Mutex::new(slots), run_page_bytes }),
             supported,
-            run_page_bytes,
+            forbidden,
             tsc_khz,
             first: Mutex::new(Some(first)),
         })
@@ -103,8 +108,8 @@ impl UserMode for KvmUserMode {
             Arc::clone(&self.shared),
             fd,
             index,
-            self.run_page_bytes,
             components,
+            self.forbidden,
         )?))
     }
 }

@@ -2,21 +2,23 @@
 //!
 //! Whatever leads out of user mode ends at one of the stubs of [`super::tables`], whose HLT KVM hands to us. What
 //! had happened is read from the stack, and the registers are those before the instruction: software executes it
-//! again, and does what a processor does then. Page faults of pages that are merely not mapped yet are mapped.
+//! again, and does what a processor does then. [`super::pages`] maps pages that are merely not mapped yet.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use harrier_engine::cpu_state::{Segment, msr};
-use harrier_engine::memory::PAGE_SIZE;
-use harrier_engine::user_mode::{UserAccess, UserExit, UserMemory, UserProcessor, UserRegisters};
+use harrier_engine::user_mode::{UserAccess, UserExit, UserMemory, UserPage, UserProcessor, UserRegisters};
 use harrier_engine::{EngineError, Kicker};
-use kvm_bindings::{KVM_MAX_XCRS, Msrs, kvm_dtable, kvm_msr_entry, kvm_segment, kvm_sregs, kvm_xcrs};
+use kvm_bindings::{
+    KVM_MAX_XCRS, Msrs, kvm_dtable, kvm_msr_entry, kvm_segment, kvm_sregs, kvm_xcrs,
+};
 use kvm_ioctls::{SyncReg, VcpuFd};
 
 use super::Shared;
-use super::code::{self, Admission, Pages};
-use super::tables::{self, Tables};
+use super::code::Forbidden;
+use super::pages::Pages;
+use super::tables;
 use crate::exit::{self, RunExit};
 use crate::host::refused;
 use crate::kick::{Alarm, Kick};
@@ -34,30 +36,29 @@ const WRITE: u64 = 1 << 1;
 const FETCH: u64 = 1 << 4;
 /// Vectors that push an error code.
 const WITH_ERROR_CODE: [u64; 9] = [8, 10, 11, 12, 13, 14, 17, 21, 30];
-/// Blocks of addresses around a fault whose pages are mapped along with it.
-const DATA_AROUND: u64 = 128 * PAGE_SIZE as u64;
-const CODE_AROUND: u64 = 16 * PAGE_SIZE as u64;
-/// End of the lower half of the address space.
-const USER_END: u64 = 1 << 47;
+/// RFLAGS.TF: a trap after each instruction.
+const TRAP_FLAG: u64 = 1 << 8;
+/// More pages of a space are not cleared one by one: the space is forgotten.
+const MOST_CLEARED: usize = 48;
 /// The same fault so often means that mapping does not help.
 const PATIENCE: u32 = 3;
 
 /// User mode of one vCPU on KVM.
 pub(super) struct KvmUserProcessor {
-    shared: Arc<Shared>,
     fd: VcpuFd,
     page: Arc<RunPage>,
     kick: Arc<Kick>,
     alarm: Alarm,
-    tables: Tables,
+    /// Without user segments.
+    supervisor: kvm_sregs,
     xsave: XsaveLayout,
     /// The area that KVM has.
     loaded_xsave: Vec<u8>,
     pages: Pages,
-    /// The page that ended the last run: by now the guest's kernel may have provided it.
-    missing: Option<(u64, UserAccess)>,
-    /// Times in this run that a page changed between executable and writable.
-    turned: u32,
+    /// The page that ended the last run, and its space: by now the guest's kernel may have provided it.
+    missing: Option<(u64, u64, UserAccess)>,
+    /// Entries cannot be cleared one by one on this KVM.
+    clears_nothing: bool,
 }
 
 /// Where the vCPU stands after KVM_RUN.
@@ -74,6 +75,8 @@ enum Stand {
 enum Event {
     None,
     PageFault { va: u64, access: UserAccess },
+    /// The trap after an instruction, which user mode has asked for.
+    Stepped,
     Other,
 }
 
@@ -97,20 +100,20 @@ impl KvmUserProcessor {
         shared: Arc<Shared>,
         mut fd: VcpuFd,
         index: u32,
-        run_page_bytes: usize,
         components: Vec<Component>,
+        forbidden: Forbidden,
     ) -> Result<KvmUserProcessor, EngineError> {
-        let page = RunPage::map(&fd, run_page_bytes)
+        let page = RunPage::map(&fd, shared.run_page_bytes)
             .map_err(|source| EngineError::Host { what: "map the shared page of a vCPU", source })?;
         let page = Arc::new(page);
-        let tables = Tables::new(index)?;
-        shared.slots().map(&shared.fd, tables.region(), false)?;
+        let mut pages = Pages::new(Arc::clone(&shared), index, forbidden)?;
         let xsave = XsaveLayout::new(&shared.fd, components);
         set_msrs(&fd)?;
         let mut xcrs = kvm_xcrs { nr_xcrs: 1, ..Default::default() };
         const { assert!(KVM_MAX_XCRS > 0) };
         xcrs.xcrs[0].value = 7;
-        let sregs = supervisor(&fd.get_sregs().map_err(refused("read control registers"))?, tables.root());
+        let root = pages.root(0, &mut Nothing)?;
+        let sregs = supervisor(&fd.get_sregs().map_err(refused("read control registers"))?, root);
         fd.set_sregs(&sregs).map_err(refused("enter 64-bit mode"))?;
         // A host without AVX has no such XCR0.
         if fd.set_xcrs(&xcrs).is_err() {
@@ -123,23 +126,21 @@ impl KvmUserProcessor {
         let kick = Arc::new(Kick::new(Arc::clone(&page)));
         let alarm = Alarm::default();
         Ok(KvmUserProcessor {
-            shared,
             fd,
             page,
             kick,
             alarm,
-            tables,
+            supervisor: sregs,
             xsave,
             loaded_xsave: Vec::new(),
-            pages: Pages::default(),
+            pages,
             missing: None,
-            turned: 0,
+            clears_nothing: false,
         })
     }
 
     /// Puts the registers where KVM takes them from.
-    fn load(&mut self, registers: &UserRegisters) {
-        let root = self.tables.root();
+    fn load(&mut self, root: u64, registers: &UserRegisters) {
         let sync = self.fd.sync_regs_mut();
         sync.regs = crate::state::regs_to_kvm(&harrier_engine::cpu_state::GeneralRegisters {
             gpr: registers.gpr,
@@ -191,7 +192,7 @@ impl KvmUserProcessor {
         }
         let has_error = WITH_ERROR_CODE.contains(&vector);
         let frame = if has_error { regs.rsp.wrapping_add(8) } else { regs.rsp };
-        let word = |at: u64| self.tables.stack_word(frame.wrapping_add(8 * at));
+        let word = |at: u64| self.pages.tables.stack_word(frame.wrapping_add(8 * at));
         // A fault pushes RF set; software sets it itself where it belongs.
         const RF: u64 = 1 << 16;
         registers.rip = word(0);
@@ -199,7 +200,7 @@ impl KvmUserProcessor {
         registers.gpr[4] = word(3);
         match vector {
             PAGE_FAULT => {
-                let error = self.tables.stack_word(regs.rsp);
+                let error = self.pages.tables.stack_word(regs.rsp);
                 if registers.rip == SYSCALL && error & FETCH != 0 {
                     // The same KVM, when no signal came: it faults at the stub.
                     undo_syscall(registers);
@@ -209,6 +210,7 @@ impl KvmUserProcessor {
             }
             // INT1 and INT3 have one byte and report the next instruction, where the gate lets them pass; the same
             // KVM does not look at the gate.
+            DEBUG if registers.rflags & TRAP_FLAG != 0 => Event::Stepped,
             DEBUG | BREAKPOINT => {
                 registers.rip = registers.rip.wrapping_sub(1);
                 Event::Other
@@ -217,86 +219,62 @@ impl KvmUserProcessor {
         }
     }
 
-    /// Maps the page of a fault, and those around it that can be had for nothing. False: software's turn.
-    fn map(&mut self, memory: &mut dyn UserMemory, va: u64, access: UserAccess) -> Result<bool, EngineError> {
-        const PAGE: u64 = PAGE_SIZE as u64;
-        if va >= USER_END {
-            return Ok(false);
-        }
-        if !self.map_one(memory, va, access, false)? {
-            return Ok(false);
-        }
-        // A neighbour may be read, or executed, but not marked as written.
-        let (around, quietly) = match access {
-            UserAccess::Fetch => (CODE_AROUND, UserAccess::Fetch),
-            UserAccess::Read | UserAccess::Write => (DATA_AROUND, UserAccess::Read),
+    /// Lets the guest clear the listed entries of our tables, so that KVM drops what it made of them. False if it does not
+    /// come to the end of that.
+    fn clear_listed(&mut self, root: u64, count: u64) -> bool {
+        let mut sregs = self.supervisor;
+        sregs.cr3 = root;
+        let segment = |selector, type_, l| kvm_segment {
+            limit: 0xffff_ffff,
+            selector,
+            type_,
+            present: 1,
+            s: 1,
+            l,
+            db: 1 - l,
+            g: 1,
+            ..Default::default()
         };
-        let first = va & !(around - 1);
-        for near in (first..first + around).step_by(PAGE_SIZE) {
-            if near != va & !(PAGE - 1) && !self.tables.is_mapped(near) {
-                self.map_one(memory, near, quietly, true)?;
+        sregs.cs = segment(tables::CODE_SELECTOR, 0xb, 1);
+        let data = segment(tables::CODE_SELECTOR + 8, 3, 0);
+        (sregs.ss, sregs.ds, sregs.es, sregs.fs, sregs.gs) = (data, data, data, data, data);
+        let sync = self.fd.sync_regs_mut();
+        sync.sregs = sregs;
+        sync.regs = kvm_bindings::kvm_regs {
+            rip: tables::CLEAR,
+            rsi: tables::LIST,
+            rcx: count,
+            rsp: tables::STACK_TOP,
+            rflags: 2,
+            ..Default::default()
+        };
+        self.fd.set_sync_dirty_reg(SyncReg::Register);
+        self.fd.set_sync_dirty_reg(SyncReg::SystemRegister);
+        // A kick that comes meanwhile is kept.
+        let kicked = self.kick.take();
+        let mut tries = 0;
+        let ran = loop {
+            match self.fd.run().map(drop) {
+                Ok(()) => break true,
+                Err(err) if matches!(err.errno(), libc::EINTR | libc::EAGAIN) && tries < 100 => tries += 1,
+                Err(_) => break false,
             }
+            self.page.set_immediate_exit(false);
+        };
+        if kicked || self.kick.is_kicked() {
+            self.kick.kick();
         }
-        Ok(true)
+        let rip = self.fd.sync_regs().regs.rip;
+        ran && exit::read(&self.page) == RunExit::Halted
+            && (tables::CLEARED..=tables::CLEARED + 1).contains(&rip)
     }
 
-    fn map_one(
+    fn run_loop(
         &mut self,
+        space: u64,
+        registers: &mut UserRegisters,
         memory: &mut dyn UserMemory,
-        va: u64,
-        access: UserAccess,
-        quiet: bool,
-    ) -> Result<bool, EngineError> {
-        let Some(to) = memory.translate(va, access) else { return Ok(false) };
-        // Twice at most: after forgetting, nothing excludes anything.
-        for _ in 0..2 {
-            let shared = &self.shared;
-            match self.pages.admit(to, access, || shared.page(to.gpa)) {
-                Admission::Never => return Ok(false),
-                Admission::AfterForgetting if quiet => return Ok(false),
-                Admission::AfterForgetting => {
-                    self.turned += 1;
-                    self.forget()?;
-                }
-                admission => {
-                    let mapped = match admission {
-                        Admission::Copied(mut bytes, cpuids) => {
-                            for at in cpuids {
-                                if let Some(place) = bytes.get_mut(at..at + code::TRAP.len()) {
-                                    place.copy_from_slice(&code::TRAP);
-                                }
-                            }
-                            self.tables.map_copy(va, &bytes)
-                        }
-                        Admission::As(to) => self.tables.map(va, to),
-                        Admission::Never | Admission::AfterForgetting => return Ok(false),
-                    };
-                    if mapped.is_err() {
-                        self.empty_tables()?;
-                        continue;
-                    }
-                    return Ok(true);
-                }
-            }
-        }
-        Ok(false)
-    }
-
-    fn forget(&mut self) -> Result<(), EngineError> {
-        self.pages.forget();
-        if self.tables.begin().is_err() { self.empty_tables() } else { Ok(()) }
-    }
-
-    /// Takes the tables away from KVM and gives them back empty.
-    fn empty_tables(&mut self) -> Result<(), EngineError> {
-        self.pages.forget();
-        let mut slots = self.shared.slots();
-        slots.unmap(&self.shared.fd, self.tables.gpa())?;
-        self.tables.reset();
-        slots.map(&self.shared.fd, self.tables.region(), false)
-    }
-
-    fn run_loop(&mut self, registers: &mut UserRegisters, memory: &mut dyn UserMemory) -> UserExit {
+    ) -> UserExit {
         let mut last = (0, UserAccess::Read);
         let mut repeated = 0;
         loop {
@@ -333,22 +311,58 @@ impl KvmUserProcessor {
             if interrupted {
                 return UserExit::Interrupted;
             }
-            let Event::PageFault { va, access } = event else { return UserExit::Software };
+            let (va, access) = match event {
+                Event::PageFault { va, access } => (va, access),
+                Event::Stepped => return UserExit::Stepped,
+                Event::None | Event::Other => return UserExit::Software,
+            };
             repeated = if last == (va, access) { repeated + 1 } else { 0 };
             last = (va, access);
-            if repeated >= PATIENCE || self.turned >= PATIENCE {
+            if repeated >= PATIENCE {
                 return UserExit::Software;
             }
-            match self.map(memory, va, access) {
-                Ok(true) => self.load(registers),
+            match self.pages.map(space, memory, va, access) {
+                Ok(true) => {
+                    if let Err(err) = self.enter(space, registers, memory) {
+                        return UserExit::Failed(err.to_string());
+                    }
+                }
                 Ok(false) => {
-                    self.missing = Some((va, access));
+                    self.missing = Some((space, va, access));
                     return UserExit::Software;
                 }
                 Err(err) => return UserExit::Failed(err.to_string()),
             }
         }
     }
+
+    /// Makes everything ready for the next KVM_RUN.
+    fn enter(
+        &mut self,
+        space: u64,
+        registers: &UserRegisters,
+        memory: &mut dyn UserMemory,
+    ) -> Result<(), EngineError> {
+        let root = self.pages.root(space, memory)?;
+        self.load(root, registers);
+        Ok(())
+    }
+}
+
+/// Memory of nobody.
+struct Nothing;
+
+impl UserMemory for Nothing {
+    fn translate(&mut self, _va: u64, _access: UserAccess) -> Option<UserPage> {
+        None
+    }
+    fn nearby(&mut self, _va: u64, _access: UserAccess) -> Vec<(u64, UserPage)> {
+        Vec::new()
+    }
+    fn peek(&mut self, _va: u64) -> Option<u64> {
+        None
+    }
+    fn forgotten(&mut self) {}
 }
 
 /// SYSCALL leads to its stub.
@@ -407,6 +421,7 @@ fn user_segment(segment: &Segment) -> kvm_segment {
 impl UserProcessor for KvmUserProcessor {
     fn run(
         &mut self,
+        space: u64,
         registers: &mut UserRegisters,
         memory: &mut dyn UserMemory,
         limit: Option<Duration>,
@@ -419,13 +434,20 @@ impl UserProcessor for KvmUserProcessor {
         {
             return UserExit::Failed(err.to_string());
         }
-        self.turned = 0;
-        if let Some((va, access)) = self.missing.take()
-            && let Err(err) = self.map(memory, va, access)
+        let stale = self.pages.take_stale(space);
+        if !stale.is_empty() && self.forget_pages(space, &stale) {
+            self.pages.forget_spaces();
+            memory.forgotten();
+        }
+        if let Some((of, va, access)) = self.missing.take()
+            && of == space
+            && let Err(err) = self.pages.root(space, memory).and_then(|_| self.pages.map(space, memory, va, access))
         {
             return UserExit::Failed(err.to_string());
         }
-        self.load(registers);
+        if let Err(err) = self.enter(space, registers, memory) {
+            return UserExit::Failed(err.to_string());
+        }
         let kick = Arc::clone(&self.kick);
         let running = kick.enter();
         if let Some(limit) = limit
@@ -433,7 +455,7 @@ impl UserProcessor for KvmUserProcessor {
         {
             return UserExit::Failed(format!("no timer can be had from the host: {err}"));
         }
-        let exit = self.run_loop(registers, memory);
+        let exit = self.run_loop(space, registers, memory);
         if limit.is_some() {
             self.alarm.clear();
         }
@@ -448,10 +470,30 @@ impl UserProcessor for KvmUserProcessor {
         exit
     }
 
-    fn forget_translations(&mut self) {
-        if let Err(err) = self.forget() {
-            log::warn!("kvm: user mode's page tables: {err}");
+    fn forget_pages(&mut self, space: u64, vas: &[u64]) -> bool {
+        if vas.len() <= MOST_CLEARED && !self.clears_nothing {
+            let count = self.pages.tables.list_entries(space, vas);
+            if count == 0 {
+                return false;
+            }
+            match self.pages.root(space, &mut Nothing) {
+                Ok(root) if self.clear_listed(root, count) => return false,
+                _ => {
+                    log::debug!("kvm: entries of page tables are not cleared one by one on this host");
+                    self.clears_nothing = true;
+                }
+            }
         }
+        self.pages.forget_space(space);
+        true
+    }
+
+    fn forget_space(&mut self, space: u64) {
+        self.pages.forget_space(space);
+    }
+
+    fn forget_translations(&mut self) {
+        self.pages.forget_spaces();
     }
 
     fn kicker(&self) -> Arc<dyn Kicker> {

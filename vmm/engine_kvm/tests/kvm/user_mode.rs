@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 
 use harrier_engine::cpu_state::Segment;
 use harrier_engine::user_mode::{
-    UserAccess, UserExit, UserMemory, UserMode, UserPage, UserProcessor, UserRegisters,
+    UserAccess, UserCode, UserExit, UserMemory, UserMode, UserPage, UserProcessor, UserRegisters,
 };
-use harrier_engine::{GuestRegion, PageLog};
+use harrier_engine::{CpuModel, GuestRegion, PageLog};
 use vm_memory::bitmap::NewBitmap;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes, GuestAddress, MemoryRegionAddress};
@@ -19,16 +19,26 @@ const MEMORY: usize = 1 << 20;
 const CODE: u64 = 0x40_0000;
 const DATA: u64 = 0x7fff_0000_0000;
 
+/// The only address space but in the test of several.
+const SPACE: u64 = 0x1000;
+
 /// Pages that user mode may have, and what it asked for.
 #[derive(Default)]
 struct Pages {
     there: BTreeMap<u64, UserPage>,
     asked: Vec<(u64, UserAccess)>,
+    forgotten: u32,
 }
 
 impl Pages {
     fn add(&mut self, va: u64, gpa: u64, writable: bool, executable: bool) {
-        self.there.insert(va, UserPage { gpa, writable, executable, cpuid: false });
+        let code = executable.then_some(UserCode { version: 1, trapped: false });
+        self.there.insert(va, UserPage { gpa, writable, code });
+    }
+
+    /// The page's code is another from now on, or more is known of it.
+    fn change_code(&mut self, va: u64, version: u64, trapped: bool) {
+        self.there.get_mut(&va).unwrap().code = Some(UserCode { version, trapped });
     }
 }
 
@@ -36,7 +46,25 @@ impl UserMemory for Pages {
     fn translate(&mut self, va: u64, access: UserAccess) -> Option<UserPage> {
         let page = self.there.get(&(va & !0xfff)).copied()?;
         self.asked.push((va, access));
-        (access != UserAccess::Write || page.writable).then_some(page)
+        let fetch = access == UserAccess::Fetch;
+        if access == UserAccess::Write && !page.writable || fetch && page.code.is_none() {
+            return None;
+        }
+        Some(UserPage { writable: page.writable && !fetch, code: page.code.filter(|_| fetch), ..page })
+    }
+
+    fn nearby(&mut self, va: u64, access: UserAccess) -> Vec<(u64, UserPage)> {
+        let near = [va.wrapping_sub(0x1000) & !0xfff, va.wrapping_add(0x1000) & !0xfff];
+        let access = if access == UserAccess::Fetch { access } else { UserAccess::Read };
+        near.into_iter().filter_map(|near| Some((near, self.translate(near, access)?))).collect()
+    }
+
+    fn peek(&mut self, va: u64) -> Option<u64> {
+        self.there.get(&(va & !0xfff)).map(|page| page.gpa)
+    }
+
+    fn forgotten(&mut self) {
+        self.forgotten += 1;
     }
 }
 
@@ -65,7 +93,7 @@ fn segment(selector: u16, code: bool) -> Segment {
 
 /// `code` at [`CODE`], a writable page at [`DATA`].
 fn program(code: &[u8]) -> Option<Program> {
-    let mode = engine()?.create_user_mode().unwrap();
+    let mode = engine()?.create_user_mode(CpuModel::V3).unwrap();
     let mapping = MmapRegionBuilder::new_with_bitmap(MEMORY, PageLog::with_len(MEMORY))
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
         .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS)
@@ -94,7 +122,7 @@ fn program(code: &[u8]) -> Option<Program> {
 
 impl Program {
     fn run(&mut self) -> UserExit {
-        self.processor.run(&mut self.registers, &mut self.pages, None)
+        self.processor.run(SPACE, &mut self.registers, &mut self.pages, None)
     }
 }
 
@@ -182,27 +210,166 @@ fn forgotten_translations_are_asked_for_again_and_may_lead_elsewhere() {
 }
 
 #[test]
-fn a_page_with_cpuid_is_softwares_also_when_it_was_just_written() {
-    // nop; mov [rsi], rbx; jmp rsi
-    let Some(mut program) = program(&[0x90, 0x48, 0x89, 0x1e, 0xff, 0xe6]) else { return };
-    program.pages.add(DATA, 0x2000, true, true);
+fn single_pages_are_forgotten_and_the_others_stay() {
+    // mov rax, [rsi]; mov rbx, [rsi+0x1000]; syscall
+    let Some(mut program) =
+        program(&[0x48, 0x8b, 0x06, 0x48, 0x8b, 0x9e, 0x00, 0x10, 0x00, 0x00, 0x0f, 0x05])
+    else {
+        return;
+    };
     program.registers.gpr[6] = DATA;
-    // nop; nop; syscall: writing, then executing what was written, works.
-    program.registers.gpr[3] = 0x050f_9090;
+    program.pages.add(DATA + 0x1000, 0x3000, true, false);
+    for (gpa, value) in [(0x2000, 1u64), (0x3000, 2), (0x4000, 3)] {
+        program.memory.write_obj(value, MemoryRegionAddress(gpa)).unwrap();
+    }
     assert_eq!(program.run(), UserExit::Software);
-    assert_eq!(program.registers.rip, DATA + 2);
-    // nop; nop; cpuid
-    program.registers.rip = CODE;
-    program.registers.gpr[3] = 0xa20f_9090;
+    assert_eq!((program.registers.gpr[0], program.registers.gpr[3]), (1, 2));
+    let begin = Instant::now();
+    for round in 0..2000u64 {
+        program.pages.asked.clear();
+        let (gpa, value) = if round % 2 == 0 { (0x4000, 3) } else { (0x2000, 1) };
+        program.pages.add(DATA, gpa, true, false);
+        // The second address was never mapped.
+        let whole = program.processor.forget_pages(SPACE, &[DATA, DATA + 0x10_0000]);
+        program.registers.rip = CODE;
+        assert_eq!(program.run(), UserExit::Software);
+        assert_eq!((program.registers.gpr[0], program.registers.gpr[3]), (value, 2), "round {round}");
+        let asked: Vec<u64> = program.pages.asked.iter().map(|(va, _)| *va).collect();
+        assert!(asked.contains(&DATA) && (whole || !asked.contains(&CODE)), "{asked:x?}");
+    }
+    println!("forgetting one page and asking for it again: {:?}", begin.elapsed() / 2000);
+}
+
+#[test]
+fn each_space_has_its_own_pages_and_keeps_them() {
+    // mov rax, [rsi]; syscall
+    let Some(mut program) = program(&[0x48, 0x8b, 0x06, 0x0f, 0x05]) else { return };
+    program.registers.gpr[6] = DATA;
+    for space in 1..=3u64 {
+        program.memory.write_obj(space, MemoryRegionAddress(0x2000 * space)).unwrap();
+    }
+    let begin = Instant::now();
+    for round in 0..3000 {
+        let space = round % 3 + 1;
+        if round < 3 {
+            program.pages.add(DATA, 0x2000 * space, true, false);
+        } else {
+            // Nothing is asked any more.
+            program.pages.there.clear();
+        }
+        program.registers.rip = CODE;
+        let exit = program.processor.run(space, &mut program.registers, &mut program.pages, None);
+        assert_eq!((exit, program.registers.gpr[0]), (UserExit::Software, space), "round {round}");
+        assert_eq!(program.registers.rip, CODE + 3);
+    }
+    println!("a run in another space: {:?}", begin.elapsed() / 3000);
+}
+
+/// What software would execute is where the registers stand.
+fn stops_at(program: &mut Program, from: u64, at: u64) {
+    program.registers.rip = from;
     assert_eq!(program.run(), UserExit::Software);
-    assert_eq!(program.registers.rip, DATA);
+    assert_eq!(program.registers.rip, at);
+}
+
+/// So far into the page, decoders are in step.
+const MIDST: u64 = 2048;
+
+/// NOPs, and `code` in their midst.
+fn in_the_midst(code: &[u8]) -> Vec<u8> {
+    let mut page = vec![0x90; MIDST as usize];
+    page.extend(code);
+    page
+}
+
+#[test]
+fn user_mode_stops_before_each_cpuid_that_is_certain_or_was_executed() {
+    // nop; cpuid; mov ecx, edx; mov [rsi], ebx; syscall, twice
+    let code = [0x90, 0x0f, 0xa2, 0x89, 0xd1, 0x89, 0x1e, 0x0f, 0x05].repeat(2);
+    let Some(mut program) = program(&in_the_midst(&[&code[..], &[0x90; 32]].concat())) else { return };
+    program.registers.gpr[6] = DATA;
+    stops_at(&mut program, CODE + 2000, CODE + MIDST + 1);
+    stops_at(&mut program, CODE + MIDST + 3, CODE + MIDST + 7);
+    stops_at(&mut program, CODE + MIDST + 9, CODE + MIDST + 10);
+    // Before zeros it may be data, and the page is software's until software has met one.
+    program.memory.write_slice(&[0; 2048], MemoryRegionAddress(0x1000 + MIDST)).unwrap();
+    program.memory.write_slice(&code[..3], MemoryRegionAddress(0x1000 + MIDST)).unwrap();
+    for (version, trapped, at) in [(2, false, 2000), (3, true, MIDST + 1)] {
+        program.pages.change_code(CODE, version, trapped);
+        program.processor.forget_pages(SPACE, &[CODE]);
+        stops_at(&mut program, CODE + 2000, CODE + at);
+    }
+}
+
+#[test]
+fn bytes_of_cpuid_in_another_instruction_are_executed_as_that() {
+    // mov eax, 0xa20f; syscall
+    let Some(mut program) = program(&in_the_midst(&[0xb8, 0x0f, 0xa2, 0, 0, 0x0f, 0x05])) else { return };
+    stops_at(&mut program, CODE, CODE + MIDST + 5);
+    assert_eq!(program.registers.gpr[0], 0xa20f);
+}
+
+#[test]
+fn a_cpuid_that_crosses_into_the_next_page_is_found_whichever_is_there_first() {
+    for first_is_there in [true, false] {
+        let Some(mut program) = program(&vec![0x90; 4095]) else { return };
+        program.memory.write_slice(&[0x0f, 0xa2, 0x0f, 0x05], MemoryRegionAddress(0x1fff)).unwrap();
+        program.pages.there.remove(&DATA);
+        if first_is_there {
+            // The first page runs by itself, and ends at the second.
+            stops_at(&mut program, CODE + 4000, CODE + 4095);
+        }
+        program.pages.add(CODE + 0x1000, 0x2000, false, true);
+        stops_at(&mut program, CODE + 4000, CODE + 4095);
+        stops_at(&mut program, CODE + 0x1001, CODE + 0x1001);
+        // Another page follows in its place: jz with the same first byte.
+        program.processor.forget_pages(SPACE, &[CODE, CODE + 0x1000]);
+        program.pages.change_code(CODE + 0x1000, 2, false);
+        program.memory.write_slice(&[0x84, 0, 0, 0, 0, 0x0f, 0x05], MemoryRegionAddress(0x2000)).unwrap();
+        stops_at(&mut program, CODE + 4000, CODE + 0x1005);
+    }
+}
+
+#[test]
+fn a_page_whose_end_was_open_runs_freely_once_the_next_one_is_known() {
+    // jz over the page's end, and a syscall behind it.
+    let Some(mut program) = program(&vec![0x90; 4095]) else { return };
+    let code = [0x0f, 0x84, 0, 0, 0, 0, 0x0f, 0x05];
+    program.memory.write_slice(&code, MemoryRegionAddress(0x1fff)).unwrap();
+    program.pages.there.remove(&DATA);
+    stops_at(&mut program, CODE + 4000, CODE + 4095);
+    program.pages.add(CODE + 0x1000, 0x2000, false, true);
+    stops_at(&mut program, CODE + 0x1005, CODE + 0x1005);
+    stops_at(&mut program, CODE + 4000, CODE + 0x1005);
+}
+
+#[test]
+fn xsave_and_its_kin_are_softwares_where_the_processor_saves_more_than_the_model_knows_of() {
+    // nop; xsave [rsi]; mov ecx, edx; syscall
+    let code = [0x90, 0x0f, 0xae, 0x26, 0x89, 0xd1, 0x0f, 0x05];
+    let Some(mut program) = program(&in_the_midst(&code)) else { return };
+    program.registers.gpr[6] = DATA;
+    program.registers.gpr[0] = 7;
+    program.pages.change_code(CODE, 1, true);
+    let at = if is_x86_feature_detected!("avx512f") { 1 } else { 6 };
+    stops_at(&mut program, CODE, CODE + MIDST + at);
+}
+
+#[test]
+fn a_trap_after_each_instruction_that_user_mode_asked_for_is_told() {
+    // push 0x302; popf; nop; nop
+    let Some(mut program) = program(&[0x68, 0x02, 0x03, 0, 0, 0x9d, 0x90, 0x90]) else { return };
+    program.registers.gpr[4] = DATA + 0x800;
+    assert_eq!(program.run(), UserExit::Stepped);
+    assert_eq!(program.registers.rip, CODE + 7);
+    assert_ne!(program.registers.rflags & 0x100, 0);
 }
 
 #[test]
 fn a_kick_and_a_time_limit_end_an_endless_loop() {
     let Some(mut program) = program(&[0xeb, 0xfe]) else { return };
     let limit = Duration::from_millis(5);
-    let exit = program.processor.run(&mut program.registers, &mut program.pages, Some(limit));
+    let exit = program.processor.run(SPACE, &mut program.registers, &mut program.pages, Some(limit));
     assert_eq!((exit, program.registers.rip), (UserExit::Interrupted, CODE));
     let kicker = program.processor.kicker();
     kicker.kick();

@@ -505,9 +505,7 @@ fn bound(cpu: &mut Cpu, op: &Op) -> Step {
 // ---- identification, time, model-specific registers ----
 
 fn cpuid(cpu: &mut Cpu, op: &Op) -> Step {
-    if cpu.shared.user_mode.is_some() {
-        crate::lend::note_cpuid(cpu, cpu.op_rip(op));
-    }
+    crate::lend::note_trapped(cpu, cpu.op_rip(op));
     let [eax, ebx, ecx, edx] = cpu.cpuid(cpu.regs[RAX] as u32, cpu.regs[RCX] as u32);
     cpu.regs[RAX] = u64::from(eax);
     cpu.regs[RBX] = u64::from(ebx);
@@ -567,7 +565,8 @@ fn wrmsr(cpu: &mut Cpu, op: &Op) -> Step {
     cpu.end_block(op)
 }
 
-fn xgetbv(cpu: &mut Cpu, _op: &Op) -> Step {
+fn xgetbv(cpu: &mut Cpu, op: &Op) -> Step {
+    crate::lend::note_trapped(cpu, cpu.op_rip(op));
     if cpu.cr4 & cr4::OSXSAVE == 0 {
         return cpu.raise_ud();
     }

@@ -33,6 +33,7 @@ fn prepare(cpu: &mut Cpu, op: &Op, intent: Intent) -> Result<(u64, usize, u64), 
     if cpu.cr0 & cr0::TS != 0 {
         return cpu.raise(vector::NM);
     }
+    crate::lend::note_trapped(cpu, cpu.op_rip(op));
     let asked = cpu.regs[RDX] << 32 | cpu.regs[RAX] & 0xffff_ffff;
     let components = asked & cpu.xcr0;
     let size = if components & AVX_STATE != 0 { WHOLE } else { AVX_AT };

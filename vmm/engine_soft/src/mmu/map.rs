@@ -50,6 +50,12 @@ impl Mapped {
         }
     }
 
+    /// Empties the page log, as a snapshot does.
+    #[cfg(test)]
+    pub(crate) fn clear_log(&self) {
+        self.log().take_dirty();
+    }
+
     fn log(&self) -> &PageLog {
         let mapping: &MmapRegion<PageLog> = &self.region;
         mapping.bitmap()

@@ -5,6 +5,7 @@
 
 pub(crate) mod access;
 pub(crate) mod map;
+pub(crate) mod path;
 pub(crate) mod tlb;
 pub(crate) mod walk;
 
@@ -68,6 +69,29 @@ pub(crate) struct PagingConfig {
     pub smap: bool,
 }
 
+/// Flushes of translations, for whoever keeps translations elsewhere.
+#[derive(Default)]
+pub(crate) struct Flushes {
+    /// How often everything was flushed.
+    pub whole: u64,
+    /// Addresses whose pages were, since that or since somebody took them away.
+    pub pages: Vec<u64>,
+}
+
+impl Flushes {
+    /// Longer lists are as good as everything.
+    const MOST_PAGES: usize = 64;
+
+    fn all(&mut self) {
+        self.whole += 1;
+        self.pages.clear();
+    }
+
+    fn page(&mut self, va: u64) {
+        if self.pages.len() < Self::MOST_PAGES { self.pages.push(va) } else { self.all() }
+    }
+}
+
 /// Translation state of one processor.
 pub(crate) struct Mmu {
     pub config: PagingConfig,
@@ -88,7 +112,8 @@ pub(crate) struct Mmu {
     pub code_generation: u64,
     /// Pages of code that are kept under that generation.
     code_pages: AddressFilter,
-    page_flushes: u64,
+    /// What was flushed since somebody looked.
+    pub flushes: Flushes,
     /// Times that only the address space was switched: code in the upper half stays known then.
     space_switches: u64,
     /// Code in the upper half was fetched from a page that is not global.
@@ -113,7 +138,7 @@ impl Mmu {
             pdpte: [0; 4],
             code_generation: 1,
             code_pages: AddressFilter::new(),
-            page_flushes: 0,
+            flushes: Flushes::default(),
             space_switches: 0,
             upper_half_is_local: false,
             running: [u64::MAX; 2],
@@ -171,6 +196,7 @@ impl Mmu {
 
     /// Forgets all translations.
     pub(crate) fn flush(&mut self) {
+        self.flushes.all();
         self.tlb.flush();
         self.upper_half_is_local = false;
         self.forget_code();
@@ -179,6 +205,7 @@ impl Mmu {
     /// Takes over another CR3 and forgets all translations that are not global.
     pub(crate) fn switch_space(&mut self, cr3: u64) {
         self.config.cr3 = cr3;
+        self.flushes.all();
         if self.upper_half_is_local {
             self.flush();
         } else {
@@ -201,7 +228,7 @@ impl Mmu {
 
     /// Forgets the translations of the page that holds `va`.
     pub(crate) fn flush_page(&mut self, va: u64) {
-        self.page_flushes += 1;
+        self.flushes.page(va);
         // Most pages that are flushed never held code: the dispatcher keeps what it knows.
         if self.tlb.flush_page(va) || self.code_pages.may_contain(va / PAGE) {
             self.forget_code();
@@ -216,11 +243,6 @@ impl Mmu {
     /// Notes that a translation of a code address is kept under the present [`Mmu::code_generation`].
     pub(crate) fn note_code_address(&mut self, va: u64) {
         self.code_pages.add(va / PAGE);
-    }
-
-    /// Grows whenever any translation was forgotten or code changed.
-    pub(crate) fn generation(&self) -> u64 {
-        self.code_generation + self.page_flushes + self.space_switches
     }
 
     /// Marks every page that could still be written without passing through the slow path as written, then

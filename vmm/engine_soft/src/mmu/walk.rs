@@ -3,14 +3,14 @@
 use super::{Intent, Mmu, PAGE, PHYSICAL_BITS, Paging, Rights};
 use crate::native::mem::Word;
 
-const PRESENT: u64 = 1;
-const WRITABLE: u64 = 1 << 1;
-const USER: u64 = 1 << 2;
-const ACCESSED: u64 = 1 << 5;
-const DIRTY: u64 = 1 << 6;
-const LARGE: u64 = 1 << 7;
+pub(super) const PRESENT: u64 = 1;
+pub(super) const WRITABLE: u64 = 1 << 1;
+pub(super) const USER: u64 = 1 << 2;
+pub(crate) const ACCESSED: u64 = 1 << 5;
+pub(crate) const DIRTY: u64 = 1 << 6;
+pub(super) const LARGE: u64 = 1 << 7;
 const GLOBAL: u64 = 1 << 8;
-const NO_EXECUTE: u64 = 1 << 63;
+pub(super) const NO_EXECUTE: u64 = 1 << 63;
 
 /// Bits of a #PF error code.
 pub(crate) mod error {
@@ -22,7 +22,7 @@ pub(crate) mod error {
 }
 
 /// Address bits of an 8-byte entry.
-const ADDRESS: u64 = ((1 << PHYSICAL_BITS) - 1) & !(PAGE - 1);
+pub(super) const ADDRESS: u64 = ((1 << PHYSICAL_BITS) - 1) & !(PAGE - 1);
 /// Bits 51 down to the physical width: must be zero.
 const RESERVED_HIGH: u64 = ((1 << 52) - 1) & !((1 << PHYSICAL_BITS) - 1);
 
@@ -215,7 +215,7 @@ impl Mmu {
     }
 
     /// Reads a page-table entry; what is not memory reads as not present.
-    fn read_entry<W: Word>(&self, at: u64) -> W {
+    pub(super) fn read_entry<W: Word>(&self, at: u64) -> W {
         self.map.page(at).map_or(W::default(), |page| W::load(page.ptr(at)))
     }
 

@@ -8,6 +8,7 @@ pub(crate) mod host;
 pub(crate) mod mem;
 pub(crate) mod mxcsr;
 pub(crate) mod random;
+pub(crate) mod thread_time;
 pub(crate) mod thunk;
 pub(crate) mod tsc;
 pub(crate) mod wide;

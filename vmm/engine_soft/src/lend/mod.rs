@@ -1,22 +1,27 @@
 //! Lending user code to the host's processor ([`harrier_engine::user_mode`]): when, with what, and until when.
 //!
-//! A loan costs some tens of microseconds, in which the software processor executes thousands of instructions.
+//! A loan costs some forty microseconds, in which the software processor executes ten thousand instructions.
 //! So code is lent after it has stayed in user mode for a whole slice, and at once while loans turn out long;
 //! where they turn out short, the next tries come ever later.
 
-use std::collections::HashSet;
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+mod lens;
+mod spaces;
+
+use std::collections::{HashMap, HashSet};
+use std::time::Duration;
 
 use harrier_engine::cpu_state::MpState;
-use harrier_engine::user_mode::{UserAccess, UserExit, UserMemory, UserPage, UserProcessor, UserRegisters};
+use harrier_engine::user_mode::{UserCode, UserExit, UserProcessor, UserRegisters};
 
 use crate::cpu::{Cpu, DS, ES, FS, GS, SS, cr4, rflags};
-use crate::decode::block::note_code;
-use crate::mmu::{Intent, PAGE, Rights};
+use crate::exception::dr6;
+use crate::mmu::{Intent, PAGE, PagingConfig, Rights};
+use crate::native::thread_time;
+use lens::Lens;
+use spaces::{Spaces, Stale};
 
-/// A loan that lasted this long was worth it.
-const LONG: Duration = Duration::from_micros(150);
+/// A loan that took this long, all told, was worth it.
+const LONG: Duration = Duration::from_micros(70);
 /// Short loans in a row after which code is lent only once a slice again.
 const SHORT_IN_A_ROW: u32 = 3;
 /// Most slices between two tries.
@@ -24,40 +29,71 @@ const LONGEST_REST: u32 = 64;
 /// Longest loan: the run loop shall look around now and then.
 const LIMIT: Duration = Duration::from_millis(100);
 
-/// Most pages with CPUID that are remembered; a guest could have them all over its memory.
-const MOST_CPUID_PAGES: usize = 4096;
+/// Most pages of code that are remembered; a guest could have them all over its memory.
+const MOST_CODE_PAGES: usize = 1 << 16;
 
-/// Pages that user mode on the processor may write, and whether it has to forget what it knows.
+/// What user mode on the processor may do with pages of memory, in whichever address space they are.
 #[derive(Debug, Default)]
 pub(crate) struct LentPages {
+    /// Grows whenever less may be done.
+    age: u64,
+    /// Pages that could be written unseen at some time since they were protected last.
     writable: HashSet<u64>,
-    stale: bool,
-    /// Pages of which CPUID was executed, and which were not written since.
-    cpuid: HashSet<u64>,
+    /// Versions of the pages of code that were not written since.
+    code: HashMap<u64, u64>,
+    last_version: u64,
+    /// Pages of which an instruction was executed that user mode must not execute itself, and which were not written since.
+    trapped: HashSet<u64>,
 }
 
 impl LentPages {
-    /// User mode has to forget its translations before the next loan.
-    pub(crate) fn forget(&mut self) {
-        self.stale = true;
+    fn age(&self) -> u64 {
+        self.age
     }
 
-    /// User mode forgets its translations now.
-    fn forgotten(&mut self) {
-        self.writable.clear();
-        self.stale = false;
+    /// What may be written unseen has to be looked at again.
+    pub(crate) fn forget(&mut self) {
+        self.age += 1;
     }
 
     /// A page that held code was written.
     pub(crate) fn written(&mut self, page: u64) {
-        self.cpuid.remove(&page);
+        if self.code.remove(&page).is_some() | self.trapped.remove(&page) {
+            self.age += 1;
+        }
     }
 
     /// The page at this guest physical address is no longer to be written unseen; true if it could be.
     pub(crate) fn protect(&mut self, gpa: u64) -> bool {
-        let could = self.writable.contains(&(gpa & !(PAGE - 1)));
-        self.stale |= could;
+        let could = self.writable.remove(&(gpa & !(PAGE - 1)));
+        self.age += u64::from(could);
         could
+    }
+
+    fn lend_writable(&mut self, gpa: u64) {
+        self.writable.insert(gpa);
+    }
+
+    fn lend_code(&mut self, gpa: u64) -> UserCode {
+        if self.code.len() >= MOST_CODE_PAGES {
+            self.code.clear();
+            self.age += 1;
+        }
+        let version = *self.code.entry(gpa).or_insert_with(|| {
+            self.last_version += 1;
+            self.last_version
+        });
+        UserCode { version, trapped: self.trapped.contains(&gpa) }
+    }
+
+    fn has_version(&self, gpa: u64, version: u64) -> bool {
+        self.code.get(&gpa) == Some(&version)
+    }
+
+    fn trapped(&mut self, gpa: u64) {
+        if self.trapped.len() < MOST_CODE_PAGES && self.trapped.insert(gpa) && self.code.remove(&gpa).is_some() {
+            self.age += 1;
+        }
     }
 }
 
@@ -65,8 +101,10 @@ impl LentPages {
 pub(crate) struct Lending {
     processor: Box<dyn UserProcessor>,
     registers: UserRegisters,
-    /// Generation of the translations that the borrower has.
-    generation: u64,
+    /// What the borrower has.
+    spaces: Spaces,
+    /// How page tables looked then, but for their root.
+    paging: PagingConfig,
     /// Loans are long at present: lend whenever user mode begins.
     hot: bool,
     short_in_a_row: u32,
@@ -83,7 +121,8 @@ impl Lending {
         Lending {
             processor,
             registers: UserRegisters::default(),
-            generation: 0,
+            spaces: Spaces::default(),
+            paging: PagingConfig::default(),
             hot: false,
             short_in_a_row: 0,
             rest: 0,
@@ -115,23 +154,49 @@ impl Lending {
 
     /// Lends the processor's user mode until something else is to be done. An error ends lending for good.
     pub(crate) fn lend(&mut self, cpu: &mut Cpu) -> Result<(), String> {
-        if cpu.lent.stale || self.generation != cpu.mmu.generation() {
-            self.processor.forget_translations();
-            cpu.lent.forgotten();
-            self.generation = cpu.mmu.generation();
-        }
+        let root = self.space(cpu);
         self.take_from(cpu);
         let now_ns = cpu.shared.clock.host_ns();
         let left = cpu.next_deadline_ns().map(|at| Duration::from_nanos(at.saturating_sub(now_ns)));
         let limit = left.unwrap_or(LIMIT).min(LIMIT);
         self.loans += 1;
-        let begin = Instant::now();
-        let exit = self.processor.run(&mut self.registers, &mut Lens(cpu), Some(limit));
-        self.learn(begin.elapsed(), &exit);
+        let begin = thread_time::now();
+        let mut lens = Lens { cpu, spaces: &mut self.spaces, root };
+        let exit = self.processor.run(root, &mut self.registers, &mut lens, Some(limit));
+        self.learn(thread_time::now().saturating_sub(begin), &exit);
         if let UserExit::Failed(reason) = exit {
             return Err(reason);
         }
-        self.give_to(cpu)
+        self.give_to(cpu)?;
+        if exit == UserExit::Stepped {
+            cpu.debug_trap |= dr6::BS;
+        }
+        Ok(())
+    }
+
+    /// The address space that is lent now, without what does not hold any longer.
+    fn space(&mut self, cpu: &mut Cpu) -> u64 {
+        let root = cpu.mmu.config.cr3 & !(PAGE - 1);
+        let paging = PagingConfig { cr3: 0, ..cpu.mmu.config };
+        if paging != self.paging {
+            self.paging = paging;
+            self.spaces.clear();
+            self.processor.forget_translations();
+        }
+        if let Some(other) = self.spaces.make_room(root) {
+            self.processor.forget_space(other);
+        }
+        match self.spaces.compare(root, &mut cpu.mmu, &cpu.lent) {
+            Stale::Nothing => {}
+            Stale::Pages(vas) => {
+                if self.processor.forget_pages(root, &vas) {
+                    self.spaces.remove(root);
+                    self.spaces.make_room(root);
+                }
+            }
+            Stale::Everything => self.processor.forget_space(root),
+        }
+        root
     }
 
     fn learn(&mut self, lasted: Duration, exit: &UserExit) {
@@ -168,14 +233,14 @@ impl Lending {
     }
 }
 
-/// Remembers that the code at this address is CPUID, if it is user mode's.
-pub(crate) fn note_cpuid(cpu: &mut Cpu, rip: u64) {
-    if cpu.cpl == 3
+/// Remembers that the code at this address is an instruction that user mode must not execute itself, such as CPUID.
+pub(crate) fn note_trapped(cpu: &mut Cpu, rip: u64) {
+    if cpu.shared.user_mode.is_some()
+        && cpu.cpl == 3
         && cpu.code64()
         && let Ok(translation) = cpu.mmu.walk(rip, Rights::User, Intent::Fetch)
-        && cpu.lent.cpuid.len() < MOST_CPUID_PAGES
     {
-        cpu.lent.cpuid.insert(translation.gpa & !(PAGE - 1));
+        cpu.lent.trapped(translation.gpa & !(PAGE - 1));
     }
 }
 
@@ -198,53 +263,12 @@ fn can_be_lent(cpu: &Cpu) -> bool {
         && cpu.tsc_offset == 0
 }
 
-/// The guest's page tables as the borrower may see them.
-struct Lens<'a>(&'a mut Cpu);
-
-impl UserMemory for Lens<'_> {
-    fn translate(&mut self, va: u64, access: UserAccess) -> Option<UserPage> {
-        let cpu = &mut *self.0;
-        if !cpu.canonical(va) {
-            return None;
-        }
-        let intent = match access {
-            UserAccess::Read => Intent::Read,
-            UserAccess::Write => Intent::Write,
-            UserAccess::Fetch => Intent::Fetch,
-        };
-        let translation = cpu.mmu.walk(va, Rights::User, intent).ok()?;
-        let gpa = translation.gpa & !(PAGE - 1);
-        if cpu.lapic.claims(gpa, cpu.msrs.apic_base) {
-            return None;
-        }
-        let map = Arc::clone(&cpu.mmu.map);
-        let page = map.page(gpa)?;
-        let possible = translation.writable && !page.read_only() && page.code() == 0;
-        let writable = match access {
-            UserAccess::Write if !possible => return None,
-            UserAccess::Write => {
-                page.mark_dirty();
-                true
-            }
-            // A page that is in the log already needs no fault to get there.
-            UserAccess::Read | UserAccess::Fetch => possible && page.is_dirty(),
-        };
-        let executable = access == UserAccess::Fetch;
-        let writable = writable && !executable;
-        if writable {
-            cpu.lent.writable.insert(gpa);
-        }
-        if executable {
-            // Whoever writes there has to say so.
-            note_code(cpu, gpa, PAGE as usize);
-        }
-        Some(UserPage { gpa, writable, executable, cpuid: cpu.lent.cpuid.contains(&gpa) })
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use harrier_engine::Kicker;
+    use harrier_engine::user_mode::UserMemory;
 
     use super::*;
     use crate::testing::{flat_vcpu, memory};
@@ -261,6 +285,7 @@ mod tests {
     impl UserProcessor for Borrower {
         fn run(
             &mut self,
+            _space: u64,
             registers: &mut UserRegisters,
             _memory: &mut dyn UserMemory,
             _limit: Option<Duration>,
@@ -270,6 +295,10 @@ mod tests {
             registers.xsave[512] = 2;
             UserExit::Software
         }
+        fn forget_pages(&mut self, _space: u64, _vas: &[u64]) -> bool {
+            false
+        }
+        fn forget_space(&mut self, _space: u64) {}
         fn forget_translations(&mut self) {}
         fn kicker(&self) -> Arc<dyn Kicker> {
             Arc::new(Nobody)
@@ -318,12 +347,25 @@ mod tests {
     }
 
     #[test]
-    fn a_page_that_gets_code_is_taken_from_the_borrower() {
+    fn a_page_that_gets_code_or_whose_code_changes_makes_the_borrower_look_again() {
         let mut lent = LentPages::default();
-        lent.writable.insert(0x5000);
-        assert!(!lent.protect(0x6000) && !lent.stale);
-        assert!(lent.protect(0x5123) && lent.stale);
-        lent.forgotten();
-        assert!(!lent.protect(0x5000) && !lent.stale);
+        lent.lend_writable(0x5000);
+        assert!(!lent.protect(0x6000));
+        assert_eq!(lent.age(), 0);
+        assert!(lent.protect(0x5123));
+        assert_eq!(lent.age(), 1);
+        assert!(!lent.protect(0x5000));
+        let first = lent.lend_code(0x7000);
+        assert_eq!(lent.lend_code(0x7000), first);
+        assert!(!first.trapped && lent.has_version(0x7000, first.version));
+        lent.trapped(0x7000);
+        assert_eq!(lent.age(), 2);
+        let second = lent.lend_code(0x7000);
+        assert!(second.trapped && second.version != first.version);
+        lent.written(0x7000);
+        assert_eq!(lent.age(), 3);
+        assert!(!lent.has_version(0x7000, second.version) && !lent.lend_code(0x7000).trapped);
+        lent.written(0x8000);
+        assert_eq!(lent.age(), 3);
     }
 }
