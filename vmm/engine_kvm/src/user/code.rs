@@ -239,9 +239,7 @@ fn looks_like_code(bytes: &[u8]) -> bool {
 
 /// Decodes from 0 to the instruction that holds the byte at `opcode`: whether it is the right one, and that byte its opcode.
 fn is_instruction(code: &[u8], opcode: usize, is_it: impl Fn(&Instruction) -> bool) -> bool {
-    let is_prefix = |byte: &u8| {
-        matches!(byte, 0x26 | 0x2e | 0x36 | 0x3e | 0x40..=0x4f | 0x64..=0x67 | 0xf0 | 0xf2 | 0xf3)
-    };
+    let is_prefix = |byte: &u8| matches!(byte, 0x26 | 0x2e | 0x36 | 0x3e | 0x40..=0x4f | 0x64..=0x67 | 0xf0 | 0xf2 | 0xf3);
     let mut decoder = Decoder::new(64, code, DecoderOptions::NONE);
     loop {
         let begin = decoder.position();
@@ -369,7 +367,10 @@ mod tests {
         let code_of = |version| UserCode { version, trapped: false };
         let page = code_with(PLACE, &[0x0f, 0xa2, 0x90]);
         let before = || vec![0x90; CONTEXT];
-        assert_eq!(searches.search(0x5000, code_of(1), Vec::new, || Some(page.clone())).unwrap().sites.len(), 1);
+        assert_eq!(
+            searches.search(0x5000, code_of(1), Vec::new, || Some(page.clone())).unwrap().sites.len(),
+            1
+        );
         assert_eq!(searches.search(0x5000, code_of(1), before, || Some(page)).unwrap().sites.len(), 1);
         assert_eq!(searches.search(0x5000, code_of(1), before, || panic!("known")).unwrap().sites.len(), 1);
         assert_eq!(searches.search(0x5000, code_of(2), before, || Some(code())), Some(&Found::default()));

@@ -104,12 +104,6 @@ impl UserMode for KvmUserMode {
         };
         fd.set_cpuid2(&self.supported).map_err(refused("set the CPUID of a vCPU"))?;
         let components = cpuid::xsave_components(&self.supported);
-        Ok(Box::new(KvmUserProcessor::new(
-            Arc::clone(&self.shared),
-            fd,
-            index,
-            components,
-            self.forbidden,
-        )?))
+        Ok(Box::new(KvmUserProcessor::new(Arc::clone(&self.shared), fd, index, components, self.forbidden)?))
     }
 }

@@ -27,11 +27,7 @@ pub(super) struct Pages {
 }
 
 impl Pages {
-    pub(super) fn new(
-        shared: Arc<Shared>,
-        index: u32,
-        forbidden: Forbidden,
-    ) -> Result<Pages, EngineError> {
+    pub(super) fn new(shared: Arc<Shared>, index: u32, forbidden: Forbidden) -> Result<Pages, EngineError> {
         let tables = Tables::new(index)?;
         shared.slots().map(&shared.fd, tables.region(), false)?;
         Ok(Pages {
@@ -166,7 +162,9 @@ impl Pages {
             let page = va.checked_sub(PAGE).and_then(|va| memory.peek(va)).and_then(|gpa| shared.page(gpa));
             page.map_or(Vec::new(), |page| page.get(PAGE_SIZE - code::CONTEXT..).unwrap_or_default().to_vec())
         };
-        let Some(found) = self.searches.search(gpa, code, before, || shared.page(gpa)) else { return Ok(None) };
+        let Some(found) = self.searches.search(gpa, code, before, || shared.page(gpa)) else {
+            return Ok(None);
+        };
         let mut sites = found.sites.clone();
         let tail = found.tail;
         self.open_ended.remove(&(space, va));

@@ -10,9 +10,7 @@ use std::time::Duration;
 use harrier_engine::cpu_state::{Segment, msr};
 use harrier_engine::user_mode::{UserAccess, UserExit, UserMemory, UserPage, UserProcessor, UserRegisters};
 use harrier_engine::{EngineError, Kicker};
-use kvm_bindings::{
-    KVM_MAX_XCRS, Msrs, kvm_dtable, kvm_msr_entry, kvm_segment, kvm_sregs, kvm_xcrs,
-};
+use kvm_bindings::{KVM_MAX_XCRS, Msrs, kvm_dtable, kvm_msr_entry, kvm_segment, kvm_sregs, kvm_xcrs};
 use kvm_ioctls::{SyncReg, VcpuFd};
 
 use super::Shared;
@@ -74,7 +72,10 @@ enum Stand {
 /// What led out of user mode.
 enum Event {
     None,
-    PageFault { va: u64, access: UserAccess },
+    PageFault {
+        va: u64,
+        access: UserAccess,
+    },
     /// The trap after an instruction, which user mode has asked for.
     Stepped,
     Other,
@@ -441,7 +442,8 @@ impl UserProcessor for KvmUserProcessor {
         }
         if let Some((of, va, access)) = self.missing.take()
             && of == space
-            && let Err(err) = self.pages.root(space, memory).and_then(|_| self.pages.map(space, memory, va, access))
+            && let Err(err) =
+                self.pages.root(space, memory).and_then(|_| self.pages.map(space, memory, va, access))
         {
             return UserExit::Failed(err.to_string());
         }

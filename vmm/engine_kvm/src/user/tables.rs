@@ -10,9 +10,9 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use super::code::TRAP;
 use harrier_engine::memory::PAGE_SIZE;
 use harrier_engine::{EngineError, GuestRegion, PageLog};
-use super::code::TRAP;
 use vm_memory::bitmap::NewBitmap;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes, GuestAddress, MemoryRegionAddress};
@@ -67,8 +67,7 @@ pub(super) const SYSCALL_STUB: u64 = 256;
 pub(super) const CLEAR: u64 = STUBS + CLEAR_OFFSET;
 const CLEAR_OFFSET: u64 = (SYSCALL_STUB + 1) * STUB_BYTES;
 /// lodsq; mov qword [rax], 0; dec ecx; jnz to the begin; hlt
-const CLEAR_CODE: [u8; 14] =
-    [0x48, 0xad, 0x48, 0xc7, 0x00, 0, 0, 0, 0, 0xff, 0xc9, 0x75, 0xf3, 0xf4];
+const CLEAR_CODE: [u8; 14] = [0x48, 0xad, 0x48, 0xc7, 0x00, 0, 0, 0, 0, 0xff, 0xc9, 0x75, 0xf3, 0xf4];
 /// Where that HLT is.
 pub(super) const CLEARED: u64 = CLEAR + CLEAR_CODE.len() as u64 - 1;
 /// Addresses of entries, for [`CLEAR`].

@@ -91,7 +91,10 @@ impl LentPages {
     }
 
     fn trapped(&mut self, gpa: u64) {
-        if self.trapped.len() < MOST_CODE_PAGES && self.trapped.insert(gpa) && self.code.remove(&gpa).is_some() {
+        if self.trapped.len() < MOST_CODE_PAGES
+            && self.trapped.insert(gpa)
+            && self.code.remove(&gpa).is_some()
+        {
             self.age += 1;
         }
     }

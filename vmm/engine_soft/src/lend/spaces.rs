@@ -86,7 +86,8 @@ impl Group {
         let Some(page) = mmu.map.page(gpa) else { return false };
         let written_unseen = !writable || page.is_dirty() && page.code() == 0;
         let version = self.code.get(&(index as u16));
-        written_unseen && version.is_none_or(|&version| lent.has_version(gpa, version) && page.code() == u64::MAX)
+        written_unseen
+            && version.is_none_or(|&version| lent.has_version(gpa, version) && page.code() == u64::MAX)
     }
 
     fn drop(&mut self, index: usize) {
