@@ -100,6 +100,10 @@ pub(crate) struct RunConfig {
     pub(crate) attempt: Option<PathBuf>,
     /// Where the command's stderr goes, if not to this program's.
     pub(crate) stderr: Option<PathBuf>,
+    /// Nothing is to run: the machine becomes this template as soon as it could run something.
+    pub(crate) template: Option<PathBuf>,
+    /// What it is made of has no command yet.
+    pub(crate) is_warm: bool,
     pub(crate) workload: Workload,
     /// Files of the command.
     pub(crate) files: FilesConfig,
@@ -219,6 +223,8 @@ impl RunConfig {
             attempt: flags.attempt,
             stderr: flags.stderr,
             limits: LimitsConfig::from_flags(&flags.limits)?,
+            template: flags.template,
+            is_warm: false,
             files: FilesConfig::from_flags(&flags.files, flags.workdir.as_ref().map(|dir| dir.as_bytes()))?,
             workload,
             interactive: flags.interactive,

@@ -164,6 +164,12 @@ pub(crate) struct RunFlags {
     /// Where the command's stderr goes, for workers.
     #[arg(long, value_name = "FILE", hide = true)]
     pub(crate) stderr: Option<PathBuf>,
+    /// Make a template for warm starts instead of running the command, for workers.
+    #[arg(long, value_name = "DIR", hide = true)]
+    pub(crate) template: Option<PathBuf>,
+    /// Start in a copy of this template, for workers.
+    #[arg(long, value_name = "DIR", hide = true, conflicts_with = "template")]
+    pub(crate) warm: Option<PathBuf>,
     /// The snapshot that the machine is made of; set by `harrier restore`.
     #[arg(skip)]
     pub(crate) restore: Option<PathBuf>,

@@ -31,6 +31,7 @@ mod snapshots;
 mod stdout_check;
 mod table;
 mod terminal;
+mod warm;
 
 use std::io::{IsTerminal, Write};
 use std::panic::catch_unwind;

@@ -28,7 +28,7 @@ use crate::monitor::{self, Monitor};
 use crate::report::{self, RunRecord};
 use crate::signals::{Interrupter, Interruption, SignalThread};
 use crate::snapshots::{self, Checkpoints, KeptByHost, Snapshots};
-use crate::{disks, engines, guest_files, run_command, run_console, runtime_dir};
+use crate::{disks, engines, guest_files, run_command, run_console, runtime_dir, warm};
 
 /// The context id of a guest; 0 to 2 have meanings of their own (virtio 1.2, section 5.10.4).
 const GUEST_CID: u32 = 3;
@@ -113,7 +113,14 @@ fn run_recorded(flags: RunFlags, run: &mut Run<'_>) -> Result<u8, Failure> {
     })?;
     let config = match flags.restore.clone() {
         Some(folder) => snapshots::restored_config(flags, &folder, remarks)?,
-        None => RunConfig::from_flags(flags, |name| std::env::var_os(name), remarks)?,
+        None => {
+            let template = flags.warm.clone();
+            let config = RunConfig::from_flags(flags, |name| std::env::var_os(name), remarks)?;
+            match template {
+                Some(folder) => warm::from_template(config, &folder)?,
+                None => config,
+            }
+        }
     };
     let interrupter = run.interrupter.clone();
     let signals = SignalThread::start(interrupter.clone()).map_err(|err| {

@@ -66,6 +66,10 @@ pub(crate) fn run(
     };
     let (session, begun) = match &config.restore {
         None => (new_session()?, Begun::Not(stdio)),
+        Some(restored) if config.is_warm => {
+            let restored_session = restored_session(prepared.machine.identity())?;
+            (crate::warm::session(restored.chain.snapshot(), &restored_session)?, Begun::Not(stdio))
+        }
         Some(restored) => {
             let (session, command) =
                 resume_session(restored.chain.snapshot(), prepared.machine.identity(), stdio)?;
@@ -92,13 +96,21 @@ pub(crate) fn run(
             |err| Failure::new(format!("no thread for the machine ({err}): raise the limit of processes")),
         )?;
     let agent = prepared.agent.take();
+    if let Some(target) = &config.template {
+        let made = crate::warm::make(target, &session, agent, &handle);
+        session.machine_ended();
+        handle.stop();
+        // A machine that fails now has done what it was for.
+        drop(waiter.join());
+        return made.map(|()| 0);
+    }
     let result = connect(&session, begun, &spec, &config.files, agent, &handle, run).map(|command| {
         let command = command?;
         if let Some(monitor) = run.monitor {
             monitor.set_command(command.controller());
         }
         interrupter.set_command(command.controller());
-        if config.restore.is_none() {
+        if config.restore.is_none() || config.is_warm {
             tell_worker();
         }
         let outcome = command.wait()?;
@@ -147,19 +159,7 @@ fn resume_session(
     stdio: Stdio,
 ) -> Result<(Session, Command), Failure> {
     let state = crate::snapshots::read_session(snapshot)?;
-    let mut restored = Restored {
-        role: match identity.role {
-            snapshot::Role::Booted => Role::Same,
-            snapshot::Role::Restored => Role::Restored,
-            snapshot::Role::Clone => Role::Forked,
-            snapshot::Role::Migrated => Role::Migrated,
-        },
-        generation: u32::try_from(identity.generation).unwrap_or(u32::MAX),
-        clone_index: identity.clone_index,
-        ..Restored::default()
-    };
-    rustix::rand::getrandom(&mut restored.entropy, rustix::rand::GetRandomFlags::empty())
-        .map_err(|err| Failure::new(format!("the host gives no random numbers ({err})")))?;
+    let restored = restored_session(identity)?;
     let mut stdio = Some(stdio);
     let nowhere =
         || Stdio { stdin: Stdin::Empty, stdout: Box::new(io::sink()), stderr: Box::new(io::sink()) };
@@ -177,6 +177,24 @@ fn resume_session(
     })?;
     commands.for_each(|other| other.controller().cancel());
     Ok((session, command))
+}
+
+/// What the agent of a machine that is made of a snapshot is told.
+fn restored_session(identity: Identity) -> Result<Restored, Failure> {
+    let mut restored = Restored {
+        role: match identity.role {
+            snapshot::Role::Booted => Role::Same,
+            snapshot::Role::Restored => Role::Restored,
+            snapshot::Role::Clone => Role::Forked,
+            snapshot::Role::Migrated => Role::Migrated,
+        },
+        generation: u32::try_from(identity.generation).unwrap_or(u32::MAX),
+        clone_index: identity.clone_index,
+        ..Restored::default()
+    };
+    rustix::rand::getrandom(&mut restored.entropy, rustix::rand::GetRandomFlags::empty())
+        .map_err(|err| Failure::new(format!("the host gives no random numbers ({err})")))?;
+    Ok(restored)
 }
 
 /// Brings session and agent together and answers the machine's command; `None` if the machine ends before.

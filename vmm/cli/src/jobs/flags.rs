@@ -389,6 +389,9 @@ pub(crate) struct WorkerFlags {
     /// Checkpoints that are written, sent or fetched at a time.
     #[arg(long, value_name = "N", default_value_t = 2)]
     pub(crate) transfers: u32,
+    /// Jobs begin in copies of machines that have booted; these templates take up to so much. 0 boots every machine.
+    #[arg(long, value_name = "SIZE", default_value = "1G")]
+    pub(crate) warm: String,
     /// How long this worker may be silent before others get its jobs; suffixes ms, s, m. A coordinator decides itself.
     #[arg(long, value_name = "TIME", default_value = "30s")]
     pub(crate) lease: String,

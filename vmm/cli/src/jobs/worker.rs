@@ -52,6 +52,10 @@ pub(super) fn run(flags: WorkerFlags) -> Result<u8, Failure> {
         cpu_models: models(&found),
         labels: pairs("label", &flags.label)?.into_iter().collect(),
         transfers: flags.transfers,
+        warm_bytes: match flags.warm.as_str() {
+            "0" => 0,
+            text => parse_size(text).map_err(|err| Failure::new(format!("--warm: {err}")))?,
+        },
         policy: policy(flags.policy.as_deref())?,
         drain: flags.drain,
         jobs: flags.jobs,

@@ -26,7 +26,7 @@ fn section_name() -> String {
 }
 
 /// The session's state has a version of its own inside.
-const SESSION_VERSION: u32 = 1;
+pub(crate) const SESSION_VERSION: u32 = 1;
 
 fn session_section_name() -> String {
     harrier_jobs::session::SECTION.to_owned()

@@ -25,12 +25,12 @@ use crate::limits::LimitsConfig;
 use crate::units::parse_time;
 
 pub(crate) use fork::fork;
-pub(crate) use kept::{KeptByHost, open_own_disk, read_session};
+pub(crate) use kept::{KeptByHost, SESSION_VERSION, open_own_disk, read_session};
 pub(crate) use manage::run;
 pub(crate) use taker::{Checkpoints, Snapshots};
 
 /// The program that writes snapshots.
-const PRODUCER: &str = concat!("harrier ", env!("CARGO_PKG_VERSION"));
+pub(crate) const PRODUCER: &str = concat!("harrier ", env!("CARGO_PKG_VERSION"));
 /// How long a monitor may take for one: as long as a large memory takes to a slow disk.
 const TAKE_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
 
@@ -139,6 +139,8 @@ pub(crate) fn restored_config(flags: RunFlags, folder: &Path, remarks: bool) -> 
         seccomp: !flags.no_seccomp,
         attempt: flags.attempt,
         stderr: flags.stderr,
+        template: None,
+        is_warm: false,
         checkpoints: crate::config::parse_checkpoints(&flags.checkpoints)?,
         restore: Some(Restored { chain: Arc::new(chain), restoration }),
     })

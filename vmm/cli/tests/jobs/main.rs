@@ -7,3 +7,4 @@ mod network;
 mod owner;
 mod pool;
 mod survive;
+mod warm;

@@ -13,6 +13,7 @@ use super::checkpoint::Transfers;
 use super::lease_file::now_ns;
 use super::monitor::{AttemptRecord, Monitor};
 use super::runner::Runner;
+use super::warm::Warm;
 use crate::queue::{Checkpoint, LeaseKey, Reason, Wanted};
 use crate::store::{Claim, Store};
 
@@ -75,6 +76,7 @@ pub(super) struct Surroundings {
     pub(super) machines: PathBuf,
     pub(super) run_flags: Vec<OsString>,
     pub(super) transfers: Arc<Transfers>,
+    pub(super) warm: Arc<Warm>,
     pub(super) die_at: Option<String>,
     pub(super) say: Say,
     /// Wakes the worker when an attempt is over.
@@ -92,7 +94,8 @@ impl Attempt {
             let folder = around.folder(&claim.key);
             [folder.join("stdout"), folder.join("stderr")]
         });
-        let record = AttemptRecord { key: claim.key, output, job: claim.job, inputs: Vec::new(), from: None };
+        let (inputs, from, warm) = (Vec::new(), None, None);
+        let record = AttemptRecord { key: claim.key, output, job: claim.job, inputs, from, warm };
         Self::spawn(around, record, claim.checkpoints, None, until_ns)
     }
 

@@ -256,7 +256,7 @@ fn command(snapshot: &Snapshot) -> Result<CommandPlace, String> {
 }
 
 /// What a folder's files take on the disk.
-fn stored_bytes(folder: &Path) -> u64 {
+pub(super) fn stored_bytes(folder: &Path) -> u64 {
     let files = fs::read_dir(folder).into_iter().flatten().flatten();
     files.filter_map(|entry| entry.metadata().ok()).map(|metadata| metadata.blocks() * 512).sum()
 }

@@ -13,6 +13,7 @@ mod owner;
 pub mod policy;
 mod progress;
 mod runner;
+mod warm;
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -31,6 +32,7 @@ use self::checkpoint::Transfers;
 use self::lease_file::now_ns;
 use self::monitor::Monitor;
 use self::owner::OwnerWatch;
+use self::warm::Warm;
 use crate::queue::{Free, HostAd, LeaseKey, Reason, Wanted};
 use crate::store::{ClaimRequest, Store, StoreError, random_word};
 
@@ -91,6 +93,8 @@ pub struct Config {
     pub labels: BTreeMap<String, String>,
     /// Checkpoints that are written, sent or fetched at a time.
     pub transfers: u32,
+    /// What templates for warm starts may take on the disk, and in the page cache; 0 boots every machine.
+    pub warm_bytes: u64,
     /// What the host's owner allows.
     pub policy: Policy,
     /// End when nothing is left that can run here.
@@ -137,11 +141,15 @@ pub fn run(store: Arc<dyn Store>, config: &Config, say: Say, stop: &Stop) -> Res
         Err(fs::TryLockError::Error(err)) => return Err(state_error(err)),
     }
     let (wake, woken) = channel();
+    let machines = config.state.join("machines");
+    let warm = Warm::new(&config.program, &config.state, &machines, &config.run_flags, config.warm_bytes)
+        .map_err(state_error)?;
     let around = Surroundings {
         store,
         program: config.program.clone(),
         attempts,
-        machines: config.state.join("machines"),
+        machines,
+        warm,
         run_flags: config.run_flags.clone(),
         transfers: Transfers::new(config.transfers),
         die_at: config.die_at.clone(),

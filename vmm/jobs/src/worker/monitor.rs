@@ -77,6 +77,9 @@ pub(super) struct AttemptRecord {
     /// The checkpoint that it goes on from.
     #[serde(default)]
     pub(super) from: Option<Source>,
+    /// The template that its machine is a copy of.
+    #[serde(default)]
+    pub(super) warm: Option<PathBuf>,
 }
 
 /// A monitor process, our child or one that an earlier worker has left.
@@ -164,6 +167,9 @@ impl Monitor {
                 command.arg("--input-as").arg(words);
             }
             command.args(limits(&spec.limits));
+            if let Some(template) = &record.warm {
+                command.arg("--warm").arg(template);
+            }
             command.arg("--").args(&spec.command);
         }
         let log = File::options().create(true).append(true).open(folder.join(names::LOG))?;

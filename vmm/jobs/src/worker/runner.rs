@@ -216,6 +216,7 @@ impl Runner {
         if self.record.from.is_none() {
             // A machine that goes on has them.
             self.record.inputs = files::bring(self.around.store.as_ref(), &self.record, &folder)?;
+            self.record.warm = self.around.warm.template(&self.record.job.spec);
         }
         let until_ns = lock(&self.control).until_ns;
         self.lease_written = until_ns;
@@ -272,6 +273,9 @@ impl Runner {
         let report = Report::Started { engine: Some(engine.clone()), checkpoint };
         if self.around.store.report(&self.record.key, &report).is_ok() {
             match checkpoint {
+                None if self.record.warm.is_some() => {
+                    self.say(&format!("runs on engine {engine}, from a template"));
+                }
                 None => self.say(&format!("runs on engine {engine}")),
                 Some((epoch, number)) => {
                     self.progress.restore = self.begun.elapsed();
@@ -527,6 +531,9 @@ impl Runner {
             .and_then(|result| result.error)
             .or_else(|| monitor.last_words())
             .unwrap_or_else(|| "the monitor ended without a word".to_owned());
+        if let Some(template) = self.record.warm.as_ref().filter(|_| self.started.is_none()) {
+            self.around.warm.spoil(template);
+        }
         let restoring = self.record.from.is_some() && self.started.is_none();
         let reason = if restoring { Reason::RestoreFailed } else { Reason::MachineFailed };
         ended(reason, Some(detail), None)
