@@ -21,6 +21,7 @@ mod identity;
 mod init;
 mod isolate;
 mod limits;
+mod progress;
 mod root;
 mod session;
 mod spawn;

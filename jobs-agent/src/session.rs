@@ -9,8 +9,8 @@ use std::time::Duration;
 use harrier_agent_protocol::flow::FlowError;
 use harrier_agent_protocol::{
     AgentMessage, Attach, BootTimes, CommandSpec, CommandStatus, DATA_MAX, DecodeError, FailureKind,
-    FrameError, Hello, HostMessage, Inbox, LINGER_FOREVER, LogLevel, MAX_COMMANDS, MAX_SPEC, Outbox, Ready,
-    Reason, Role, Root, VERSION,
+    FrameError, GetSpec, Hello, HostMessage, Inbox, LINGER_FOREVER, LogLevel, MAX_COMMANDS, MAX_SPEC, Outbox,
+    PutSpec, Ready, Reason, Role, Root, VERSION,
 };
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -22,6 +22,7 @@ use crate::command::{Channel, Command, Interest};
 use crate::dial::{DIAL_LIMIT, Dialer, Redial};
 use crate::identity;
 use crate::limits::{self, Group};
+use crate::progress::ProgressFile;
 use crate::root::{self, MachineRoot};
 use crate::spawn::{self, StartError};
 use crate::sys;
@@ -105,12 +106,36 @@ struct State {
     is_attached: bool,
     /// How long to go on without a host.
     linger: Option<Duration>,
+    heart: Option<Heart>,
+    /// No command is begun.
+    quiet: Option<Quiet>,
     ending: Option<Ending>,
     scratch: Box<[u8]>,
 }
 
+/// Signs of life, as often as the host asks for them.
+struct Heart {
+    every: Duration,
+    next_ns: u64,
+    /// Inside a machine, once a command has been started.
+    progress: Option<ProgressFile>,
+}
+
+/// Until when nothing is begun.
+struct Quiet {
+    until_ns: u64,
+}
+
+/// What is to be begun when the machine may be loud again.
+enum Waiting {
+    Run(CommandSpec),
+    Put(PutSpec),
+    Get(GetSpec),
+}
+
 /// What an id stands for until the host releases it.
 enum Entry {
+    Waiting(Box<Waiting>),
     Command(Box<Command>),
     Transfer(Box<Transfer>),
     /// It did not start; whether the host has been told on the present connection.
@@ -155,6 +180,8 @@ impl Session {
             has_hello: false,
             is_attached: false,
             linger: Some(DIAL_LIMIT),
+            heart: None,
+            quiet: None,
             ending: None,
             scratch: vec![0; DATA_MAX].into_boxed_slice(),
         };
@@ -214,6 +241,7 @@ impl Session {
 
     /// Waits for events once and handles them.
     fn turn(&mut self) -> Result<Option<Ending>, SessionError> {
+        self.state.keep_time()?;
         self.flush();
         let mut redial_is_ready = false;
         for (source, flags) in self.wait()? {
@@ -275,7 +303,10 @@ impl Session {
         let state = &self.state;
         let mut sources = vec![Source::Signals];
         let mut entries = vec![PollFd::new(state.signals.as_fd(), PollFlags::POLLIN)];
-        let mut wake_ns = state.running().filter_map(Command::deadline_ns).min();
+        let quiet_ns = state.quiet.as_ref().map(|quiet| quiet.until_ns);
+        let beat_ns = state.heart.as_ref().filter(|_| state.is_attached).map(|heart| heart.next_ns);
+        let of_commands = state.running().filter_map(Command::deadline_ns);
+        let mut wake_ns = of_commands.chain(quiet_ns).chain(beat_ns).min();
         match &self.link {
             Link::Up { connection, .. } => {
                 let mut events = PollFlags::POLLIN;
@@ -353,14 +384,14 @@ impl State {
     fn running(&self) -> impl Iterator<Item = &Command> {
         self.commands.values().filter_map(|entry| match entry {
             Entry::Command(command) => Some(&**command),
-            Entry::Transfer(_) | Entry::Failed(..) => None,
+            Entry::Waiting(_) | Entry::Transfer(_) | Entry::Failed(..) => None,
         })
     }
 
     fn command(&mut self, id: u32) -> Option<&mut Command> {
         match self.commands.get_mut(&id) {
             Some(Entry::Command(command)) => Some(command),
-            Some(Entry::Transfer(_) | Entry::Failed(..)) | None => None,
+            Some(Entry::Waiting(_) | Entry::Transfer(_) | Entry::Failed(..)) | None => None,
         }
     }
 
@@ -399,35 +430,29 @@ impl State {
                     }
                     None => CommandSpec::decode(bytes)?,
                 };
-                self.run(id, &spec)?;
+                self.begin(id, Waiting::Run(spec))?;
             }
-            HostMessage::Put { id, spec } => {
-                let entry = self.enter(id, &spec.root.clone(), |id| Transfer::put(id, spec))?;
-                self.commands.insert(id, entry);
-            }
-            HostMessage::Get { id, spec } => {
-                let entry = self.enter(id, &spec.root, |id| Transfer::get(id, &spec))?;
-                self.commands.insert(id, entry);
-            }
+            HostMessage::Put { id, spec } => self.begin(id, Waiting::Put(spec))?,
+            HostMessage::Get { id, spec } => self.begin(id, Waiting::Get(spec))?,
             HostMessage::Stdin { id, offset, bytes } => match self.commands.get_mut(&id) {
                 Some(Entry::Command(command)) => command.receive_stdin(offset, bytes)?,
                 Some(Entry::Transfer(transfer)) => transfer.receive_stdin(offset, bytes)?,
-                Some(Entry::Failed(..)) | None => {}
+                Some(Entry::Waiting(_) | Entry::Failed(..)) | None => {}
             },
             HostMessage::StdinClose { id } => match self.commands.get_mut(&id) {
                 Some(Entry::Command(command)) => command.end_stdin(),
                 Some(Entry::Transfer(transfer)) => transfer.end_stdin(),
-                Some(Entry::Failed(..)) | None => {}
+                Some(Entry::Waiting(_) | Entry::Failed(..)) | None => {}
             },
             HostMessage::Ack { id, stream, offset } => match self.commands.get_mut(&id) {
                 Some(Entry::Command(command)) => command.ack(stream, offset)?,
                 Some(Entry::Transfer(transfer)) => transfer.ack(stream, offset)?,
-                Some(Entry::Failed(..)) | None => {}
+                Some(Entry::Waiting(_) | Entry::Failed(..)) | None => {}
             },
             HostMessage::CloseOutput { id, stream } => match self.commands.get_mut(&id) {
                 Some(Entry::Command(command)) => command.close_output(stream),
                 Some(Entry::Transfer(transfer)) => transfer.close_output(),
-                Some(Entry::Failed(..)) | None => {}
+                Some(Entry::Waiting(_) | Entry::Failed(..)) | None => {}
             },
             HostMessage::Signal { id, sequence, number } => {
                 if let Some(Entry::Command(command)) = self.commands.get_mut(&id) {
@@ -440,11 +465,13 @@ impl State {
                 }
             }
             HostMessage::Release { id } => self.release(id),
-            HostMessage::Quiesce { sequence, .. } => {
+            HostMessage::Quiesce { sequence, deadline_ms } => {
+                let until_ns = sys::monotonic_ns().saturating_add(u64::from(deadline_ms) * 1_000_000);
+                self.quiet = Some(Quiet { until_ns });
                 nix::unistd::sync();
                 AgentMessage::Quiesced { sequence }.send(&mut self.outbox);
             }
-            HostMessage::Thaw => {}
+            HostMessage::Thaw => self.thaw()?,
         }
         Ok(())
     }
@@ -453,7 +480,7 @@ impl State {
         let commands = self.commands.iter_mut().map(|(id, entry)| match entry {
             Entry::Command(command) => command.status(),
             Entry::Transfer(transfer) => transfer.status(),
-            Entry::Failed(..) => CommandStatus { id: *id, ..CommandStatus::default() },
+            Entry::Waiting(_) | Entry::Failed(..) => CommandStatus { id: *id, ..CommandStatus::default() },
         });
         AgentMessage::Ready(Ready {
             boot_id: self.boot_id,
@@ -479,10 +506,67 @@ impl State {
                 Some(Entry::Command(command)) => command.resume(host)?,
                 Some(Entry::Transfer(transfer)) => transfer.resume(host)?,
                 Some(Entry::Failed(_, is_said)) => *is_said = false,
+                Some(Entry::Waiting(_)) => {}
                 None => return Err(SessionError::UnknownCommand(host.id)),
             }
         }
         self.is_attached = true;
+        self.heart = (attach.heartbeat_ms > 0).then(|| {
+            let every = Duration::from_millis(attach.heartbeat_ms.into());
+            let mut progress = self.heart.take().and_then(|heart| heart.progress);
+            progress.iter_mut().for_each(ProgressFile::forget);
+            Heart { every, next_ns: sys::monotonic_ns(), progress }
+        });
+        // A machine that was restored in the middle of it is another one now.
+        self.thaw()
+    }
+
+    /// Says that it lives, and ends a quiet of which the host has not said the end.
+    fn keep_time(&mut self) -> Result<(), SessionError> {
+        let now_ns = sys::monotonic_ns();
+        if self.quiet.as_ref().is_some_and(|quiet| quiet.until_ns <= now_ns) {
+            self.thaw()?;
+        }
+        if let Some(heart) = self.heart.as_mut().filter(|heart| self.is_attached && heart.next_ns <= now_ns) {
+            heart.next_ns = now_ns.saturating_add(heart.every.as_nanos() as u64);
+            // A host that does not listen is not told.
+            if self.outbox.len() < DATA_MAX {
+                AgentMessage::Heartbeat { at_ns: now_ns }.send(&mut self.outbox);
+                self.say_progress();
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells what the progress file says, for the oldest command that runs.
+    fn say_progress(&mut self) {
+        let Some(file) =
+            self.heart.as_mut().filter(|_| self.is_attached).and_then(|heart| heart.progress.as_mut())
+        else {
+            return;
+        };
+        let command = self.commands.iter().find_map(|(id, entry)| match entry {
+            Entry::Command(command) if command.pid().is_some() => Some(*id),
+            _ => None,
+        });
+        if let Some(id) = command
+            && let Some(text) = file.news()
+        {
+            AgentMessage::Progress { id, text: &text }.send(&mut self.outbox);
+        }
+    }
+
+    /// Begins what had to wait.
+    fn thaw(&mut self) -> Result<(), SessionError> {
+        self.quiet = None;
+        let waiting: Vec<u32> = (self.commands.iter())
+            .filter_map(|(id, entry)| matches!(entry, Entry::Waiting(_)).then_some(*id))
+            .collect();
+        for id in waiting {
+            if let Some(Entry::Waiting(waiting)) = self.commands.remove(&id) {
+                self.begin(id, *waiting)?;
+            }
+        }
         Ok(())
     }
 
@@ -501,6 +585,8 @@ impl State {
             warn("the kernel's randomness cannot be renewed", sys::reseed(&attach.entropy));
         }
         warn("who the machine is cannot be noted", identity::write(attach));
+        // Who wants to know has a handler; for all others it means nothing.
+        self.running().for_each(|command| command.kill(libc::SIGCONT as u8));
     }
 
     /// The host wants to hear no more of a command.
@@ -523,16 +609,26 @@ impl State {
         Ok(())
     }
 
-    /// Runs a command. What keeps it from running is its end, which the host is told.
-    fn run(&mut self, id: u32, spec: &CommandSpec) -> Result<(), SessionError> {
+    /// Begins something, or keeps it for later. What keeps it from running is its end, which the host is told.
+    fn begin(&mut self, id: u32, what: Waiting) -> Result<(), SessionError> {
         if self.commands.contains_key(&id) {
             return Err(SessionError::IdInUse(id));
         }
-        let entry = match self.start(id, spec) {
-            Ok(command) => Entry::Command(Box::new(command)),
-            Err(error) => Entry::Failed(error, false),
+        let is_full = self.commands.len() >= MAX_COMMANDS;
+        let begun = match what {
+            _ if is_full => Err(StartError::other(format!("{MAX_COMMANDS} commands run already"))),
+            what if self.quiet.is_some() => Ok(Entry::Waiting(Box::new(what))),
+            Waiting::Run(spec) => self.start(id, &spec).map(|command| Entry::Command(Box::new(command))),
+            Waiting::Put(spec) => self
+                .make_ready(&spec.root)
+                .and_then(|()| Transfer::put(id, spec))
+                .map(|transfer| Entry::Transfer(Box::new(transfer))),
+            Waiting::Get(spec) => self
+                .make_ready(&spec.root)
+                .and_then(|()| Transfer::get(id, &spec))
+                .map(|transfer| Entry::Transfer(Box::new(transfer))),
         };
-        self.commands.insert(id, entry);
+        self.commands.insert(id, begun.unwrap_or_else(|error| Entry::Failed(error, false)));
         Ok(())
     }
 
@@ -548,33 +644,20 @@ impl State {
             }
             .map_err(StartError::other)?;
         }
+        if let Some(heart) = self.heart.as_mut().filter(|heart| heart.progress.is_none())
+            && matches!(self.place, Place::Machine(_))
+        {
+            // Without it nobody hears how far the command has come, and nothing else.
+            heart.progress = ProgressFile::make().ok();
+        }
         let group = Group::new(id, &spec.limits).map_err(StartError::other)?;
         let oom_kills = limits::oom_kills();
         let started = spawn::spawn(spec, group.as_ref())?;
         Ok(Command::new(id, started, group, oom_kills))
     }
 
-    /// Begins to copy a file, in the file system that it names.
-    fn enter(
-        &mut self,
-        id: u32,
-        root: &Root,
-        begin: impl FnOnce(u32) -> Result<Transfer, StartError>,
-    ) -> Result<Entry, SessionError> {
-        if self.commands.contains_key(&id) {
-            return Err(SessionError::IdInUse(id));
-        }
-        Ok(match self.make_ready(root).and_then(|()| begin(id)) {
-            Ok(transfer) => Entry::Transfer(Box::new(transfer)),
-            Err(error) => Entry::Failed(error, false),
-        })
-    }
-
-    /// Is there room for one more, and in this root file system?
+    /// Goes into a root file system, unless that is done.
     fn make_ready(&mut self, root: &Root) -> Result<(), StartError> {
-        if self.commands.len() >= MAX_COMMANDS {
-            return Err(StartError::other(format!("{MAX_COMMANDS} commands run already")));
-        }
         match &mut self.place {
             Place::Machine(machine) => {
                 let warning = machine.enter(root).map_err(|error| StartError::other(error.to_string()))?;
@@ -598,6 +681,8 @@ impl State {
     /// Reaps every process that has ended: commands, and orphans that fell to the agent.
     fn reap(&mut self) -> Result<(), SessionError> {
         while let Ok(Some(_)) = self.signals.read_signal() {}
+        // The last word of a command that ends now.
+        self.say_progress();
         loop {
             match sys::reap() {
                 Ok(Some(reaped)) => {
@@ -637,7 +722,7 @@ impl State {
                 Entry::Transfer(transfer) if self.is_attached => {
                     transfer.pump(&mut self.scratch, &mut self.outbox);
                 }
-                Entry::Transfer(_) => {}
+                Entry::Waiting(_) | Entry::Transfer(_) => {}
                 Entry::Failed(StartError { kind, message }, is_said) if self.is_attached && !*is_said => {
                     *is_said = true;
                     AgentMessage::Failed { id: *id, kind: *kind, message: message.as_bytes() }

@@ -643,3 +643,26 @@ fn noise_from_the_host_never_crashes_the_agent() {
         assert!(matches!(code, Some(0 | 1)), "the agent ended with {code:?}");
     }
 }
+
+#[test]
+fn a_quiet_of_which_nobody_says_the_end_ends_by_itself() {
+    let mut host = RawHost::attached();
+    host.say(&HostMessage::Quiesce { sequence: 9, deadline_ms: 300 });
+    host.say(&HostMessage::Run { id: 1, bytes: &CommandSpec::new(["true"]).encode().unwrap() });
+    let begin = std::time::Instant::now();
+    let mut is_quiet = false;
+    host.listen(|message| match message {
+        AgentMessage::Quiesced { sequence: 9 } => {
+            is_quiet = true;
+            false
+        }
+        AgentMessage::Started { .. } => true,
+        _ => false,
+    });
+    assert!(is_quiet && begin.elapsed() >= Duration::from_millis(250), "{:?}", begin.elapsed());
+    let mut host = RawHost::attached();
+    host.say(&HostMessage::Quiesce { sequence: 10, deadline_ms: 60_000 });
+    host.say(&HostMessage::Run { id: 2, bytes: &CommandSpec::new(["true"]).encode().unwrap() });
+    host.say(&HostMessage::Thaw);
+    host.listen(|message| matches!(message, AgentMessage::Exited { id: 2, .. }));
+}

@@ -216,3 +216,28 @@ fn an_agent_without_a_host_ends_when_its_time_is_over() {
     };
     until(is_gone);
 }
+
+#[test]
+fn a_machine_that_is_quiet_begins_nothing_until_it_may_and_says_that_it_lives() {
+    let options = SessionOptions { heartbeat: Some(Duration::from_millis(10)), ..SessionOptions::default() };
+    let session = Session::new(options).unwrap();
+    let relay = Relay::new(&session, []);
+    let stdio = || Stdio { stdin: Stdin::Empty, stdout: Box::new(io::sink()), stderr: Box::new(io::sink()) };
+    assert_eq!(session.run(&sh("exit 1"), stdio()).unwrap().wait().unwrap().status, Status::Exited(1));
+    until(|| session.health().heartbeats > 3);
+    session.quiesce(Duration::from_secs(60)).unwrap();
+    let waiting = session.run(&sh("exit 2"), stdio()).unwrap();
+    assert!(waiting.wait_for(Duration::from_millis(200)).is_none());
+    // It is asked again on a new connection, and still lives.
+    let before = session.health().heartbeats;
+    relay.last.lock().unwrap().take().unwrap().shutdown(Shutdown::Both).unwrap();
+    until(|| session.health().heartbeats > before + 3);
+    assert!(waiting.wait_for(Duration::from_millis(200)).is_none());
+    session.thaw();
+    assert_eq!(waiting.wait().unwrap().status, Status::Exited(2));
+    // Nobody is there to be quiet.
+    let alone = Session::new(SessionOptions::default()).unwrap();
+    let refused = alone.quiesce(Duration::from_millis(20)).unwrap_err().to_string();
+    assert!(refused.contains("did not answer within"), "{refused}");
+    relay.end(&session);
+}

@@ -31,6 +31,9 @@ pub(crate) enum Event {
     State(Sender<Result<SessionState, ExecuteError>>),
     /// Why no snapshot can be taken from now on, if none can.
     Busy(Option<&'static str>),
+    /// Make the machine quiet for at most so long; the answer comes when it is.
+    Quiesce(Duration, Sender<Result<(), ExecuteError>>),
+    Thaw,
     /// No further connection will come.
     MachineEnded,
     /// Nobody holds the session any more.

@@ -328,6 +328,11 @@ impl Core {
         Self { attach: Attach { linger_ms, ..Attach::default() }, ..Self::default() }
     }
 
+    /// How often the agent is to say that it lives, in milliseconds; zero is never. From the next connection on.
+    pub fn set_heartbeat(&mut self, ms: u32) {
+        self.attach.heartbeat_ms = ms;
+    }
+
     /// A new connection stands, and any earlier one is gone.
     pub fn connect(&mut self) {
         self.disconnect();

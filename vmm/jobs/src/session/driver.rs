@@ -4,18 +4,21 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
 use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use harrier_agent_protocol::{BootTimes, Cause, Inbox, LogLevel, MAX_COMMANDS, Stream, Usage};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::core::{self, Core, Phase, Request, Violation};
-use super::{SessionOptions, SessionState};
+use super::{Health, SessionOptions, SessionState};
 use crate::control::{CommandEvent, ControlReceiver, Event, EventSender, NewCommand};
 use crate::outcome::{ExecuteError, Outcome, Status, Timings};
 use crate::stdio::{Sink, Source, Stdin};
+
+/// Nobody waits longer for a machine to be quiet.
+const QUIESCE_MAX: Duration = Duration::from_secs(600);
 
 /// How many lines of a guest's log are passed on.
 const LOG_LINES: u32 = 200;
@@ -45,9 +48,20 @@ pub(crate) struct Driver {
     /// The agent's last line of level error: likely the reason when it then goes.
     last_words: Option<String>,
     log_lines: u32,
+    /// What others can see of the guest at any time.
+    health: Arc<Mutex<Health>>,
+    /// Who waits for the machine to be quiet, and until when.
+    quiescing: Option<Quiescing>,
     /// Why no snapshot can be taken.
     busy: Option<&'static str>,
     is_stopped: bool,
+}
+
+/// Who waits for the machine to be quiet, and how long.
+struct Quiescing {
+    answer: Sender<Result<(), ExecuteError>>,
+    limit: Duration,
+    until: Instant,
 }
 
 /// Who waits for the machine's end, and how long.
@@ -89,9 +103,15 @@ impl Driver {
             failure: None,
             last_words: None,
             log_lines: 0,
+            health: Arc::default(),
+            quiescing: None,
             busy: None,
             is_stopped: false,
         }
+    }
+
+    pub(crate) fn health(&self) -> Arc<Mutex<Health>> {
+        Arc::clone(&self.health)
     }
 
     /// Serves the session until nobody holds it any more.
@@ -182,7 +202,8 @@ impl Driver {
         }
         let shutdown = self.shutdown.as_ref().and_then(|shutdown| shutdown.deadline);
         let of_commands = self.commands.values().filter_map(|command| command.deadline);
-        let deadline = of_commands.chain(self.deadline).chain(shutdown).min();
+        let quiet = self.quiescing.as_ref().map(|quiescing| quiescing.until);
+        let deadline = of_commands.chain(self.deadline).chain(shutdown).chain(quiet).min();
         let timeout = deadline.map(|deadline| {
             let left = deadline.saturating_duration_since(Instant::now());
             Timespec {
@@ -208,6 +229,16 @@ impl Driver {
                 let _ = answer.send(self.state());
             }
             Event::Busy(what) => self.busy = what,
+            Event::Quiesce(limit, answer) => {
+                // The guest's time is the longer one: it is thawed, or the machine has gone on elsewhere.
+                self.core.quiesce(u32::try_from(limit.as_millis()).unwrap_or(u32::MAX).saturating_mul(2));
+                let until = Instant::now() + limit.min(QUIESCE_MAX);
+                self.quiescing = Some(Quiescing { answer, limit, until });
+            }
+            Event::Thaw => {
+                self.quiescing = None;
+                self.core.thaw();
+            }
             Event::MachineEnded if self.shutdown.is_some() => self.machine_ended(Ok(())),
             Event::MachineEnded => {
                 self.disconnect();
@@ -360,7 +391,20 @@ impl Driver {
                     self.shut_down(limit, None);
                 }
             }
-            core::Event::Heartbeat | core::Event::Progress { .. } | core::Event::Quiesced => {}
+            core::Event::Heartbeat => {
+                let mut health = self.health.lock().unwrap_or_else(PoisonError::into_inner);
+                health.heartbeats = health.heartbeats.saturating_add(1);
+            }
+            core::Event::Progress { id, text } => {
+                let mut health = self.health.lock().unwrap_or_else(PoisonError::into_inner);
+                health.progress = Some((id, text));
+            }
+            core::Event::Quiesced => {
+                if let Some(quiescing) = self.quiescing.take() {
+                    // Who asked may have given up.
+                    let _ = quiescing.answer.send(Ok(()));
+                }
+            }
             core::Event::Synced => self.machine_ended(Ok(())),
             core::Event::Log(level, line) => self.log(level, line),
         }
@@ -470,6 +514,10 @@ impl Driver {
             // A reader of our output that stands still is left behind with its thread.
             command.deadline = None;
             command.sinks.iter_mut().for_each(|sink| sink.ended = true);
+        }
+        if let Some(quiescing) = self.quiescing.take_if(|quiescing| quiescing.until <= now) {
+            self.core.thaw();
+            let _ = quiescing.answer.send(Err(ExecuteError::NoAnswer(quiescing.limit)));
         }
         if let Some(limit) = self
             .shutdown

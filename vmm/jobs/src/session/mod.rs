@@ -13,9 +13,9 @@ mod state;
 
 use std::io;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -46,6 +46,17 @@ pub struct SessionOptions {
     /// How long the agent and its commands go on without a host; `None` is for ever. Told to the agent with each
     /// connection. A command that outlives this is lost, and the machine switches itself off.
     pub linger: Option<Duration>,
+    /// How often the agent says that it lives ([`Session::health`]); `None` is never.
+    pub heartbeat: Option<Duration>,
+}
+
+/// What is known of a guest without asking it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Health {
+    /// Counts the signs of life.
+    pub heartbeats: u64,
+    /// The command that last said how far it has come, and what: one printable line.
+    pub progress: Option<(u32, String)>,
 }
 
 impl Default for SessionOptions {
@@ -54,6 +65,7 @@ impl Default for SessionOptions {
             handshake_timeout: Duration::from_secs(30),
             reconnect: Some(Duration::from_secs(60)),
             linger: None,
+            heartbeat: None,
         }
     }
 }
@@ -72,6 +84,7 @@ pub struct Session(Arc<Inner>);
 
 struct Inner {
     events: EventSender,
+    health: Arc<Mutex<Health>>,
     next_id: AtomicU32,
 }
 
@@ -163,12 +176,16 @@ impl Session {
     ) -> io::Result<Self> {
         let (_, receiver) = control()?;
         let events = receiver.sender.clone();
+        let mut core = core;
+        let beat = options.heartbeat.map_or(0, |every| every.as_millis().max(1));
+        core.set_heartbeat(u32::try_from(beat).unwrap_or(u32::MAX));
         let mut driver = Driver::new(receiver, options, core);
+        let health = driver.health();
         for command in resumed {
             driver.adopt(command);
         }
         thread::Builder::new().name("agent-session".into()).spawn(move || driver.run())?;
-        Ok(Self(Arc::new(Inner { events, next_id: AtomicU32::new(next_id) })))
+        Ok(Self(Arc::new(Inner { events, health, next_id: AtomicU32::new(next_id) })))
     }
 
     /// Hands over a connection that the agent has opened. It takes the place of any earlier one: an agent dials again
@@ -214,6 +231,28 @@ impl Session {
         let request = Some(request);
         self.0.events.send(Event::Run(Box::new(NewCommand { id, request, stdio, begin, done })));
         self.command(id, result)
+    }
+
+    /// What is known of the guest now.
+    #[must_use]
+    pub fn health(&self) -> Health {
+        self.0.health.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Has the guest write its file systems back and begin nothing new, until [`Session::thaw`] or for twice `limit` of its
+    /// own time: for a snapshot that is about to be taken.
+    ///
+    /// # Errors
+    /// It has not answered within `limit`; nothing is quiet then.
+    pub fn quiesce(&self, limit: Duration) -> Result<(), ExecuteError> {
+        let (answer, result) = channel();
+        self.0.events.send(Event::Quiesce(limit, answer));
+        result.recv().unwrap_or(Err(ExecuteError::Over))
+    }
+
+    /// Ends the quiet.
+    pub fn thaw(&self) {
+        self.0.events.send(Event::Thaw);
     }
 
     /// From now on no snapshot can be taken, and why; or one can. What a snapshot would hold could not go on.
