@@ -272,13 +272,22 @@ impl Session {
         Ok(self.state.ending)
     }
 
-    /// Sends what there is to say.
+    /// Sends what there is to say. What did not fit the outbox follows at once when the connection has taken that: no event
+    /// may come that would remind of it.
     fn flush(&mut self) {
-        self.state.pump();
-        if let Link::Up { connection, .. } = &mut self.link
-            && self.state.outbox.flush(connection).is_err()
-        {
-            self.lost();
+        loop {
+            self.state.pump();
+            let Link::Up { connection, .. } = &mut self.link else { return };
+            let outbox = &mut self.state.outbox;
+            if outbox.is_empty() {
+                return;
+            }
+            if outbox.flush(connection).is_err() {
+                return self.lost();
+            }
+            if !outbox.is_empty() {
+                return;
+            }
         }
     }
 

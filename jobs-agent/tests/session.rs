@@ -666,3 +666,25 @@ fn a_quiet_of_which_nobody_says_the_end_ends_by_itself() {
     host.say(&HostMessage::Thaw);
     host.listen(|message| matches!(message, AgentMessage::Exited { id: 2, .. }));
 }
+
+/// What did not fit the agent's outbox was once forgotten when a host read everything and had nothing to acknowledge.
+#[test]
+fn a_host_that_reads_late_gets_everything_that_its_windows_allow() {
+    let mut host = RawHost::attached();
+    let (commands, window) = (4, 262_144);
+    for id in 1..=commands {
+        let spec = CommandSpec::new(["head", "-c", &window.to_string(), "/dev/zero"]);
+        host.say(&HostMessage::Run { id, bytes: &spec.encode().unwrap() });
+    }
+    thread::sleep(Duration::from_millis(700));
+    let (mut bytes_left, mut ends_left) = (commands as usize * window, commands);
+    host.listen(|message| {
+        match message {
+            AgentMessage::Output { bytes, .. } => bytes_left -= bytes.len(),
+            AgentMessage::Exited { .. } => ends_left -= 1,
+            _ => {}
+        }
+        bytes_left == 0 && ends_left == 0
+    });
+    assert_eq!((bytes_left, ends_left), (0, 0));
+}

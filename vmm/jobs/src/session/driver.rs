@@ -294,14 +294,24 @@ impl Driver {
         self.deadline = Instant::now().checked_add(self.options.handshake_timeout);
     }
 
+    /// Sends what there is to say; what did not fit the outbox follows when the connection has taken that.
     fn flush(&mut self) {
-        self.core.pump();
-        let Some(connection) = &mut self.connection else { return };
-        if let Err(error) = self.core.outbox.flush(connection) {
-            // The agent may have said why before it went.
-            while self.connection.is_some() && self.receive() {}
-            if self.connection.is_some() {
-                self.lost(Some(error));
+        loop {
+            self.core.pump();
+            let Some(connection) = &mut self.connection else { return };
+            if self.core.outbox.is_empty() {
+                return;
+            }
+            if let Err(error) = self.core.outbox.flush(connection) {
+                // The agent may have said why before it went.
+                while self.connection.is_some() && self.receive() {}
+                if self.connection.is_some() {
+                    self.lost(Some(error));
+                }
+                return;
+            }
+            if !self.core.outbox.is_empty() {
+                return;
             }
         }
     }
