@@ -446,6 +446,9 @@ pub(crate) struct RestoreFlags {
     /// Remove a detached machine when it ends, with its output.
     #[arg(long, requires = "detach")]
     pub(crate) rm: bool,
+    /// Keep the input of a detached machine open, for 'harrier attach'.
+    #[arg(long, short)]
+    pub(crate) interactive: bool,
     /// Processor: auto, kvm or soft.
     #[arg(long, default_value = "auto", value_name = "ENGINE")]
     pub(crate) engine: String,
@@ -498,6 +501,7 @@ impl RestoreFlags {
             image: self.image,
             name: self.name,
             detach: self.detach,
+            interactive: self.interactive,
             rm: self.rm,
             engine: self.engine,
             cpus: "1".to_owned(),
@@ -530,6 +534,9 @@ pub(crate) struct ForkFlags {
     /// Name of the clone; several are NAME-0, NAME-1 and so on.
     #[arg(long, value_name = "NAME")]
     pub(crate) name: Option<String>,
+    /// Keep the input of each clone open, for 'harrier attach'; without it a command that reads its input finds the end.
+    #[arg(long, short)]
+    pub(crate) interactive: bool,
     /// Remove each clone when it ends, with its output.
     #[arg(long)]
     pub(crate) rm: bool,

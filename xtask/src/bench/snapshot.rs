@@ -204,6 +204,8 @@ fn copy(from: &Path, to: &Path) -> Result<Duration> {
 fn waiting_machine(machines: &Machines<'_>, runs: u32, measured: &mut Measured) -> Result<()> {
     machines.start("waiter", "512M", &["--interactive", "--", "sh", "-c", "echo up; exec cat"])?;
     machines.wait_for_lines("waiter", 1)?;
+    // A clone has no input, and `cat` would end.
+    machines.start("sleeper", "512M", &["--", "sleep", "1000"])?;
     let kept = machines.path("kept");
     let kept = kept.to_str().context("a path that is no text")?;
     machines.answer(&["snapshot", "waiter", "--to", kept])?;
@@ -231,7 +233,7 @@ fn waiting_machine(machines: &Machines<'_>, runs: u32, measured: &mut Measured) 
 
         let name = format!("clone-{round}");
         let begun = Instant::now();
-        machines.answer(&["fork", "waiter", "--engine", engine, "--rm", "--name", &name])?;
+        machines.answer(&["fork", "sleeper", "--engine", engine, "--rm", "--name", &name])?;
         measured.fork.push(ms(begun.elapsed()));
         machines.answer(&["exec", "--no-stdin", &name, "--", "true"])?;
         measured.forked_answer.push(ms(begun.elapsed()));

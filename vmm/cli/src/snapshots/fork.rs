@@ -171,6 +171,9 @@ fn arguments(flags: &ForkFlags, origin: &Origin, index: u32) -> Vec<OsString> {
     if let Some(timeout) = &flags.timeout {
         arguments.extend(["--timeout".into(), timeout.into()]);
     }
+    if flags.interactive {
+        arguments.push("--interactive".into());
+    }
     if flags.no_seccomp {
         arguments.push("--no-seccomp".into());
     }

@@ -116,3 +116,22 @@ fn a_fork_that_cannot_be_leaves_nothing() {
     assert_eq!(names, BTreeSet::from(["base".to_owned(), "kid-2".to_owned()]));
     assert_eq!((images(&machines), machines.inspect("base")["state"].as_str()), (0, Some("running")));
 }
+
+#[test]
+fn clones_have_an_input_of_their_own_where_it_is_asked_for() {
+    let machines = Machines::new();
+    let run = ["run", "-d", "-i", "--name", "base", "--memory", "128M", "--", "sh", "-c"];
+    machines.good(&[&run[..], &["echo up; read line; echo got $line"]].concat());
+    eventually("it waits for input", || machines.good(&["logs", "base"]).contains("up"));
+    machines.good(&["fork", "base", "-i", "--name", "kid"]);
+    machines.good(&["fork", "base", "--name", "deaf"]);
+    let mut attach = machines.command(&["attach", "kid"]);
+    let mut child = attach.stdin(std::process::Stdio::piped()).spawn().unwrap();
+    std::io::Write::write_all(child.stdin.as_mut().unwrap(), b"hello\n").unwrap();
+    let attached = crate::support::wait(child);
+    assert!(attached.status.success(), "{attached:?}");
+    assert_eq!(machines.good(&["logs", "kid"]), "got hello\n");
+    assert_eq!(machines.run(&["wait", "deaf"]).1.trim(), "0");
+    assert_eq!(machines.good(&["logs", "deaf"]), "got\n", "its input is empty");
+    assert_eq!(machines.inspect("base")["state"], "running");
+}
