@@ -73,6 +73,8 @@ pub(crate) struct OutputConfig {
     pub(crate) timings: bool,
     /// Remarks for people are wanted on stderr.
     pub(crate) remarks: bool,
+    /// Nothing but errors, not even which engine was taken.
+    pub(crate) quiet: bool,
 }
 
 /// Everything about one run.
@@ -229,7 +231,7 @@ impl RunConfig {
             workload,
             interactive: flags.interactive,
             tty: flags.tty,
-            output: OutputConfig { json: flags.json, timings: flags.timings, remarks },
+            output: OutputConfig { json: flags.json, timings: flags.timings, remarks, quiet: flags.quiet },
             seccomp: !flags.no_seccomp,
         })
     }

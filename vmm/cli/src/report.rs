@@ -65,6 +65,8 @@ pub(crate) struct RunRecord {
     /// When the process began.
     pub(crate) started: Instant,
     pub(crate) machine_started: Option<Instant>,
+    /// Why this engine was taken, where the user left the choice.
+    pub(crate) engine_reason: Option<String>,
     pub(crate) agent_connected: Option<Instant>,
     pub(crate) captured: Option<(CapturedOutput, CapturedOutput)>,
     finished: Option<Instant>,
@@ -83,6 +85,7 @@ impl RunRecord {
         RunRecord {
             started,
             machine_started: None,
+            engine_reason: None,
             agent_connected: None,
             captured: None,
             finished: None,
@@ -96,7 +99,8 @@ impl RunRecord {
     }
 
     /// Notes why this engine was taken, where the user left the choice.
-    pub(crate) fn engine_reason(&mut self, reason: &str) {
+    pub(crate) fn set_engine_reason(&mut self, reason: &str) {
+        self.engine_reason = Some(reason.to_owned());
         self.description.insert("engine_reason".to_owned(), reason.into());
     }
 

@@ -128,11 +128,7 @@ fn run_recorded(flags: RunFlags, run: &mut Run<'_>) -> Result<u8, Failure> {
     })?;
     let selected = engines::select(config.engine)?;
     if let Some(reason) = &selected.reason {
-        run.record.engine_reason(reason);
-        if config.output.remarks {
-            // A remark that nobody can read is no failure.
-            let _ = writeln!(io::stderr(), "harrier: {reason}");
-        }
+        run.record.set_engine_reason(reason);
     }
     let engine = selected.engine.as_ref();
     let model = config.cpu_model.unwrap_or_else(|| engines::default_model(engine));
@@ -274,6 +270,12 @@ pub(crate) fn start(config: &RunConfig, prepared: &mut Prepared, run: &mut Run<'
     let snapshots = snapshots.transpose().map_err(|err| {
         Failure::new(format!("no thread for snapshots ({err}): raise the limit of processes"))
     })?;
+    if !config.output.quiet
+        && let Some(reason) = run.record.engine_reason.as_deref()
+    {
+        // A remark that nobody can read is no failure. It stands alone, and not before an error.
+        let _ = writeln!(io::stderr(), "harrier: {reason}");
+    }
     run.record.machine_started = Some(Instant::now());
     machine.start()?;
     let handle = machine.handle();

@@ -123,11 +123,18 @@ fn policy(file: Option<&Path>) -> Result<Policy, Failure> {
 
 /// The engines that can run here, the one that `auto` takes first.
 fn engines() -> Vec<Box<dyn Engine>> {
-    [EngineChoice::Soft, EngineChoice::Kvm]
+    let mut engines: Vec<_> = [EngineChoice::Auto, EngineChoice::Kvm, EngineChoice::Soft]
         .into_iter()
         .filter_map(|choice| engines::select(choice).ok())
         .map(|selected| selected.engine)
-        .collect()
+        .collect();
+    let auto = engines.first().map_or("", |engine| engine.name());
+    let mut position = 0;
+    engines.retain(|engine| {
+        position += 1;
+        position == 1 || engine.name() != auto
+    });
+    engines
 }
 
 /// The models that every engine here offers.

@@ -135,7 +135,7 @@ pub(crate) fn restored_config(flags: RunFlags, folder: &Path, remarks: bool) -> 
         disks: host.disks(),
         console: flags.console,
         workload,
-        output: OutputConfig { json: flags.json, timings: flags.timings, remarks },
+        output: OutputConfig { json: flags.json, timings: flags.timings, remarks, quiet: flags.quiet },
         seccomp: !flags.no_seccomp,
         attempt: flags.attempt,
         stderr: flags.stderr,

@@ -4,7 +4,7 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Child, Stdio};
 
-use crate::support::{cache, harrier, output, signal, texts, wait};
+use crate::support::{cache, harrier, output, signal, talkative, texts, wait};
 
 /// The exit code, stdout and stderr of a command in the guest.
 fn run(args: &[&str]) -> (i32, String, String) {
@@ -258,5 +258,20 @@ fn a_terminal_that_goes_away_ends_the_machine() {
     while runs() {
         assert!(std::time::Instant::now() < deadline, "harrier still runs");
         std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn which_engine_was_taken_and_why_is_one_line_unless_nobody_wants_it() {
+    let run = |args: &[&str]| texts(wait(talkative(args).spawn().unwrap()));
+    let (code, stdout, stderr) = run(&["run", "--", "echo", "here"]);
+    assert_eq!((code, stdout.as_str(), stderr.lines().count()), (0, "here\n", 1), "{stderr}");
+    assert!(
+        stderr.starts_with("harrier: engine kvm: it runs ") || stderr.starts_with("harrier: engine soft: "),
+        "{stderr}"
+    );
+    for options in [&["--quiet"][..], &["--engine", "soft"]] {
+        let (code, _, stderr) = run(&[&["run"], options, &["--", "true"]].concat());
+        assert_eq!((code, stderr.as_str()), (0, ""), "{options:?}");
     }
 }

@@ -189,8 +189,23 @@ pub(crate) fn cache() -> PathBuf {
         .unwrap()
 }
 
-/// A command line of `harrier` with all its streams piped.
+/// A command line of `harrier` with all its streams piped. Which engine was taken, and why, is not said, since it depends on
+/// the host.
 pub(crate) fn harrier(args: &[&str]) -> Command {
+    const WITH_ENGINE: [&str; 2] = ["run", "restore"];
+    let mut args = args.to_vec();
+    let named =
+        args.iter().any(|arg| ["--engine", "--quiet", "-q", "-v", "--verbose", "--help"].contains(arg));
+    if let Some(at) = args.iter().take(3).position(|arg| WITH_ENGINE.contains(arg))
+        && !named
+    {
+        args.insert(at + 1, "--quiet");
+    }
+    talkative(&args)
+}
+
+/// As [`harrier`], with everything that it says.
+pub(crate) fn talkative(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_harrier"));
     command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command
