@@ -155,7 +155,7 @@ fn memory_and_cpus_that_cannot_be() {
     }
     refused("--timeout", "never", "'never' is not a time");
     refused("--console", "/nonexistent/console", "--console '/nonexistent/console' cannot be written");
-    refused("--cmdline", &"x".repeat(3000), "the kernel command line is 3023 bytes long");
+    refused("--cmdline", &"x".repeat(3000), "takes 2047: shorten it");
 }
 
 #[test]

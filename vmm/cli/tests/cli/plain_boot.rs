@@ -109,7 +109,8 @@ fn json_holds_console_end_and_counts() {
 #[test]
 fn timings_are_a_table_on_stderr() {
     let kernel = KernelFile::new(Code::default().out(0x600, 0x34));
-    let (_, stdout, stderr) = texts(output(&["run", "--timings", "--kernel", &kernel.path]));
+    let (_, stdout, stderr) =
+        texts(output(&["run", "--engine", "soft", "--timings", "--kernel", &kernel.path]));
     assert_eq!(stdout, "");
     for name in ["set-up", "first guest instruction", "total", "instructions"] {
         assert!(stderr.lines().any(|line| line.starts_with(name)), "{stderr}");
