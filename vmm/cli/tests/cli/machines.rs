@@ -112,7 +112,7 @@ pub(crate) fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
 fn a_detached_machine_is_found_paused_resumed_and_stopped() {
     let machines = Machines::new();
     let script = "trap 'echo bye; exit 9' TERM; echo out; echo err >&2; while :; do sleep 0.1; done";
-    let id = machines.good(&["run", "-d", "--name", "web", "--", "sh", "-c", script]);
+    let id = machines.good(&["run", "-d", "--engine", "soft", "--name", "web", "--", "sh", "-c", script]);
     let id = id.trim();
     assert_eq!(id.len(), 12, "{id}");
     let info = machines.inspect("web");
