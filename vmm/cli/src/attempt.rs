@@ -4,14 +4,22 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
+use harrier_jobs::Session;
 use harrier_jobs::worker::lease_file::{LeaseFile, now_ns};
 use harrier_jobs::worker::{RunOutput, RunResult, names, write_durably};
+use harrier_machine::MachineHandle;
 
 use crate::exit::{Failure, HARRIER_FAILED};
 use crate::report::RunRecord;
+use crate::signals::{Interrupter, Interruption};
 
+/// How often the guest of an attempt says that it lives.
+pub(crate) const HEARTBEAT: Duration = Duration::from_secs(2);
+/// How long it may say nothing, unless a flag says otherwise.
+pub(crate) const HANG_LIMIT: Duration = Duration::from_secs(120);
 /// How often the lease is read.
 const LOOK: Duration = Duration::from_secs(1);
 
@@ -77,6 +85,48 @@ pub(crate) fn mark_started(folder: &Path, engine: &str) {
     if let Err(err) = std::fs::write(&temporary, engine).and_then(|()| std::fs::rename(&temporary, &path)) {
         log::warn!("the start cannot be written down: {err}");
     }
+}
+
+/// Looks after the guest: passes on how far its command has come, and ends a machine whose agent has fallen silent.
+///
+/// Silence counts only while the machine runs, in looks of a second each: a host that sleeps or stands still makes none. The
+/// thread ends with the machine, and then has written down the command's last word.
+pub(crate) fn watch_guest(
+    folder: PathBuf,
+    limit: Duration,
+    session: Session,
+    machine: MachineHandle,
+    is_paused: impl Fn() -> bool + Send + 'static,
+    interrupter: Interrupter,
+) -> io::Result<JoinHandle<()>> {
+    let looks = limit.as_secs().max(1);
+    std::thread::Builder::new().name("guest".to_owned()).spawn(move || {
+        let mut known = session.health();
+        let mut silent = 0;
+        loop {
+            let is_over = machine.wait_for_end(Instant::now().checked_add(LOOK)).is_some();
+            let health = session.health();
+            if health.progress != known.progress
+                && let Some((_, text)) = &health.progress
+            {
+                let path = folder.join(names::SAID);
+                let temporary = path.with_extension("tmp");
+                // A line for people: the next one comes.
+                let _ = std::fs::write(&temporary, text).and_then(|()| std::fs::rename(&temporary, &path));
+            }
+            // An agent that never was there is missed by others.
+            let speaks = health.heartbeats != known.heartbeats || health.heartbeats == 0;
+            silent = if speaks || is_paused() { 0 } else { silent + 1 };
+            known = health;
+            if is_over {
+                return;
+            }
+            if silent >= looks {
+                interrupter.end(Interruption::GuestHung);
+                return;
+            }
+        }
+    })
 }
 
 fn left(lease: &LeaseFile) -> io::Result<Duration> {

@@ -100,6 +100,8 @@ pub(crate) struct RunConfig {
     pub(crate) console: Option<PathBuf>,
     /// The folder through which a worker hears of this run.
     pub(crate) attempt: Option<PathBuf>,
+    /// How long its guest may give no sign of life, while it runs.
+    pub(crate) hang_limit: Duration,
     /// Where the command's stderr goes, if not to this program's.
     pub(crate) stderr: Option<PathBuf>,
     /// Nothing is to run: the machine becomes this template as soon as it could run something.
@@ -132,6 +134,8 @@ pub(crate) enum ConfigError {
     Memory(UnitError),
     #[error("--timeout: {0}")]
     Timeout(UnitError),
+    #[error("--hang-limit: {0}")]
+    HangLimit(UnitError),
     #[error("--cpu-model: {0}")]
     CpuModel(#[from] UnknownCpuModel),
     #[error("--env '{0}' has no name: write NAME=VALUE")]
@@ -223,6 +227,7 @@ impl RunConfig {
             disks: flags.disk.iter().map(|text| parse_disk(text)).collect::<Result<_, _>>()?,
             console: flags.console,
             attempt: flags.attempt,
+            hang_limit: hang_limit(flags.hang_limit.as_deref())?,
             stderr: flags.stderr,
             limits: LimitsConfig::from_flags(&flags.limits)?,
             template: flags.template,
@@ -241,6 +246,12 @@ impl RunConfig {
 pub(crate) fn parse_checkpoints(text: &str) -> Result<usize, ConfigError> {
     let count = text.parse().ok().filter(|count| *count <= MAX_CHECKPOINTS);
     count.ok_or_else(|| ConfigError::Checkpoints(text.to_owned()))
+}
+
+/// A time, or the default.
+pub(crate) fn hang_limit(text: Option<&str>) -> Result<Duration, ConfigError> {
+    let limit = text.map(parse_time).transpose().map_err(ConfigError::HangLimit)?;
+    Ok(limit.unwrap_or(crate::attempt::HANG_LIMIT).max(crate::attempt::HEARTBEAT * 2))
 }
 
 fn lossy(text: &OsStr) -> String {

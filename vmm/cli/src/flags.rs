@@ -161,6 +161,9 @@ pub(crate) struct RunFlags {
     /// The folder of a job's attempt, for workers.
     #[arg(long, value_name = "DIR", hide = true)]
     pub(crate) attempt: Option<PathBuf>,
+    /// How long the guest of an attempt may give no sign of life; suffixes s, m, h.
+    #[arg(long, value_name = "TIME", hide = true)]
+    pub(crate) hang_limit: Option<String>,
     /// Where the command's stderr goes, for workers.
     #[arg(long, value_name = "FILE", hide = true)]
     pub(crate) stderr: Option<PathBuf>,

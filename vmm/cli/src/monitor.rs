@@ -206,6 +206,12 @@ impl Monitor {
         self.running.record.name.as_str()
     }
 
+    /// Says at any time whether the machine stands still.
+    pub(crate) fn is_paused(&self) -> impl Fn() -> bool + Send + use<> {
+        let running = Arc::clone(&self.running);
+        move || running.is_paused.load(Ordering::Acquire)
+    }
+
     /// Whether the machine has no terminal and no streams but the log.
     pub(crate) fn is_detached(&self) -> bool {
         self.running.record.detached

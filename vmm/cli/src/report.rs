@@ -77,6 +77,8 @@ pub(crate) struct RunRecord {
     /// Of a command that has ended.
     pub(crate) output_files: Vec<OutputEnd>,
     cause: Cause,
+    /// The guest has given no sign of life for too long.
+    pub(crate) hung: bool,
     report: Option<RunReport>,
 }
 
@@ -94,6 +96,7 @@ impl RunRecord {
             command: Map::new(),
             output_files: Vec::new(),
             cause: Cause::Itself,
+            hung: false,
             report: None,
         }
     }
@@ -157,6 +160,7 @@ impl RunRecord {
     /// What has ended the command, in a word, if not it itself.
     pub(crate) fn cause(&self) -> Option<&'static str> {
         match self.cause {
+            _ if self.hung => Some("hung"),
             Cause::Itself => None,
             Cause::Memory => Some("memory"),
             Cause::Processes => Some("processes"),

@@ -316,6 +316,10 @@ pub(crate) fn interrupted(why: Interruption, config: &RunConfig) -> Result<u8, F
             })
         }
         Interruption::Signal(signal) => Ok(signal_code(signal)),
+        Interruption::GuestHung => Err(Failure::new(format!(
+            "the guest hangs: its agent has given no sign of life for {:?} of its running time",
+            config.hang_limit
+        ))),
         Interruption::OutputClosed => Err(Failure::new(
             "stdout is closed, so the console has nowhere to go: keep the reader, or use --console FILE",
         )),

@@ -64,15 +64,19 @@ pub(crate) fn run(
             attempt::mark_started(folder, engine);
         }
     };
+    let heartbeat = config.attempt.as_ref().map(|_| attempt::HEARTBEAT);
     let (session, begun) = match &config.restore {
-        None => (new_session()?, Begun::Not(stdio)),
+        None => (new_session(heartbeat)?, Begun::Not(stdio)),
         Some(restored) if config.is_warm => {
             let restored_session = restored_session(prepared.machine.identity())?;
-            (crate::warm::session(restored.chain.snapshot(), &restored_session)?, Begun::Not(stdio))
+            (
+                crate::warm::session(restored.chain.snapshot(), &restored_session, heartbeat)?,
+                Begun::Not(stdio),
+            )
         }
         Some(restored) => {
             let (session, command) =
-                resume_session(restored.chain.snapshot(), prepared.machine.identity(), stdio)?;
+                resume_session(restored.chain.snapshot(), prepared.machine.identity(), heartbeat, stdio)?;
             (session, Begun::InSnapshot(command, Box::new(tell_worker.clone())))
         }
     };
@@ -95,6 +99,15 @@ pub(crate) fn run(
         std::thread::Builder::new().name("machine".to_owned()).spawn(move || machine.wait()).map_err(
             |err| Failure::new(format!("no thread for the machine ({err}): raise the limit of processes")),
         )?;
+    let mut watch = None;
+    if let (Some(folder), Some(monitor)) = (&config.attempt, run.monitor) {
+        let (folder, limit, is_paused) = (folder.clone(), config.hang_limit, monitor.is_paused());
+        let (machine, interrupter) = (handle.clone(), interrupter.clone());
+        let watched = attempt::watch_guest(folder, limit, session.clone(), machine, is_paused, interrupter);
+        watch = Some(watched.map_err(|err| {
+            Failure::new(format!("no thread for the guest ({err}): raise the limit of processes"))
+        })?);
+    }
     let agent = prepared.agent.take();
     if let Some(target) = &config.template {
         let made = crate::warm::make(target, &session, agent, &handle);
@@ -129,6 +142,10 @@ pub(crate) fn run(
     }
     handle.stop();
     let report = waiter.join().map_err(|_| Failure::new("internal error: the machine's thread panicked"))?;
+    if let Some(watch) = watch {
+        // Nothing in it panics; without its last word the run is what it was.
+        let _ = watch.join();
+    }
     terminal::restore();
     run.record.ended(&report);
     conclude(config, run, &report, result, outputs, &prepared.console)
@@ -146,8 +163,8 @@ fn no_session(err: &dyn std::fmt::Display) -> Failure {
     Failure::new(format!("no session with the guest's agent ({err}): raise the limit of threads"))
 }
 
-fn new_session() -> Result<Session, Failure> {
-    Session::new(SessionOptions { reconnect: None, ..SessionOptions::default() })
+fn new_session(heartbeat: Option<Duration>) -> Result<Session, Failure> {
+    Session::new(SessionOptions { reconnect: None, heartbeat, ..SessionOptions::default() })
         .map_err(|err| no_session(&err))
 }
 
@@ -156,6 +173,7 @@ fn new_session() -> Result<Session, Failure> {
 fn resume_session(
     snapshot: &Snapshot,
     identity: Identity,
+    heartbeat: Option<Duration>,
     stdio: Stdio,
 ) -> Result<(Session, Command), Failure> {
     let state = crate::snapshots::read_session(snapshot)?;
@@ -163,9 +181,10 @@ fn resume_session(
     let mut stdio = Some(stdio);
     let nowhere =
         || Stdio { stdin: Stdin::Empty, stdout: Box::new(io::sink()), stderr: Box::new(io::sink()) };
+    let options = SessionOptions { heartbeat, ..SessionOptions::default() };
     let streams = |_: &harrier_jobs::session::CommandState| stdio.take().unwrap_or_else(nowhere);
-    let (session, commands) = Session::resume(&state, &restored, SessionOptions::default(), streams)
-        .map_err(|err| match err {
+    let (session, commands) =
+        Session::resume(&state, &restored, options, streams).map_err(|err| match err {
             ExecuteError::State(err) => {
                 Failure::new(format!("snapshot '{}': {err}", snapshot.path().display()))
             }
@@ -286,6 +305,7 @@ fn conclude(
         Some(Err(FileTrouble::Other(_))) | None => None,
     };
     if let Some(why) = run.interrupter.interruption() {
+        run.record.hung = why == Interruption::GuestHung;
         return interrupted(why, config);
     }
     // A job may end its machine itself.

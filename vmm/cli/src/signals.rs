@@ -22,6 +22,8 @@ pub(crate) enum Interruption {
     Signal(i32),
     /// Nobody reads the console any more.
     OutputClosed,
+    /// The guest has given no sign of life for too long.
+    GuestHung,
 }
 
 #[derive(Default)]

@@ -41,9 +41,13 @@ pub(crate) fn from_template(config: RunConfig, folder: &Path) -> Result<RunConfi
 }
 
 /// A session with the agent of a template's copy: it has no commands yet.
-pub(crate) fn session(snapshot: &Snapshot, restored: &RestoredSession) -> Result<Session, Failure> {
+pub(crate) fn session(
+    snapshot: &Snapshot,
+    restored: &RestoredSession,
+    heartbeat: Option<Duration>,
+) -> Result<Session, Failure> {
     let state = read_session(snapshot)?;
-    let options = SessionOptions { reconnect: None, ..SessionOptions::default() };
+    let options = SessionOptions { reconnect: None, heartbeat, ..SessionOptions::default() };
     let none = |_: &harrier_jobs::session::CommandState| empty();
     let (session, commands) = Session::resume(&state, restored, options, none)
         .map_err(|err| Failure::new(format!("the template '{}': {err}", snapshot.path().display())))?;

@@ -58,6 +58,9 @@ fn describe(status: &Status) -> String {
         None => format!("{} ({})", job.state, job.reason),
     };
     line("state", reason);
+    if let Some(progress) = &job.progress {
+        line("progress", progress.clone());
+    }
     if let Some(code) = job.exit_code {
         line("exit code", code.to_string());
     }

@@ -138,6 +138,7 @@ pub(crate) fn restored_config(flags: RunFlags, folder: &Path, remarks: bool) -> 
         output: OutputConfig { json: flags.json, timings: flags.timings, remarks, quiet: flags.quiet },
         seccomp: !flags.no_seccomp,
         attempt: flags.attempt,
+        hang_limit: crate::config::hang_limit(flags.hang_limit.as_deref())?,
         stderr: flags.stderr,
         template: None,
         is_warm: false,

@@ -24,6 +24,8 @@ pub mod names {
     pub const LEASE: &str = "lease";
     /// There once the guest is up.
     pub const STARTED: &str = "started";
+    /// How far the command says it has come; there once it has.
+    pub const SAID: &str = "said";
     /// There once the run is over.
     pub const RESULT: &str = "result.json";
     pub(super) const ATTEMPT: &str = "attempt.json";
@@ -39,7 +41,7 @@ pub struct RunResult {
     pub exit_code: u8,
     /// What went wrong, in words.
     pub error: Option<String>,
-    /// `memory` or `processes`, where the lack of that has ended the command.
+    /// `memory` or `processes`, where the lack of that has ended the command; `hung` where the guest gave no sign of life.
     #[serde(default)]
     pub cause: Option<String>,
     /// The output files, in the order in which they were asked for.
@@ -227,6 +229,11 @@ impl Monitor {
     /// The engine's name, once the guest is up.
     pub(super) fn started(&self) -> Option<String> {
         fs::read_to_string(self.folder.join(names::STARTED)).ok().map(|text| text.trim().to_owned())
+    }
+
+    /// How far the command says it has come.
+    pub(super) fn said(&self) -> Option<String> {
+        fs::read_to_string(self.folder.join(names::SAID)).ok()
     }
 
     /// Whether the process has ended.

@@ -21,6 +21,8 @@ use crate::store::{Ended, Report, StoreError};
 const TICK: Duration = Duration::from_millis(50);
 /// How often the times are written down.
 const NOTE: Duration = Duration::from_secs(2);
+/// How often the command's progress is looked at.
+const SAID: Duration = Duration::from_secs(1);
 /// How long a monitor may take to end in good order.
 const TERMINATION: Duration = Duration::from_secs(3);
 /// Output that is sent to a store elsewhere before the thread looks around again, in one piece, and how long that may take.
@@ -58,6 +60,9 @@ pub(super) struct Runner {
     started: Option<String>,
     progress: Progress,
     noted: Instant,
+    /// What the store knows of how far the command has come, and when that was looked at.
+    said: Option<String>,
+    said_at: Instant,
     /// The machine stands still, and why.
     paused: Option<Reason>,
     /// The pause that the store knows of.
@@ -101,6 +106,8 @@ impl Runner {
             started: None,
             progress: Progress::default(),
             noted: now,
+            said: None,
+            said_at: now,
             paused: None,
             told: None,
             pause_at: now,
@@ -139,6 +146,7 @@ impl Runner {
             monitor.wait(TICK);
             let ended = monitor.has_ended();
             self.see_start(&monitor);
+            self.see_said(&monitor, ended);
             self.send_output(SEND_AT_ONCE);
             if ended {
                 break;
@@ -286,6 +294,18 @@ impl Runner {
             }
             self.started = Some(engine);
             self.around.point("start told");
+        }
+    }
+
+    /// Tells the store how far the command says it has come.
+    fn see_said(&mut self, monitor: &Monitor, now: bool) {
+        if self.started.is_none() || !(now || self.said_at.elapsed() > SAID) {
+            return;
+        }
+        self.said_at = Instant::now();
+        let Some(text) = monitor.said().filter(|text| self.said.as_ref() != Some(text)) else { return };
+        if self.around.store.report(&self.record.key, &Report::Progress(text.clone())).is_ok() {
+            self.said = Some(text);
         }
     }
 
@@ -522,6 +542,9 @@ impl Runner {
                 return ended(reason, detail, None);
             }
             Desired::Run | Desired::Pause(_) | Desired::Abandon => {}
+        }
+        if let Some(hung) = result.as_ref().filter(|result| result.cause.as_deref() == Some("hung")) {
+            return ended(Reason::GuestHung, hung.error.clone(), None);
         }
         if self.timed_out {
             let limit = Duration::from_millis(self.record.job.spec.timeout_ms.unwrap_or_default());
