@@ -54,7 +54,7 @@ fn copy(mut from: TcpStream, mut to: TcpStream, cut: &AtomicBool) {
 #[test]
 fn a_worker_that_is_cut_off_pauses_goes_on_if_it_is_back_in_time_and_is_fenced_if_not() {
     let pool = Pool::new();
-    let (_coordinator, url) = pool.coordinator(&["--listen", "127.0.0.1:0", "--lease", "6s"]);
+    let (_coordinator, url) = pool.coordinator(&["--listen", "127.0.0.1:0", "--lease", "12s"]);
     let cable = Cable::to(&url);
     pool.use_place(&["--queue", &cable.address]);
     let first = pool.worker("first", &["--jobs", "1"]);
