@@ -127,6 +127,16 @@ impl CheckpointFiles {
     /// is its attempt's number and the last checkpoint it has reported.
     pub(super) fn tidy(&self, job: JobId, keep: &[(u64, u32)], present: Option<(u64, u32)>) {
         let folder = self.of_job(job);
+        if keep.is_empty() && present.is_none() {
+            // Nobody goes on from anything here: not from what somebody has put beside the checkpoints either.
+            match fs::remove_dir_all(&folder) {
+                Err(err) if err.kind() != io::ErrorKind::NotFound => {
+                    log::warn!("checkpoints '{}' cannot be removed: {err}", folder.display());
+                }
+                _ => {}
+            }
+            return;
+        }
         let Ok(entries) = fs::read_dir(&folder) else { return };
         // What dead writers have left; those that write still are not touched.
         let _ = harrier_snapshot::sweep(&folder);
