@@ -95,7 +95,7 @@ fn a_console_that_nobody_reads_ends_the_run() {
 #[test]
 fn json_holds_console_end_and_counts() {
     let kernel = KernelFile::new(Code::default().print("hi\n").out(0x600, 0x34));
-    let output = output(&["run", "--json", "--kernel", &kernel.path, "--memory", "64M"]);
+    let output = output(&["run", "--json", "--engine", "soft", "--kernel", &kernel.path, "--memory", "64M"]);
     let object: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(object["exit_code"], 125);
     assert_eq!(object["stdout"], "hi\n");

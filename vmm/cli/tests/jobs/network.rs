@@ -73,7 +73,8 @@ fn a_worker_that_is_cut_off_pauses_goes_on_if_it_is_back_in_time_and_is_fenced_i
 
     cable.cut.store(true, Ordering::SeqCst);
     eventually("the lease is over", || pool.history(id).contains("worker_lost"));
-    eventually("its holder has noticed", || first.said().contains("given up: its lease is over"));
+    // Given up, or ended all the same: where the engine is fast, the command comes to its end meanwhile.
+    eventually("its holder has noticed", || first.said().contains("its lease is over"));
     let second = pool.worker("second", &["--jobs", "1"]);
     eventually("another has it", || pool.job(id)["host"] == "second");
     cable.cut.store(false, Ordering::SeqCst);

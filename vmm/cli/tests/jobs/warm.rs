@@ -58,8 +58,9 @@ fn a_template_that_is_damaged_costs_one_try() {
 #[test]
 fn a_worker_may_boot_every_machine() {
     let pool = Pool::new();
-    let mut worker = pool.worker("w", &["--warm", "0", "--drain", "--slots", "1"]);
+    // A worker that drains ends when nothing waits.
     let ids: Vec<u64> = (0..2).map(|_| pool.submit(&[], "echo hello")).collect();
+    let mut worker = pool.worker("w", &["--warm", "0", "--drain", "--slots", "1"]);
     ids.iter().for_each(|id| assert_eq!(pool.exit_code(*id), 0));
     worker.wait();
     assert!(templates(&pool) == 0 && !worker.said().contains("template"), "{}", worker.said());

@@ -602,10 +602,11 @@ impl Runner {
         loop {
             match self.around.store.report(&self.record.key, &Report::Ended(ended.clone())) {
                 Ok(()) => return self.say(&format!("ended: {what}")),
-                Err(StoreError::Fenced(_)) => {
+                Err(err) if err.is_passing() && !self.is_abandoned() => thread::sleep(RETRY),
+                // The store says so, or cannot be asked and it was found out here.
+                Err(err) if matches!(err, StoreError::Fenced(_)) || self.is_abandoned() => {
                     return self.say(&format!("ended, but its lease is over: {what}"));
                 }
-                Err(err) if err.is_passing() && !self.is_abandoned() => thread::sleep(RETRY),
                 Err(err) => return self.say(&format!("ended ({what}), which cannot be recorded: {err}")),
             }
         }
