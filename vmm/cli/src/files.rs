@@ -256,7 +256,7 @@ mod tests {
     fn config(input: &[&str], output: &[&str]) -> Result<FilesConfig, FileFlagError> {
         let words = |words: &[&str]| words.iter().map(OsString::from).collect();
         let flags = FileFlags { input: words(input), output: words(output), ..FileFlags::default() };
-        FilesConfig::from_flags(&flags, Some(b"/work"))
+        FilesConfig::from_flags(&flags, Some(b"/data"))
     }
 
     #[test]
@@ -265,12 +265,12 @@ mod tests {
         let found = config(&inputs, &[]).unwrap().inputs;
         let guests: Vec<&str> =
             found.iter().map(|input| std::str::from_utf8(&input.guest).unwrap()).collect();
-        assert_eq!(guests, ["/work/a", "/etc/c", "/work/sub/d", "/work/g"]);
+        assert_eq!(guests, ["/data/a", "/etc/c", "/data/sub/d", "/data/g"]);
         assert_eq!(found[3].host, Path::new("e:f"));
         let found = config(&[], &["out", "/var/log/x:/tmp/y", "z:/tmp/"]).unwrap().outputs;
         let here = std::env::current_dir().unwrap();
         let expected =
-            [("/work/out", here.join("out")), ("/var/log/x", "/tmp/y".into()), ("/work/z", "/tmp/z".into())];
+            [("/data/out", here.join("out")), ("/var/log/x", "/tmp/y".into()), ("/data/z", "/tmp/z".into())];
         for (output, (guest, host)) in found.iter().zip(expected) {
             assert_eq!((output.guest.as_slice(), &output.host), (guest.as_bytes(), &host));
         }

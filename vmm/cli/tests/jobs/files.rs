@@ -113,10 +113,10 @@ fn a_command_that_saves_its_state_is_started_again_with_it() {
     let pool = Pool::new();
     let state = pool.text("state");
     fs::write(&state, "0\n").unwrap();
-    let script = "n=$(cat /work/state); n=$((n + 1)); echo $n > /work/state; echo attempt $HARRIER_ATTEMPT made $n; \
+    let script = "n=$(cat /data/state); n=$((n + 1)); echo $n > /data/state; echo attempt $HARRIER_ATTEMPT made $n; \
                   [ $n -lt 3 ] && exit 85; exit 0";
-    let input = format!("{state}:/work/state");
-    let id = submit(&pool, &["--input", &input, "--output", "/work/state", "--checkpoint-exit"], script);
+    let input = format!("{state}:/data/state");
+    let id = submit(&pool, &["--input", &input, "--output", "/data/state", "--checkpoint-exit"], script);
     // An exit code that stands for nothing here is a failure.
     let other = submit(&pool, &[], "exit 85");
     drain(&pool);

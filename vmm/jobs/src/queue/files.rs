@@ -173,12 +173,12 @@ mod tests {
 
     #[test]
     fn files_are_named_as_in_run() {
-        let input = |text| InputFile::parse(text, Path::new("/jobs"), Some("/work"));
+        let input = |text| InputFile::parse(text, Path::new("/jobs"), Some("/data"));
         for (text, host, guest) in [
-            ("a", "/jobs/a", "/work/a"),
-            ("/x/a:b", "/x/a", "/work/b"),
+            ("a", "/jobs/a", "/data/a"),
+            ("/x/a:b", "/x/a", "/data/b"),
             ("a:/etc/", "/jobs/a", "/etc/a"),
-            ("a:b:c", "/jobs/a:b", "/work/c"),
+            ("a:b:c", "/jobs/a:b", "/data/c"),
         ] {
             let found = input(text).unwrap();
             assert_eq!((found.host.as_str(), found.guest.as_str()), (host, guest), "{text}");
