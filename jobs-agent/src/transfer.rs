@@ -151,6 +151,7 @@ impl Transfer {
         if let (Way::In(incoming), State::Going) = (&mut self.way, &self.state)
             && let Err(error) = incoming.write(bytes)
         {
+            incoming.discard();
             self.state = State::Failed(error);
         }
         self.stdin.dispose(bytes.len());
@@ -162,7 +163,10 @@ impl Transfer {
         if let (Way::In(incoming), State::Going) = (&mut self.way, &self.state) {
             self.state = match incoming.finish() {
                 Ok(file) => State::Done(file),
-                Err(error) => State::Failed(error),
+                Err(error) => {
+                    incoming.discard();
+                    State::Failed(error)
+                }
             };
         }
     }
@@ -250,12 +254,19 @@ impl Incoming {
     }
 }
 
-impl Drop for Incoming {
-    fn drop(&mut self) {
-        if let Some((path, _)) = &self.temporary {
+impl Incoming {
+    /// Removes what has come so far, before anybody hears that it failed.
+    fn discard(&mut self) {
+        if let Some((path, _)) = self.temporary.take() {
             // It has never had its name; a machine that cannot remove it soon ends.
             let _ = fs::remove_file(path);
         }
+    }
+}
+
+impl Drop for Incoming {
+    fn drop(&mut self) {
+        self.discard();
     }
 }
 
