@@ -1,6 +1,7 @@
 //! The dispatcher: finds blocks, runs them, and looks after everything else between them.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use harrier_engine::cpu_state::MpState;
 use harrier_engine::user_mode::UserProcessor;
@@ -14,6 +15,10 @@ use crate::vm::{Mailbox, Shared};
 
 /// Instructions between two looks at the clock, for timers; some tenths of a millisecond.
 const SLICE: i64 = 20_000;
+
+/// A vCPU that has slept for so long gives its decoded code back: what wakes it needs little of it, and there may be many
+/// machines that sleep.
+const IDLE: Duration = Duration::from_millis(400);
 
 /// A software vCPU.
 pub(crate) struct SoftVcpu {
@@ -198,9 +203,17 @@ impl SoftVcpu {
                 return None;
             }
             let deadline = cpu.next_deadline_ns();
-            let timeout = deadline
-                .map(|at| std::time::Duration::from_nanos(at.saturating_sub(cpu.shared.clock.host_ns())));
-            self.mailbox.wait(timeout);
+            let timeout =
+                deadline.map(|at| Duration::from_nanos(at.saturating_sub(cpu.shared.clock.host_ns())));
+            if self.code.is_large() && timeout.is_none_or(|timeout| timeout > IDLE) {
+                self.mailbox.wait(Some(IDLE));
+                if !self.mailbox.has_mail() {
+                    self.code.release();
+                    self.cpu.mmu.code_generation += 1;
+                }
+            } else {
+                self.mailbox.wait(timeout);
+            }
         }
     }
 

@@ -29,6 +29,8 @@ const MAX_INSTRUCTION: usize = 15;
 const MAX_BYTES: usize = 192;
 /// Operations that the cache holds before it is emptied; 32 bytes each.
 const MAX_CACHED_OPS: usize = 512 * 1024;
+/// With room for more operations than this, the cache is worth giving back: a quarter of a mebibyte and more.
+const LARGE_OPS: usize = 4096;
 const JUMP_BITS: u32 = 12;
 /// No second page.
 const NO_PAGE: u64 = u64::MAX;
@@ -282,6 +284,19 @@ impl CodeCache {
         self.blocks.clear();
         self.by_address.clear();
         self.by_page.clear();
+    }
+
+    /// Whether it holds enough memory to be worth giving back.
+    pub(crate) fn is_large(&self) -> bool {
+        self.ops.capacity() > LARGE_OPS
+    }
+
+    /// Forgets everything and gives its memory back. The caller makes the jump cache's keys invalid.
+    pub(crate) fn release(&mut self) {
+        self.ops = Vec::new();
+        self.blocks = Vec::new();
+        self.by_address = AddressMap::default();
+        self.by_page = AddressMap::default();
     }
 }
 

@@ -226,7 +226,7 @@ const INDEX_SLOT: u8 = 31;
 /// Handler of one of these instructions.
 pub(crate) fn select(instruction: &Instruction, op: &mut Op) -> Option<Selected> {
     use Mnemonic::*;
-    if instruction.op_code().encoding() != EncodingKind::VEX {
+    if instruction.encoding() != EncodingKind::VEX {
         return None;
     }
     let memory = |operand| instruction.op_count() > operand && instruction.op_kind(operand) == OpKind::Memory;

@@ -1,7 +1,7 @@
 //! Near branches: JMP, Jcc, CALL, RET, LOOP, JCXZ. A conditional branch that is not taken does not end the
 //! block.
 
-use iced_x86::{Instruction, OpKind};
+use iced_x86::{Code, Instruction, OpKind};
 
 use super::flags::{Condition, with_condition};
 use super::stack::{Stack, Stack64, StackLegacy};
@@ -216,8 +216,7 @@ pub(crate) fn select(instruction: &Instruction, op: &mut Op, mode: Mode) -> Opti
             if code == C::Retnq { ret64 } else { by_mode!(mode, if word { 2 } else { 8 }, ret) }
         }
         M::Loop | M::Loope | M::Loopne => {
-            let size = instruction.op_code().address_size();
-            op.aux = if size == 0 { 8 } else { (size / 8) as u16 };
+            op.aux = loop_counter_bytes(code);
             let kind = match instruction.mnemonic() {
                 M::Loop => 0,
                 M::Loope => 2,
@@ -238,4 +237,16 @@ pub(crate) fn select(instruction: &Instruction, op: &mut Op, mode: Mode) -> Opti
         _ => return None,
     };
     Selected::end(exec)
+}
+
+/// Bytes of the counter of LOOP and its kind: CX, ECX or RCX.
+fn loop_counter_bytes(code: Code) -> u16 {
+    use Code::*;
+    match code {
+        Loop_rel8_16_CX | Loop_rel8_32_CX | Loope_rel8_16_CX | Loope_rel8_32_CX | Loopne_rel8_16_CX
+        | Loopne_rel8_32_CX => 2,
+        Loop_rel8_16_ECX | Loop_rel8_32_ECX | Loop_rel8_64_ECX | Loope_rel8_16_ECX | Loope_rel8_32_ECX
+        | Loope_rel8_64_ECX | Loopne_rel8_16_ECX | Loopne_rel8_32_ECX | Loopne_rel8_64_ECX => 4,
+        _ => 8,
+    }
 }

@@ -216,7 +216,7 @@ fn is_simd(feature: CpuidFeature) -> bool {
 }
 
 fn properties(instruction: &Instruction) -> Option<Shape> {
-    let mut shape = match instruction.op_code().encoding() {
+    let mut shape = match instruction.encoding() {
         EncodingKind::Legacy => 0,
         EncodingKind::VEX => AVX,
         _ => return None,
@@ -246,7 +246,7 @@ fn memory_slot(instruction: &Instruction) -> Option<u8> {
         return None;
     }
     let mnemonic = instruction.mnemonic();
-    let aligned = match instruction.op_code().encoding() {
+    let aligned = match instruction.encoding() {
         EncodingKind::Legacy => size == 16 && !thunk::is_string_compare(mnemonic),
         _ => false,
     };

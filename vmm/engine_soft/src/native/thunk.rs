@@ -256,7 +256,7 @@ struct Builder<'a> {
 impl Builder<'_> {
     /// Code of the thunk for a guest instruction.
     fn build(&mut self, guest: &Instruction) -> Option<Vec<u8>> {
-        let vex = match guest.op_code().encoding() {
+        let vex = match guest.encoding() {
             EncodingKind::Legacy => false,
             EncodingKind::VEX => true,
             _ => return None,

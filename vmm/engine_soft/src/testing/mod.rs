@@ -55,6 +55,44 @@ pub(crate) fn memory(gpa: u64, size: usize) -> GuestRegion {
 }
 
 #[test]
+fn a_vcpu_that_sleeps_gives_its_decoded_code_back_and_goes_on_as_before() {
+    use vm_memory::{Bytes, MemoryRegionAddress};
+    const COUNT: u32 = 6000;
+    let region = memory(0x10_0000, 1 << 20);
+    // inc eax, many times; then hlt, and leave with another inc when something wakes it.
+    let mut code: Vec<u8> = [0xff, 0xc0].repeat(COUNT as usize);
+    code.push(0xf4);
+    region.write_slice(&code, MemoryRegionAddress(0)).unwrap();
+    let mut vcpu = flat_vcpu(region);
+    vcpu.cpu().rip = 0x10_0000;
+    let kicker = harrier_engine::Vcpu::kicker(&vcpu);
+    let kick = |after_ms| {
+        let kicker = std::sync::Arc::clone(&kicker);
+        std::thread::spawn(move || {
+            std::thread::sleep(std::time::Duration::from_millis(after_ms));
+            kicker.kick();
+        })
+    };
+    let held = |vcpu: &mut SoftVcpu| vcpu.parts().1.is_large();
+    let sleep = |vcpu: &mut SoftVcpu, after_ms| {
+        let kick = kick(after_ms);
+        assert_eq!(harrier_engine::Vcpu::run(vcpu, &mut NoDevices), harrier_engine::Exit::Kicked);
+        kick.join().unwrap();
+    };
+    sleep(&mut vcpu, 100);
+    assert!(held(&mut vcpu), "a short sleep keeps it");
+    assert_eq!(vcpu.cpu().regs[0], u64::from(COUNT));
+    sleep(&mut vcpu, 900);
+    assert!(!held(&mut vcpu));
+    // The same code again, of which nothing that was decoded is left.
+    vcpu.cpu().rip = 0x10_0000;
+    vcpu.cpu().mp_state = harrier_engine::cpu_state::MpState::Runnable;
+    sleep(&mut vcpu, 100);
+    assert_eq!(vcpu.cpu().regs[0], 2 * u64::from(COUNT));
+    assert!(held(&mut vcpu));
+}
+
+#[test]
 #[ignore = "prints a speed; run by hand with --nocapture"]
 fn speed_of_register_loops() {
     use vm_memory::{Bytes, GuestMemoryRegion, MemoryRegionAddress};
