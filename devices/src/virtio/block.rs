@@ -5,19 +5,17 @@
 //! nothing more.
 
 use std::fs::{File, OpenOptions, TryLockError};
-use std::io::{self, Seek, SeekFrom};
+use std::io;
 use std::path::{Path, PathBuf};
-
-use harrier_engine::GuestMemory;
-use vmm_sys_util::fallocate::{FallocateMode, fallocate};
-use vmm_sys_util::write_zeroes::WriteZeroesAt;
 
 use super::block_copy::DiskCopies;
 use super::chain::{Buffers, Chain};
+use super::disk::DiskFile;
 use super::queue::{DeviceQueue, QueueError};
 use super::{Progress, Running, VirtioDevice};
 use crate::guest_error::GuestErrors;
 use crate::state::BadState;
+use harrier_engine::GuestMemory;
 
 /// Bytes in a sector, the unit of every address and length.
 pub const SECTOR: u64 = 512;
@@ -97,7 +95,7 @@ pub enum OpenError {
 
 /// A disk.
 pub struct Block {
-    file: File,
+    file: DiskFile,
     /// Copies of the disk that are being made; none of one that is not written.
     copies: Option<DiskCopies>,
     read_only: bool,
@@ -145,8 +143,13 @@ impl Block {
     ///
     /// # Errors
     /// The file's length cannot be found.
-    pub fn from_file(mut file: File, read_only: bool, id: &[u8]) -> io::Result<Self> {
-        let len = file.seek(SeekFrom::End(0))?;
+    pub fn from_file(file: File, read_only: bool, id: &[u8]) -> io::Result<Self> {
+        Ok(Self::from_disk(DiskFile::whole(file)?, read_only, id))
+    }
+
+    /// The same for a disk that lies over others.
+    pub fn from_disk(file: DiskFile, read_only: bool, id: &[u8]) -> Self {
+        let len = file.len();
         if !len.is_multiple_of(SECTOR) {
             log::info!(
                 "a disk of {len} bytes is no multiple of {SECTOR}: its last sector is padded with zeros"
@@ -156,15 +159,9 @@ impl Block {
         for (to, from) in padded.iter_mut().zip(id) {
             *to = *from;
         }
-        let copies = if read_only { None } else { Some(DiskCopies::new(file.try_clone()?)) };
-        Ok(Block {
-            file,
-            copies,
-            read_only,
-            sectors: len.div_ceil(SECTOR),
-            id: padded,
-            errors: GuestErrors::default(),
-        })
+        let copies = (!read_only).then(|| DiskCopies::new(file.clone()));
+        let sectors = len.div_ceil(SECTOR);
+        Block { file, copies, read_only, sectors, id: padded, errors: GuestErrors::default() }
     }
 
     /// Makes copies of the disk while the guest writes it; none of a disk that is read-only.
@@ -255,11 +252,11 @@ impl Block {
             }
             self.before_change(offset, bytes);
             let status = if zero {
-                let result = self.zero(offset, bytes, flags & WRITE_ZEROES_UNMAP != 0);
+                let result = self.file.zero(offset, bytes, flags & WRITE_ZEROES_UNMAP != 0);
                 self.host_result("write zeroes", result)
             } else {
                 // Advice only: a file system that cannot punch holes keeps the blocks.
-                if let Err(error) = fallocate(&self.file, FallocateMode::PunchHole, true, offset, bytes) {
+                if let Err(error) = self.file.discard(offset, bytes) {
                     log::debug!("block: discard: {error}");
                 }
                 Status::Ok
@@ -269,15 +266,6 @@ impl Block {
             }
         }
         Status::Ok
-    }
-
-    fn zero(&mut self, offset: u64, bytes: u64, unmap: bool) -> io::Result<()> {
-        let mode = if unmap { FallocateMode::PunchHole } else { FallocateMode::ZeroRange };
-        if fallocate(&self.file, mode, true, offset, bytes).is_ok() {
-            return Ok(());
-        }
-        let bytes = usize::try_from(bytes).map_err(|_| io::ErrorKind::InvalidInput)?;
-        self.file.write_all_zeroes_at(offset, bytes)
     }
 
     /// Serves the request and answers status and bytes of data given to the driver.
@@ -293,7 +281,7 @@ impl Block {
                 let len = data_in.len();
                 match self.offset_of(sector, len as u64) {
                     Some(offset) if len <= MAX_REQUEST => {
-                        let result = data_in.read_file(&self.file, offset);
+                        let result = self.file.read(data_in.split_front(len), offset);
                         match self.host_result("read", result) {
                             Status::Ok => (Status::Ok, len),
                             status => (status, 0),
@@ -305,13 +293,13 @@ impl Block {
             REQUEST_WRITE => match self.offset_of(sector, data_out.len() as u64) {
                 Some(offset) if !self.read_only && data_out.len() <= MAX_REQUEST => {
                     self.before_change(offset, data_out.len() as u64);
-                    let result = data_out.write_file(&self.file, offset);
+                    let result = self.file.write(data_out, offset);
                     (self.host_result("write", result), 0)
                 }
                 _ => (Status::IoError, 0),
             },
             REQUEST_FLUSH => {
-                let result = if self.read_only { Ok(()) } else { self.file.sync_data() };
+                let result = if self.read_only { Ok(()) } else { self.file.sync() };
                 (self.host_result("flush", result), 0)
             }
             REQUEST_GET_ID => (Status::Ok, data_in.write(&self.id)),

@@ -9,28 +9,33 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use super::disk::{BLOCK_BYTES, BlockMap, DiskFile};
+
 /// Bytes of a part: what a write of the guest may have to wait for.
 const PART: u64 = 256 << 10;
 
-/// The copies of one disk that are being made; clones share them.
+/// The copies of one disk that are being made, and which blocks the next difference has to have; clones share them.
 #[derive(Debug, Clone)]
 pub struct DiskCopies {
-    file: Arc<File>,
+    file: DiskFile,
     under_way: Arc<Mutex<Vec<Weak<DiskCopy>>>>,
+    /// Changed since the machine was made, or its last snapshot was taken.
+    changed: Arc<BlockMap>,
 }
 
 /// A copy that is being made. Dropping it leaves it unfinished.
 #[derive(Debug)]
 pub struct DiskCopy {
-    from: Arc<File>,
+    from: DiskFile,
     to: File,
-    len: u64,
+    /// Of a difference, the blocks that it has.
+    blocks: Option<BlockMap>,
     state: Mutex<State>,
 }
 
 #[derive(Debug)]
 struct State {
-    /// One for each part: it is copied.
+    /// One for each part: it is copied, or need not be.
     copied: Vec<bool>,
     buffer: Vec<u8>,
     failed: Option<io::Error>,
@@ -42,31 +47,52 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl DiskCopies {
     /// For a disk in this file.
-    pub(super) fn new(file: File) -> Self {
-        DiskCopies { file: Arc::new(file), under_way: Arc::default() }
+    pub(super) fn new(file: DiskFile) -> Self {
+        let changed = Arc::new(BlockMap::empty(file.len()));
+        DiskCopies { file, under_way: Arc::default(), changed }
     }
 
     /// The disk's file.
-    pub fn file(&self) -> &File {
+    pub fn file(&self) -> &DiskFile {
         &self.file
     }
 
-    /// Begins a copy into the empty file `to`. The disk stands still: the machine is paused.
+    /// Takes the blocks that have changed since this was last called: for a snapshot of the disk as it is now, which the next
+    /// difference is one to.
+    pub fn take_changed(&self) -> Vec<u64> {
+        self.changed.take()
+    }
+
+    /// There is no such snapshot after all.
+    pub fn put_back_changed(&self, blocks: &[u64]) {
+        self.changed.add_words(blocks);
+    }
+
+    /// Begins a copy into the empty file `to`: of all of it, or only of such blocks. The disk stands still: the machine is
+    /// paused.
     ///
     /// # Errors
     /// The host's.
-    pub fn begin(&self, to: File) -> io::Result<Arc<DiskCopy>> {
-        let len = io::Seek::seek(&mut &*self.file, io::SeekFrom::End(0))?;
+    pub fn begin(&self, to: File, blocks: Option<&[u64]>) -> io::Result<Arc<DiskCopy>> {
+        let len = self.file.len();
         to.set_len(len)?;
-        let parts = usize::try_from(len.div_ceil(PART)).map_err(|_| io::ErrorKind::OutOfMemory)?;
-        let state = State { copied: vec![false; parts], buffer: Vec::new(), failed: None };
-        let copy = Arc::new(DiskCopy { from: Arc::clone(&self.file), to, len, state: Mutex::new(state) });
+        let blocks = blocks.map(BlockMap::from_words);
+        let in_part = PART / BLOCK_BYTES;
+        let is_idle = |part: u64| {
+            blocks
+                .as_ref()
+                .is_some_and(|blocks| !(part * in_part..(part + 1) * in_part).any(|block| blocks.has(block)))
+        };
+        let copied = (0..len.div_ceil(PART)).map(is_idle).collect();
+        let state = State { copied, buffer: Vec::new(), failed: None };
+        let copy = Arc::new(DiskCopy { from: self.file.clone(), to, blocks, state: Mutex::new(state) });
         lock(&self.under_way).push(Arc::downgrade(&copy));
         Ok(copy)
     }
 
     /// The guest is about to change these bytes.
     pub(super) fn before_change(&self, offset: u64, bytes: u64) {
+        self.changed.add_bytes(offset, bytes);
         let mut under_way = lock(&self.under_way);
         if under_way.is_empty() || bytes == 0 {
             return;
@@ -86,7 +112,7 @@ impl DiskCopy {
     /// # Errors
     /// The host's, also for what was copied before.
     pub fn finish(&self) -> io::Result<()> {
-        for part in 0..self.len.div_ceil(PART) {
+        for part in 0..self.from.len().div_ceil(PART) {
             if !self.part(part) {
                 break;
             }
@@ -111,11 +137,17 @@ impl DiskCopy {
     }
 
     fn copy(&self, at: u64, buffer: &mut Vec<u8>) -> io::Result<()> {
-        buffer.resize(PART.min(self.len - at) as usize, 0);
-        self.from.read_exact_at(buffer, at)?;
+        buffer.resize(PART.min(self.from.len() - at) as usize, 0);
+        self.from.read_at(buffer, at)?;
         // Zeros are a hole.
-        if buffer.iter().any(|byte| *byte != 0) {
-            self.to.write_all_at(buffer, at)?;
+        let is_hole = |bytes: &[u8]| bytes.iter().all(|byte| *byte == 0);
+        let Some(blocks) = &self.blocks else {
+            return if is_hole(buffer) { Ok(()) } else { self.to.write_all_at(buffer, at) };
+        };
+        for (block, bytes) in (at / BLOCK_BYTES..).zip(buffer.chunks(BLOCK_BYTES as usize)) {
+            if blocks.has(block) && !is_hole(bytes) {
+                self.to.write_all_at(bytes, block * BLOCK_BYTES)?;
+            }
         }
         Ok(())
     }
@@ -139,9 +171,9 @@ mod tests {
         let disk = file(LEN);
         disk.write_all_at(b"first", 0).unwrap();
         disk.write_all_at(b"last", LEN - 4).unwrap();
-        let copies = DiskCopies::new(disk.try_clone().unwrap());
+        let copies = DiskCopies::new(DiskFile::whole(disk.try_clone().unwrap()).unwrap());
         let to = file(0);
-        let copy = copies.begin(to.try_clone().unwrap()).unwrap();
+        let copy = copies.begin(to.try_clone().unwrap(), None).unwrap();
         let write = |text: &[u8], at: u64| {
             copies.before_change(at, text.len() as u64);
             disk.write_all_at(text, at).unwrap();
@@ -158,9 +190,9 @@ mod tests {
         assert!(bytes[5..LEN as usize - 4].iter().all(|byte| *byte == 0));
         // Two at a time have each their own moment.
         let (early, late) = (file(0), file(0));
-        let first = copies.begin(early.try_clone().unwrap()).unwrap();
+        let first = copies.begin(early.try_clone().unwrap(), None).unwrap();
         write(b"BETWEEN", 100);
-        let second = copies.begin(late.try_clone().unwrap()).unwrap();
+        let second = copies.begin(late.try_clone().unwrap(), None).unwrap();
         write(b"behind!", 100);
         second.finish().unwrap();
         first.finish().unwrap();
@@ -176,14 +208,14 @@ mod tests {
     fn a_copy_that_fails_costs_the_guest_nothing() {
         let disk = file(4 * PART);
         disk.write_all_at(&[7; 100], PART).unwrap();
-        let copies = DiskCopies::new(disk.try_clone().unwrap());
+        let copies = DiskCopies::new(DiskFile::whole(disk.try_clone().unwrap()).unwrap());
         // One that cannot be written.
         let to = TempFile::new().unwrap();
-        let begun = copies.begin(to.as_file().try_clone().unwrap()).unwrap();
+        let begun = copies.begin(to.as_file().try_clone().unwrap(), None).unwrap();
         let copy = DiskCopy {
-            from: Arc::clone(&begun.from),
+            from: begun.from.clone(),
             to: File::open(to.as_path()).unwrap(),
-            len: 4 * PART,
+            blocks: None,
             state: Mutex::new(State { copied: vec![false; 4], buffer: Vec::new(), failed: None }),
         };
         drop(begun);

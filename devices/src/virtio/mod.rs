@@ -10,6 +10,7 @@
 pub mod block;
 pub mod block_copy;
 pub mod chain;
+pub mod disk;
 pub mod mmio;
 pub mod queue;
 pub mod rng;

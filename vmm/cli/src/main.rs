@@ -15,6 +15,7 @@ mod exit;
 mod files;
 mod flags;
 mod guest_files;
+mod heap;
 mod jobs;
 mod limits;
 mod logging;

@@ -86,13 +86,11 @@ pub(crate) fn run_seated(flags: RunFlags, started: Instant, seat: Seat) -> Resul
 }
 
 fn run_in(flags: RunFlags, started: Instant, seat: Option<Seat>) -> Result<u8, Failure> {
+    crate::heap::share_between_threads();
     let json = flags.json;
     let attempt = flags.attempt.as_deref().map(Attempt::enter).transpose()?;
     let interrupter = Interrupter::default();
     let monitor = seat.map(|seat| Monitor::new(seat, interrupter.clone())).transpose()?;
-    if let (Some(attempt), Some(monitor)) = (&attempt, &monitor) {
-        attempt.stand_by(monitor.holder());
-    }
     let mut run = Run { interrupter, monitor: monitor.as_ref(), record: RunRecord::new(started) };
     let result = run_recorded(flags, &mut run);
     let record = run.record;
@@ -183,7 +181,7 @@ pub(crate) fn prepare(
             Some(restored) if !disk.read_only => snapshots::open_own_disk(&restored.chain, index, disk)?,
             _ => disks::open(disk)?,
         };
-        kept.keep_disk(index, &block)?;
+        kept.keep_disk(index, &block);
         blocks.push(block);
     }
 

@@ -21,7 +21,7 @@ use crate::layout::{HIGH_MEMORY_START, MMIO_HOLE_START};
 #[path = "memory_overlay.rs"]
 mod overlay;
 
-pub(crate) use overlay::populate;
+pub(crate) use overlay::{Need, get_ahead};
 
 /// Less memory than this holds no guest at all, in bytes.
 pub const MIN_MEMORY_BYTES: u64 = 2 << 20;

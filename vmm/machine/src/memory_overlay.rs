@@ -100,13 +100,26 @@ pub(super) fn zero(region: &GuestRegion, offset: u64, len_bytes: u64) -> io::Res
     region.write_slice(&zeros, MemoryRegionAddress(offset)).map_err(io::Error::other)
 }
 
-/// Has the host's kernel make a range of a region present, as by a read or a write of each page.
-pub(crate) fn populate(region: &GuestRegion, offset: u64, len: usize, for_writing: bool) -> io::Result<()> {
+/// What a page is needed for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Need {
+    /// Reading: the host's kernel begins to read it from the disk. What is read already is mapped by the kernel when it is
+    /// used, with its neighbours, and faster than one by one ahead of time.
+    InHostMemory,
+    /// Writing: the machine gets its own copy.
+    Own,
+}
+
+/// Gets a range of a region ahead of its use.
+pub(crate) fn get_ahead(region: &GuestRegion, offset: u64, len: usize, need: Need) -> io::Result<()> {
     if offset.checked_add(len as u64).is_none_or(|end| end > region.len()) {
         return Err(io::ErrorKind::InvalidInput.into());
     }
     let at = region.get_host_address(MemoryRegionAddress(offset)).map_err(io::Error::other)?;
-    let advice = if for_writing { Advice::LinuxPopulateWrite } else { Advice::LinuxPopulateRead };
+    let advice = match need {
+        Need::InHostMemory => Advice::WillNeed,
+        Need::Own => Advice::LinuxPopulateWrite,
+    };
     // SAFETY: `at` and `len` lie in the region's own mapping, which stays mapped as long as the region lives. No content
     // changes: a page that is made writable is a copy of what was read there before.
     unsafe { madvise(at.cast(), len, advice) }.map_err(Into::into)

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use crate::error::SnapshotError;
 use crate::verify::{Damage, verify};
-use crate::{CHUNK_PAGES, Chain, PAGE_BYTES, Snapshot, SnapshotWriter, Source};
+use crate::{CHUNK_PAGES, Chain, PAGE_BYTES, Snapshot, SnapshotWriter, Source, layer};
 
 /// Makes the snapshot in the folder `path` a full one: it has the same id and content as before, and needs no other one.
 /// Differences to it stay valid, and its former parents are left alone. It is replaced in one step.
@@ -41,7 +41,13 @@ pub fn compact(path: &Path) -> Result<Snapshot, SnapshotError> {
         writer.add_section(section);
     }
     for entry in &chain.snapshot().manifest().files {
-        writer.link_file(&entry.name)?;
+        match layer::disk_of(&entry.name) {
+            None => writer.link_file(&entry.name)?,
+            Some(disk) => {
+                let file = writer.create_file(disk)?;
+                chain.disk(disk)?.flatten(&file).map_err(crate::error::host("copy a disk of", path))?;
+            }
+        }
     }
     writer.commit()
 }

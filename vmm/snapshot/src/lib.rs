@@ -12,6 +12,7 @@ mod chain;
 mod compact;
 mod error;
 mod id;
+mod layer;
 mod manifest;
 mod memory;
 mod page_map;
@@ -24,6 +25,7 @@ pub use chain::{Chain, Run, Source};
 pub use compact::compact;
 pub use error::SnapshotError;
 pub use id::SnapshotId;
+pub use layer::{ChainDisk, DiskLayer, layer_name, seal_layer};
 pub use manifest::{FileEntry, Manifest, MemoryEntry, ParentEntry, SectionEntry};
 pub use memory::{CHUNK_PAGES, MemoryImage, MemoryWriter};
 pub use page_map::{PageKind, PageMap};
@@ -34,5 +36,5 @@ pub use writer::{Section, SnapshotWriter, Step};
 
 /// Bytes of a page.
 pub const PAGE_BYTES: usize = 4096;
-/// Version of the container that this crate writes and reads.
-pub const FORMAT_VERSION: u32 = 1;
+/// Newest version of the container that this crate writes and reads. It writes the oldest that has what the snapshot needs.
+pub const FORMAT_VERSION: u32 = 2;

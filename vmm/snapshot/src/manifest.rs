@@ -7,7 +7,7 @@ use serde_json::value::RawValue;
 
 use crate::error::SnapshotError;
 use crate::id::{Checksum, SnapshotId};
-use crate::{FORMAT_VERSION, PAGE_BYTES};
+use crate::{FORMAT_VERSION, PAGE_BYTES, layer};
 
 /// Name of the file.
 pub(crate) const FILE: &str = "manifest.json";
@@ -107,12 +107,17 @@ struct Label {
 }
 
 impl Manifest {
+    /// The oldest version of the format that has what the snapshot has: 2 has layers of disks.
+    fn version(&self) -> u32 {
+        if self.files.iter().any(|file| layer::disk_of(&file.name).is_some()) { 2 } else { 1 }
+    }
+
     /// The bytes of the file.
     pub(crate) fn encode(&self) -> Vec<u8> {
         // Neither strings nor numbers can fail to be written.
         let body = serde_json::value::to_raw_value(self).unwrap_or_default();
         let checksum = Checksum::of(body.get().as_bytes());
-        let envelope = Envelope { format: FORMAT.to_owned(), version: FORMAT_VERSION.into(), checksum, body };
+        let envelope = Envelope { format: FORMAT.to_owned(), version: self.version().into(), checksum, body };
         let mut bytes = serde_json::to_vec(&envelope).unwrap_or_default();
         bytes.push(b'\n');
         bytes
@@ -126,7 +131,7 @@ impl Manifest {
         if label.format != FORMAT {
             return Err(no_snapshot(format!("{FILE} is not of format {FORMAT}")));
         }
-        if label.version != u64::from(FORMAT_VERSION) {
+        if !(1..=u64::from(FORMAT_VERSION)).contains(&label.version) {
             return Err(SnapshotError::Version { path: path.to_owned(), found: label.version });
         }
         let damaged = |reason: String| SnapshotError::Damaged {
@@ -143,6 +148,9 @@ impl Manifest {
         let manifest: Manifest =
             serde_json::from_str(envelope.body.get()).map_err(|err| damaged(err.to_string()))?;
         manifest.check().map_err(damaged)?;
+        if u64::from(manifest.version()) > label.version {
+            return Err(damaged(format!("it has what version {} does not", label.version)));
+        }
         Ok(manifest)
     }
 
@@ -251,10 +259,10 @@ mod tests {
     fn other_formats_and_versions_are_told_apart_from_damage() {
         assert!(refused(b"{}").contains("is no snapshot"));
         assert!(refused(br#"{"format":"qcow","version":1}"#).contains("not of format"));
-        let newer = br#"{"format":"harrier-snapshot","version":2,"and":"more"}"#;
+        let newer = br#"{"format":"harrier-snapshot","version":3,"and":"more"}"#;
         assert_eq!(
             refused(newer),
-            "snapshot 'x' has format version 2, this harrier knows up to 1: use a newer one"
+            "snapshot 'x' has format version 3, this harrier knows up to 2: use a newer one"
         );
     }
 

@@ -62,7 +62,9 @@ impl Snapshot {
             }
             Err(error) => return Err(host("open", &manifest_path)(error)),
         };
-        let mut bytes = Vec::new();
+        // One more than there is, so that the end is seen by the first read.
+        let len = file.metadata().map_err(host("read", &manifest_path))?.len().min(manifest::MAX_BYTES) + 1;
+        let mut bytes = Vec::with_capacity(len as usize);
         file.take(manifest::MAX_BYTES + 1).read_to_end(&mut bytes).map_err(host("read", &manifest_path))?;
         if bytes.len() as u64 > manifest::MAX_BYTES {
             return Err(none(format!("{} is longer than {} bytes", manifest::FILE, manifest::MAX_BYTES)));
@@ -135,6 +137,30 @@ impl Snapshot {
             return Err(self.damaged(&part(), entry.offset, "its checksum is another one".to_owned()));
         }
         Ok(Section { name: entry.name.clone(), version: entry.version, bytes })
+    }
+
+    /// Checks what lies between the sections and behind them: zeros, and nothing else.
+    pub(crate) fn check_padding(&self) -> Result<(), SnapshotError> {
+        let mut from = STATE_HEADER_BYTES;
+        let ends = self.manifest.sections.iter().map(|entry| (entry.offset, entry.bytes));
+        let mut buffer = [0; 4096];
+        for (offset, bytes) in ends.chain([(self.manifest.state_bytes, 0)]) {
+            while from < offset {
+                let len = (offset - from).min(buffer.len() as u64);
+                let part = buffer.get_mut(..len as usize).unwrap_or_default();
+                self.state
+                    .read_exact_at(part, from)
+                    .map_err(|error| self.damaged(STATE_FILE, from, error.to_string()))?;
+                if let Some(at) = part.iter().position(|byte| *byte != 0) {
+                    let reason = "there is something between the sections".to_owned();
+                    return Err(self.damaged(STATE_FILE, from + at as u64, reason));
+                }
+                from += len;
+            }
+            // The table was checked: it does not overflow.
+            from = offset.saturating_add(bytes);
+        }
+        Ok(())
     }
 
     /// Guest memory: everything but the pages themselves is checked.

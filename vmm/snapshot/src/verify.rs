@@ -5,7 +5,7 @@ use std::path::Path;
 use crate::error::SnapshotError;
 use crate::memory::CHUNK_PAGES;
 use crate::writer::file_checksum;
-use crate::{Chain, PAGE_BYTES, Snapshot};
+use crate::{Chain, PAGE_BYTES, Snapshot, layer};
 
 /// Something that is not as it was written.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -51,6 +51,15 @@ pub fn verify(path: &Path) -> Result<Vec<Damage>, SnapshotError> {
     let mut found = verify_one(&snapshot)?;
     match Chain::from_snapshot(snapshot) {
         Ok(chain) => {
+            for disk in chain.snapshot().manifest().files.iter().filter_map(|file| layer::disk_of(&file.name))
+            {
+                if let Err(error) = chain.disk(disk) {
+                    let damage = damage(path, error)?;
+                    if !found.iter().any(|known| known.part == damage.part) {
+                        found.push(damage);
+                    }
+                }
+            }
             for parent in chain.snapshots().skip(1) {
                 found.extend(verify_one(parent)?);
             }
@@ -74,6 +83,9 @@ fn verify_one(snapshot: &Snapshot) -> Result<Vec<Damage>, SnapshotError> {
         if let Err(error) = snapshot.read_section(entry) {
             found.push(Damage { bytes: entry.bytes, ..damage(path, error)? });
         }
+    }
+    if let Err(error) = snapshot.check_padding() {
+        found.push(Damage { bytes: 1, ..damage(path, error)? });
     }
     match snapshot.memory() {
         Ok(memory) => {
@@ -101,7 +113,7 @@ fn verify_one(snapshot: &Snapshot) -> Result<Vec<Damage>, SnapshotError> {
             let (bytes, sha256) =
                 file_checksum(&file).map_err(crate::error::host("read", &path.join(&entry.name)))?;
             if (bytes, sha256) == (entry.bytes, entry.sha256) {
-                return Ok(());
+                return layer::disk_of(&entry.name).map_or(Ok(()), |disk| snapshot.layer(disk).map(drop));
             }
             Err(snapshot.damaged(&entry.name, 0, "its checksum is another one".to_owned()))
         });

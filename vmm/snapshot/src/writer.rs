@@ -340,7 +340,7 @@ pub(crate) fn file_checksum(file: &File) -> io::Result<(u64, Checksum)> {
     }
     let mut reader = At(file, 0);
     let mut hash = Sha256::new();
-    let mut buffer = vec![0; 1 << 20];
+    let mut buffer = vec![0; file.metadata()?.len().clamp(1, 1 << 20) as usize];
     loop {
         match reader.read(&mut buffer) {
             Ok(0) => return Ok((reader.1, Checksum(hash.finalize().into()))),

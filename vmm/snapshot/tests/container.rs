@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use harrier_snapshot::{
-    Chain, PageKind, Section, Snapshot, SnapshotError, SnapshotWriter, Step, compact, list, remove, sweep,
-    verify,
+    Chain, PageKind, Section, Snapshot, SnapshotError, SnapshotWriter, Step, compact, layer_name, list,
+    remove, seal_layer, sweep, verify,
 };
 
 const PAGE: usize = 4096;
@@ -214,9 +214,9 @@ fn every_flipped_byte_is_found_in_its_part_and_at_its_place() {
     for at in 0..state_bytes {
         damaged(&target, "state", |file| flip(file, at));
         let found = verify(&target).unwrap();
-        // Four bytes between the sections are nobody's.
-        let expected = usize::from(!(34..40).contains(&at) && at < 140);
-        assert_eq!(found.len(), expected, "state at {at}: {found:?}");
+        // What lies between the sections is nobody's, and zero.
+        let place = found[0].offset..found[0].offset + found[0].bytes.max(1);
+        assert!(found.len() == 1 && (at < 32 || place.contains(&at)), "state at {at}: {found:?}");
         damaged(&target, "state", |file| flip(file, at));
     }
     damaged(&target, "disk-0", |file| flip(file, 2));
@@ -400,4 +400,91 @@ fn a_compacted_snapshot_needs_no_parent_and_stays_one_for_others() {
     assert_eq!(verify(third.path()).unwrap(), []);
     assert!(matches!(remove(&path("second")), Err(SnapshotError::Needed { .. })));
     assert_eq!(names(folder.path()), ["second", "third"]);
+}
+
+/// A snapshot whose disk of `len` bytes has `value` in such blocks: all of it, or a layer.
+fn write_disk(target: &Path, parent: Option<&Snapshot>, len: u64, blocks: &[u64], value: u8) -> Snapshot {
+    let mut writer = SnapshotWriter::create(target, parent, "test").unwrap();
+    let name = if parent.is_some() { layer_name("disk-0") } else { "disk-0".to_owned() };
+    let file = writer.create_file(&name).unwrap();
+    file.set_len(len).unwrap();
+    let mut map = vec![0u64; 2];
+    for block in blocks {
+        let bytes = (len - block * 4096).min(4096) as usize;
+        file.write_all_at(&vec![value; bytes], block * 4096).unwrap();
+        map[(block / 64) as usize] |= 1 << (block % 64);
+    }
+    if parent.is_some() {
+        seal_layer(&file, writer.id(), len, &map).unwrap();
+    }
+    writer.commit().unwrap()
+}
+
+#[test]
+fn a_disk_is_what_the_layers_of_its_chain_say_also_when_it_is_compacted() {
+    const LEN: u64 = 69 * 4096 + 512;
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let base = write_disk(&path("a"), None, LEN, &[0, 1, 69], 1);
+    let middle = write_disk(&path("b"), Some(&base), LEN, &[1, 2, 66], 2);
+    write_disk(&path("c"), Some(&middle), LEN, &[2, 69], 3);
+    let version = |name: &str| {
+        let manifest = fs::read_to_string(path(name).join("manifest.json")).unwrap();
+        manifest.chars().nth(r#"{"format":"harrier-snapshot","version":"#.len())
+    };
+    assert_eq!(["a", "b", "c"].map(version), [Some('1'), Some('2'), Some('2')], "the oldest that will do");
+    let expected = [(0, 1), (1, 2), (2, 3), (3, 0), (66, 2), (69, 3)];
+    let disk = Chain::open(&path("c")).unwrap().disk("disk-0").unwrap();
+    assert_eq!((disk.bytes, disk.layers.len()), (LEN, 2));
+    assert_eq!(verify(&path("c")).unwrap(), []);
+    compact(&path("c")).unwrap();
+    let alone = fs::read(path("c").join("disk-0")).unwrap();
+    assert_eq!((alone.len() as u64, version("c")), (LEN, Some('1')));
+    for (block, value) in expected {
+        let at = block * 4096;
+        assert!(alone[at..(at + 4096).min(alone.len())].iter().all(|byte| *byte == value), "block {block}");
+    }
+    assert_eq!(verify(&path("c")).unwrap(), []);
+}
+
+#[test]
+fn layers_that_no_writer_writes_are_refused_by_name_and_place() {
+    const LEN: u64 = 70 * 4096;
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let base = write_disk(&path("a"), None, LEN, &[0], 1);
+    write_disk(&path("b"), Some(&base), LEN, &[1], 2);
+    let whole = fs::read(path("b").join("disk-0.layer")).unwrap();
+    let end = whole.len() as u64;
+    let refused = |bytes: &[(u64, &[u8])]| {
+        damaged(&path("b"), "disk-0.layer", |file| {
+            bytes.iter().for_each(|(at, bytes)| file.write_all_at(bytes, *at).unwrap());
+        });
+        let error = Chain::open(&path("b")).unwrap().disk("disk-0").unwrap_err().to_string();
+        damaged(&path("b"), "disk-0.layer", |file| file.write_all_at(&whole, 0).unwrap());
+        error
+    };
+    let size = end - 48 + 16;
+    for (bytes, text) in [
+        (vec![(end - 1, &b"?"[..])], "disk-0.layer at offset 286736: the footer"),
+        (vec![(end - 48, &[9; 16][..])], "the footer belongs to another snapshot"),
+        (vec![(size, &u64::MAX.to_le_bytes()[..])], "not as long as its disk asks for"),
+        (vec![(size, &(LEN * 2).to_le_bytes()[..])], "not as long as its disk asks for"),
+        (vec![(size, &(1u64 << 43).to_le_bytes()[..])], "not as long as its disk asks for"),
+        (vec![(end - 48 - 1, &[0x80][..])], "blocks behind the disk's end"),
+    ] {
+        let error = refused(&bytes);
+        assert!(error.contains(text), "{error}");
+    }
+    damaged(&path("b"), "disk-0.layer", |file| flip(file, 4096));
+    assert_eq!(verify(&path("b")).unwrap()[0].part, "disk-0.layer");
+    damaged(&path("b"), "disk-0.layer", |file| flip(file, 4096));
+    // Another size than the parent's; and blocks that nobody has.
+    write_disk(&path("c"), Some(&base), LEN - 4096, &[1], 2);
+    let error = Chain::open(&path("c")).unwrap().disk("disk-0").unwrap_err().to_string();
+    assert!(error.contains("a disk of 286720 bytes instead of 282624"), "{error}");
+    assert_eq!(verify(&path("c")).unwrap().len(), 1);
+    let chain = Chain::open(&path("b")).unwrap();
+    assert!(chain.disk("disk-1").unwrap_err().to_string().contains("disk-1.layer"));
+    assert!(seal_layer(&File::open("/dev/null").unwrap(), base.manifest().id, u64::MAX, &[]).is_err());
 }

@@ -248,7 +248,8 @@ fn clones(machines: &Machines<'_>, measured: &mut Measured) -> Result<()> {
     machines.start("base", "512M", &["--", "sleep", "1000"])?;
     let count = CLONES.to_string();
     machines.answer(&["fork", "base", "-n", &count, "--rm", "--name", "clone", "--engine", engine])?;
-    std::thread::sleep(Duration::from_secs(2));
+    // Monitors give memory back when their machines have settled.
+    std::thread::sleep(Duration::from_secs(4));
     let listed = machines.json(&["ps", "--json"])?;
     for machine in listed.as_array().context("no list")? {
         if !machine["name"].as_str().is_some_and(|name| name.starts_with("clone-")) {

@@ -3,16 +3,18 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use harrier_devices::virtio::block::Block;
 use harrier_devices::virtio::block_copy::{DiskCopies, DiskCopy};
+use harrier_devices::virtio::disk::{Base, BlockMap, DiskFile, Layer};
 use harrier_jobs::{Session, SessionState};
-use harrier_machine::snapshot::HOST_PREFIX;
-use harrier_snapshot::{Chain, Section, Snapshot, SnapshotWriter};
-use rustix::fs::{SeekFrom, seek};
+use harrier_machine::snapshot::{HOST_PREFIX, Kind};
+use harrier_snapshot::{
+    Chain, DiskLayer, Section, Snapshot, SnapshotId, SnapshotWriter, layer_name, seal_layer,
+};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -137,8 +139,8 @@ fn read_section<T: DeserializeOwned>(snapshot: &Snapshot, name: &str, known: u32
 /// What a snapshot of the machine of this process keeps.
 pub(crate) struct KeptByHost {
     state: HostState,
-    /// Disks that the guest writes: their number, content, and who copies them.
-    disks: Vec<(usize, File, DiskCopies)>,
+    /// Disks that the guest writes: their number, and who copies them.
+    disks: Vec<(usize, DiskCopies)>,
     /// With the agent, if there is one.
     session: Option<Session>,
 }
@@ -154,19 +156,19 @@ impl KeptByHost {
     }
 
     /// Has the content of a disk kept, unless it is read-only.
-    pub(crate) fn keep_disk(&mut self, index: usize, block: &Block) -> Result<(), Failure> {
-        let Some(copies) = block.copies() else { return Ok(()) };
-        let content = copies
-            .file()
-            .try_clone()
-            .map_err(|err| Failure::new(format!("disk {index}: {err}: raise the limit of open files")))?;
-        self.disks.push((index, content, copies));
-        Ok(())
+    pub(crate) fn keep_disk(&mut self, index: usize, block: &Block) {
+        if let Some(copies) = block.copies() {
+            self.disks.push((index, copies));
+        }
     }
 
     /// Adds it to a snapshot. The machine stands still, so that memory and disks agree; copies of disks are only begun, and to
     /// be finished when it goes on.
-    pub(crate) fn add_to(&mut self, writer: &mut SnapshotWriter<'_>) -> Result<Vec<BegunCopy>, String> {
+    pub(crate) fn add_to(
+        &mut self,
+        writer: &mut SnapshotWriter<'_>,
+        kind: Kind,
+    ) -> Result<Vec<BegunCopy>, String> {
         let bytes = serde_json::to_vec(&self.state).map_err(|err| err.to_string())?;
         writer.add_section(Section { name: section_name(), version: VERSION, bytes });
         if let Some(session) = &self.session {
@@ -178,13 +180,10 @@ impl KeptByHost {
             writer.add_section(Section { name: session_section_name(), version: SESSION_VERSION, bytes });
         }
         let mut begun = Vec::new();
-        for (index, content, copies) in &self.disks {
-            let to = writer.create_file(&disk_file(*index)).map_err(|err| err.to_string())?;
-            // Where the file system shares blocks, the copy is there at once.
-            if rustix::fs::ioctl_ficlone(&to, content).is_err() {
-                let copy = copies.begin(to).map_err(|err| cannot_copy(*index, &err))?;
-                begun.push(BegunCopy { index: *index, copy });
-            }
+        for (index, copies) in &self.disks {
+            begun.push(
+                BegunCopy::begin(*index, copies, writer, kind).map_err(|err| cannot_copy(*index, &err))?,
+            );
         }
         Ok(begun)
     }
@@ -193,13 +192,74 @@ impl KeptByHost {
 /// A copy of a disk that is begun.
 pub(crate) struct BegunCopy {
     index: usize,
-    copy: Arc<DiskCopy>,
+    /// None where the file system has shared its blocks: then it is there already.
+    copy: Option<Arc<DiskCopy>>,
+    /// Of a difference, the file that is to be sealed.
+    layer: Option<(File, SnapshotId)>,
+    disk_bytes: u64,
+    copies: DiskCopies,
+    /// What had changed before; it counts again if there is no snapshot after all.
+    changed: Option<Vec<u64>>,
 }
 
 impl BegunCopy {
+    fn begin(
+        index: usize,
+        copies: &DiskCopies,
+        writer: &mut SnapshotWriter<'_>,
+        kind: Kind,
+    ) -> io::Result<Self> {
+        let mut begun = BegunCopy {
+            index,
+            copy: None,
+            layer: None,
+            disk_bytes: copies.file().len(),
+            copies: copies.clone(),
+            // An image is never a parent.
+            changed: (kind != Kind::Image).then(|| copies.take_changed()),
+        };
+        let name = disk_file(index);
+        if kind == Kind::Difference {
+            let to = writer.create_file(&layer_name(&name)).map_err(io::Error::other)?;
+            begun.copy = Some(copies.begin(to.try_clone()?, begun.changed.as_deref())?);
+            begun.layer = Some((to, writer.id()));
+        } else {
+            let to = writer.create_file(&name).map_err(io::Error::other)?;
+            // Where the file system shares blocks, the copy is there at once.
+            let shared =
+                copies.file().as_whole().is_some_and(|from| rustix::fs::ioctl_ficlone(&to, from).is_ok());
+            if !shared {
+                begun.copy = Some(copies.begin(to, None)?);
+            }
+        }
+        Ok(begun)
+    }
+
     /// Copies what the guest has not made it copy.
     pub(crate) fn finish(&self) -> Result<(), String> {
-        self.copy.finish().map_err(|err| cannot_copy(self.index, &err))
+        let finish = || {
+            self.copy.as_ref().map_or(Ok(()), |copy| copy.finish())?;
+            match &self.layer {
+                Some((file, id)) => {
+                    seal_layer(file, *id, self.disk_bytes, self.changed.as_deref().unwrap_or_default())
+                }
+                None => Ok(()),
+            }
+        };
+        finish().map_err(|err| cannot_copy(self.index, &err))
+    }
+
+    /// The snapshot is there: the next difference is one to it.
+    pub(crate) fn keep(mut self) {
+        self.changed = None;
+    }
+}
+
+impl Drop for BegunCopy {
+    fn drop(&mut self) {
+        if let Some(changed) = self.changed.take() {
+            self.copies.put_back_changed(&changed);
+        }
     }
 }
 
@@ -212,16 +272,25 @@ fn disk_file(index: usize) -> String {
     format!("disk-{index}")
 }
 
-/// A disk of a machine that is made of a snapshot: a copy that is this machine's alone and goes with it.
+/// A disk of a machine that is made of a snapshot: this machine's alone, and it goes with it. Where the file system can share
+/// blocks with one file it is a copy; else what the guest writes goes to a file that lies over those of the snapshots.
 pub(crate) fn open_own_disk(chain: &Chain, index: usize, disk: &DiskConfig) -> Result<Block, Failure> {
-    let kept = chain.snapshot().file(&disk_file(index))?;
+    let kept = chain.disk(&disk_file(index))?;
     let failed = |err: io::Error| {
-        Failure::new(format!("a copy of disk {index} cannot be made ({err}): make room beside the snapshot"))
+        Failure::new(format!("disk {index} gets no file of its own ({err}): make room beside the snapshot"))
     };
     let own = nameless_beside(chain.snapshot().path()).map_err(failed)?;
-    copy_content(&kept, &own).map_err(failed)?;
     let name = disk.path.file_name().map(|name| name.as_encoded_bytes().to_owned()).unwrap_or_default();
-    Block::from_file(own, false, &name).map_err(failed)
+    let is_shared = kept.layers.is_empty() && rustix::fs::ioctl_ficlone(&own, &kept.base).is_ok();
+    let file = if is_shared {
+        DiskFile::whole(own)
+    } else {
+        let layer =
+            |layer: DiskLayer| Layer { file: layer.file, blocks: BlockMap::from_words(&layer.blocks) };
+        let layers = kept.layers.into_iter().map(layer).collect();
+        DiskFile::over(Base { layers, bottom: kept.base }, own, kept.bytes)
+    };
+    Ok(Block::from_disk(file.map_err(failed)?, false, &name))
 }
 
 /// A file without a name, on the snapshot's file system where that can be written, so that it may share blocks.
@@ -231,63 +300,4 @@ fn nameless_beside(snapshot: &Path) -> io::Result<File> {
     };
     let beside = snapshot.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     nameless(beside).or_else(|_| nameless(&std::env::temp_dir()))
-}
-
-/// Copies a disk: blocks are shared where the file system can, else data is copied and holes stay holes.
-fn copy_content(from: &File, to: &File) -> io::Result<()> {
-    if rustix::fs::ioctl_ficlone(to, from).is_ok() {
-        return Ok(());
-    }
-    let len = seek(from, SeekFrom::End(0))?;
-    to.set_len(len)?;
-    let mut buffer = vec![0; 1 << 20];
-    let mut at = 0;
-    while at < len {
-        let (start, end) = match seek(from, SeekFrom::Data(at)) {
-            Ok(start) => (start, seek(from, SeekFrom::Hole(start))?),
-            Err(rustix::io::Errno::NXIO) => break,
-            // A block device, or a file system that does not say where its holes are.
-            Err(_) => (at, len),
-        };
-        at = start;
-        while at < end {
-            let part = usize::try_from(end - at).unwrap_or(usize::MAX).min(buffer.len());
-            let part = buffer.get_mut(..part).unwrap_or_default();
-            from.read_exact_at(part, at)?;
-            if part.iter().any(|byte| *byte != 0) {
-                to.write_all_at(part, at)?;
-            }
-            at += part.len() as u64;
-        }
-    }
-    Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use std::os::unix::fs::MetadataExt;
-
-    use super::*;
-
-    #[test]
-    fn a_copy_has_the_same_bytes_and_its_holes_cost_nothing() {
-        let folder = tempfile::tempdir().unwrap();
-        let open = |name: &str| {
-            let path = folder.path().join(name);
-            File::options().read(true).write(true).create_new(true).open(path).unwrap()
-        };
-        let (from, to) = (open("from"), open("to"));
-        from.set_len((64 << 20) + 512).unwrap();
-        from.write_all_at(b"begin", 0).unwrap();
-        from.write_all_at(b"middle", 40 << 20).unwrap();
-        from.write_all_at(b"end", (64 << 20) + 509).unwrap();
-        copy_content(&from, &to).unwrap();
-        assert_eq!(to.metadata().unwrap().len(), (64 << 20) + 512);
-        for (text, at) in [(&b"begin"[..], 0), (b"middle", 40 << 20), (b"end", (64 << 20) + 509)] {
-            let mut bytes = vec![0; text.len()];
-            to.read_exact_at(&mut bytes, at).unwrap();
-            assert_eq!(bytes, text);
-        }
-        assert!(to.metadata().unwrap().blocks() * 512 < 8 << 20);
-    }
 }

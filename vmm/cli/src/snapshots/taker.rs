@@ -14,6 +14,7 @@ use harrier_machine::snapshot::{self, Kind, Request, TakeError};
 use harrier_machine::{Machine, MachineHandle, WorkingSet};
 use harrier_snapshot::Chain;
 
+use super::kept::BegunCopy;
 use super::{KeptByHost, PRODUCER, QUIESCE_LIMIT, store};
 use crate::exit::Failure;
 
@@ -21,6 +22,8 @@ type Answer = Result<SnapshotInfo, ApiError>;
 
 /// How long after a restore it is noted which pages were used.
 const FIRST_MOMENTS: Duration = Duration::from_millis(500);
+/// How long after that the machine may have settled, and how long after that it has.
+const SETTLED: [Duration; 2] = [Duration::from_millis(1500), Duration::from_secs(10)];
 
 /// Snapshots that the guest asks for by CHECKPOINT.
 #[derive(Debug, Clone)]
@@ -63,16 +66,20 @@ impl Snapshots {
         std::thread::Builder::new().name("snapshots".to_owned()).spawn(move || {
             let mut made = VecDeque::new();
             let mut to_watch = restored.filter(|chain| WorkingSet::load(chain.snapshot()).is_none());
+            let mut moments = [FIRST_MOMENTS].into_iter().chain(SETTLED);
+            let mut next = moments.next();
             loop {
-                let wish = match &to_watch {
+                let wish = match next {
                     None => taken.recv().map_err(|_| RecvTimeoutError::Disconnected),
-                    Some(_) => taken.recv_timeout(FIRST_MOMENTS),
+                    Some(moment) => taken.recv_timeout(moment),
                 };
                 match wish {
                     Err(RecvTimeoutError::Disconnected) => return,
                     Err(RecvTimeoutError::Timeout) => {
-                        if let Some(chain) = to_watch.take() {
-                            note_working_set(&machine, &chain);
+                        next = moments.next();
+                        match to_watch.take() {
+                            Some(chain) => note_working_set(&machine, &chain),
+                            None => crate::heap::give_back(),
                         }
                     }
                     Ok(wish) => serve(wish, &machine, &mut kept, &checkpoints, &mut made),
@@ -176,16 +183,17 @@ fn take_one(machine: &MachineHandle, kept: &mut KeptByHost, request: &SnapshotRe
         quiesce_limit: QUIESCE_LIMIT,
         producer: PRODUCER,
         owner: &mut |writer| {
-            *copies.borrow_mut() = kept.add_to(writer)?;
+            *copies.borrow_mut() = kept.add_to(writer, kind)?;
             Ok(())
         },
-        settle: &mut || copies.take().into_iter().try_for_each(|copy| copy.finish()),
+        settle: &mut || copies.borrow().iter().try_for_each(BegunCopy::finish),
         progress: &mut |_| true,
     });
     let report: snapshot::Report = report.map_err(|err| match err {
         TakeError::Ended | TakeError::Busy | TakeError::NoParent => ApiError::conflict(err.to_string()),
         _ => ApiError::internal(err.to_string()),
     })?;
+    copies.take().into_iter().for_each(BegunCopy::keep);
     let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
     Ok(SnapshotInfo {
         path: report.snapshot.path().display().to_string(),

@@ -197,6 +197,67 @@ fn disks_are_kept_with_the_memory_and_never_shared() {
     assert!(machines.good(&["snapshots", "verify", text(&target)]).contains("whole"));
 }
 
+/// Writes a disk and prints the checksum of all of it after each write.
+const DISK_CHAIN: &str = "i=0; while [ $i -lt 50 ]; do echo put $i | $b dd of=$d bs=512 seek=$((i*9)) conv=notrunc,sync,fsync \
+                          2>/dev/null; i=$((i+1)); echo step $i $($b dd if=$d bs=64k iflag=direct 2>/dev/null | $b md5sum | \
+                          $b cut -c1-8); $b usleep 30000; done; echo step end; $b poweroff -f";
+
+#[test]
+fn disks_go_on_through_differences_and_engines_and_only_what_changed_is_kept() {
+    use std::os::unix::fs::MetadataExt as _;
+    let machines = Machines::new();
+    let kept = tempfile::tempdir().unwrap();
+    let path = |name: &str| kept.path().join(name);
+    let image = vec![b'x'; 256 << 10];
+    std::fs::write(path("disk"), &image).unwrap();
+    std::fs::write(path("expected"), &image).unwrap();
+    let script = DISK_CHAIN.replace("$b usleep 30000", ":").replace("$b poweroff -f", ":").replace("$b ", "");
+    let script = script.replace("$d", text(&path("expected"))).replace(" iflag=direct", "");
+    let output = std::process::Command::new("sh").args(["-c", &script]).output().unwrap();
+    let expected: Vec<String> =
+        String::from_utf8(output.stdout).unwrap().lines().map(str::to_owned).collect();
+    assert_eq!(expected.len(), 51);
+
+    let (kernel, initramfs) = guest();
+    let words = format!(
+        "rdinit=/bin/busybox quiet -- sh -c \"b=/bin/busybox; d=/d/vda; $b mkdir -p /d; $b mount -t devtmpfs d /d; {DISK_CHAIN}\""
+    );
+    let args = ["run", "-d", "--name", "store", "--engine", "soft", "--memory", "128M", "--cpu-model", "v1"];
+    let files = ["--kernel", text(&kernel), "--initrd", text(&initramfs), "--cmdline", &words];
+    machines.good(&[&args[..], &["--disk", text(&path("disk"))], &files].concat());
+    let steps = |name: &str| lines(&machines.run(&["logs", name]).1, "step").len();
+    let other = if kvm_is_there(&machines) { "kvm" } else { "soft" };
+    let take = |name: &str, target: &str, more: &[&str]| {
+        crate::machines::eventually(&format!("{name} goes on"), || steps(name) >= 2);
+        machines.good(&[&["snapshot", name, "--to", text(&path(target))][..], more].concat());
+    };
+    take("store", "a", &[]);
+    let before = steps("store");
+    crate::machines::eventually("store goes on", || steps("store") > before + 2);
+    take("store", "b", &["--diff"]);
+    machines.good(&["rm", "-f", "store"]);
+    machines.good(&["restore", text(&path("b")), "-d", "--name", "second", "--engine", other]);
+    take("second", "c", &["--diff"]);
+    machines.good(&["rm", "-f", "second"]);
+    for name in ["b", "c"] {
+        let layer = std::fs::metadata(path(name).join("disk-0.layer")).unwrap();
+        assert!(layer.blocks() * 512 < image.len() as u64 / 2, "{name} has {} blocks", layer.blocks());
+    }
+    assert!(machines.good(&["snapshots", "verify", text(&path("c"))]).contains("whole"));
+    let goes_on = |name: &str, engine: &str| {
+        let (_, said, _) =
+            machines.run(&["restore", text(&path(name)), "--engine", engine, "--timeout", "60s"]);
+        let said = lines(&said, "step");
+        assert!(said.len() > 5 && expected.ends_with(&said), "{name} on {engine}: {said:?}");
+    };
+    goes_on("c", "soft");
+    // What the second machine wrote is not in its own snapshot.
+    goes_on("b", "soft");
+    goes_on("c", other);
+    machines.good(&["snapshots", "compact", text(&path("c"))]);
+    goes_on("c", "soft");
+}
+
 #[test]
 fn snapshots_are_listed_shown_checked_and_removed() {
     let machines = Machines::new();
