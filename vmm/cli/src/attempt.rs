@@ -4,11 +4,12 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::thread::JoinHandle;
+use std::sync::{Arc, OnceLock};
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use harrier_jobs::Session;
-use harrier_jobs::worker::lease_file::{LeaseFile, now_ns};
+use harrier_jobs::worker::lease_file::{Deadlines, LeaseFile, now_ns};
 use harrier_jobs::worker::{RunOutput, RunResult, names, write_durably};
 use harrier_machine::MachineHandle;
 
@@ -20,16 +21,24 @@ use crate::signals::{Interrupter, Interruption};
 pub(crate) const HEARTBEAT: Duration = Duration::from_secs(2);
 /// How long it may say nothing, unless a flag says otherwise.
 pub(crate) const HANG_LIMIT: Duration = Duration::from_secs(120);
-/// How often the lease is read.
+/// How often the lease is read; and how often by a machine that has to stand still.
 const LOOK: Duration = Duration::from_secs(1);
+const SHORT_LOOK: Duration = Duration::from_millis(50);
+
+/// Lets the machine stand still, or go on; false while there is none.
+type Hold = Box<dyn Fn(bool) -> bool + Send + Sync>;
 
 /// An attempt whose lease this process holds.
 pub(crate) struct Attempt {
     folder: PathBuf,
+    hold: Arc<OnceLock<Hold>>,
 }
 
 impl Attempt {
-    /// Takes the lease and ends the process when it ends. The lock on it is kept until then.
+    /// Takes the lease, and ends the process when it ends. The lock on it is kept until then.
+    ///
+    /// Of the two threads for its two deadlines neither waits for anything else than time, but for the machine that is to
+    /// stand still: so that one ends the process whatever becomes of the other.
     pub(crate) fn enter(folder: &Path) -> Result<Self, Failure> {
         let unusable = |err: io::Error| {
             Failure::new(format!("--attempt '{}' cannot be used ({err}): workers make it", folder.display()))
@@ -38,15 +47,22 @@ impl Attempt {
         if !lease.lock().map_err(unusable)? {
             return Err(Failure::new(format!("another process runs the attempt '{}'", folder.display())));
         }
-        let left = left(&lease).map_err(unusable)?;
-        if left.is_zero() {
+        if lease.deadlines().map_err(unusable)?.is_past() {
             return Err(Failure::new("the lease is over"));
         }
-        std::thread::Builder::new()
-            .name("lease".to_owned())
-            .spawn(move || watch(&lease))
-            .map_err(unusable)?;
-        Ok(Attempt { folder: folder.to_owned() })
+        let lease = Arc::new(lease);
+        let hold = Arc::new(OnceLock::new());
+        let (ending, standing, machine) = (Arc::clone(&lease), lease, Arc::clone(&hold));
+        let name = |name: &str| thread::Builder::new().name(name.to_owned());
+        name("lease").spawn(move || watch_end(&ending)).map_err(unusable)?;
+        name("stand").spawn(move || watch_stand(&standing, &machine)).map_err(unusable)?;
+        Ok(Attempt { folder: folder.to_owned(), hold })
+    }
+
+    /// How the machine is made to stand still when the first deadline comes.
+    pub(crate) fn stand_by(&self, hold: impl Fn(bool) -> bool + Send + Sync + 'static) {
+        // Called once.
+        let _ = self.hold.set(Box::new(hold));
     }
 
     /// Writes down how the run ended.
@@ -100,7 +116,7 @@ pub(crate) fn watch_guest(
     interrupter: Interrupter,
 ) -> io::Result<JoinHandle<()>> {
     let looks = limit.as_secs().max(1);
-    std::thread::Builder::new().name("guest".to_owned()).spawn(move || {
+    thread::Builder::new().name("guest".to_owned()).spawn(move || {
         let mut known = session.health();
         let mut silent = 0;
         loop {
@@ -129,23 +145,50 @@ pub(crate) fn watch_guest(
     })
 }
 
-fn left(lease: &LeaseFile) -> io::Result<Duration> {
-    lease.until_ns().map(|until| Duration::from_nanos(until.saturating_sub(now_ns())))
+/// Reads a lease again and again. A file that cannot be read is as good as one that is not renewed.
+struct Reader<'a> {
+    lease: &'a LeaseFile,
+    last: Deadlines,
+}
+
+impl<'a> Reader<'a> {
+    fn new(lease: &'a LeaseFile) -> Self {
+        Self { lease, last: Deadlines { stand_ns: 0, until_ns: 0 } }
+    }
+
+    fn read(&mut self) -> Deadlines {
+        self.last = self.lease.deadlines().unwrap_or(self.last);
+        self.last
+    }
+}
+
+fn until(deadline_ns: u64) -> Duration {
+    Duration::from_nanos(deadline_ns.saturating_sub(now_ns()))
 }
 
 /// Waits for the lease's end, which the worker moves on again and again.
-fn watch(lease: &LeaseFile) {
-    let mut last_known = now_ns();
+fn watch_end(lease: &LeaseFile) {
+    let mut reader = Reader::new(lease);
     loop {
-        // A file that cannot be read is as good as one that is not renewed.
-        if let Ok(until) = lease.until_ns() {
-            last_known = until;
-        }
-        let left = Duration::from_nanos(last_known.saturating_sub(now_ns()));
-        if left.is_zero() {
+        let deadlines = reader.read();
+        if deadlines.is_past() {
             crate::print_failure(&Failure::new("the lease is over: the machine ends"));
             std::process::exit(HARRIER_FAILED.into());
         }
-        std::thread::sleep(left.min(LOOK));
+        thread::sleep(until(deadlines.until_ns).min(LOOK));
+    }
+}
+
+/// Lets the machine stand still from the first deadline on, until the worker has moved it.
+fn watch_stand(lease: &LeaseFile, hold: &OnceLock<Hold>) {
+    let mut reader = Reader::new(lease);
+    let mut stands = false;
+    loop {
+        let deadlines = reader.read();
+        let late = deadlines.is_late();
+        if late != stands && hold.get().is_some_and(|hold| hold(late)) {
+            stands = late;
+        }
+        thread::sleep(if late || stands { SHORT_LOOK } else { until(deadlines.stand_ns).min(LOOK) });
     }
 }

@@ -134,6 +134,8 @@ struct Running {
     /// Whether the machine is paused; held while that changes.
     paused: Mutex<bool>,
     is_paused: AtomicBool,
+    /// Whether its lease makes it stand still, whoever else wants what.
+    is_held: AtomicBool,
     is_stopping: AtomicBool,
     /// Milliseconds since 1970, or zero.
     started_ms: AtomicU64,
@@ -182,6 +184,7 @@ impl Monitor {
             snapshots: OnceLock::new(),
             paused: Mutex::new(false),
             is_paused: AtomicBool::new(false),
+            is_held: AtomicBool::new(false),
             is_stopping: AtomicBool::new(false),
             started_ms: AtomicU64::new(0),
             stop_deadline: Mutex::new(None),
@@ -209,7 +212,24 @@ impl Monitor {
     /// Says at any time whether the machine stands still.
     pub(crate) fn is_paused(&self) -> impl Fn() -> bool + Send + use<> {
         let running = Arc::clone(&self.running);
-        move || running.is_paused.load(Ordering::Acquire)
+        move || running.stands()
+    }
+
+    /// Lets the machine stand still, or go on, for the sake of its lease; false if there is none, or it ends. Each is said in
+    /// turn, by one thread.
+    pub(crate) fn holder(&self) -> impl Fn(bool) -> bool + Send + Sync + use<> {
+        let running = Arc::clone(&self.running);
+        move |hold| {
+            let Some(machine) = running.machine.get() else { return false };
+            if hold && !machine.pause() {
+                return false;
+            }
+            running.is_held.store(hold, Ordering::Release);
+            if !hold {
+                machine.resume();
+            }
+            true
+        }
     }
 
     /// Whether the machine has no terminal and no streams but the log.
@@ -328,10 +348,14 @@ impl Drop for Monitor {
 }
 
 impl Running {
+    fn stands(&self) -> bool {
+        self.is_paused.load(Ordering::Acquire) || self.is_held.load(Ordering::Acquire)
+    }
+
     fn state(&self) -> MachineState {
         if self.is_stopping.load(Ordering::Acquire) || self.interrupter.interruption().is_some() {
             MachineState::Stopping
-        } else if self.is_paused.load(Ordering::Acquire) {
+        } else if self.stands() {
             MachineState::Paused
         } else if self.started_ms.load(Ordering::Acquire) == 0 {
             MachineState::Starting

@@ -91,6 +91,9 @@ fn run_in(flags: RunFlags, started: Instant, seat: Option<Seat>) -> Result<u8, F
     let attempt = flags.attempt.as_deref().map(Attempt::enter).transpose()?;
     let interrupter = Interrupter::default();
     let monitor = seat.map(|seat| Monitor::new(seat, interrupter.clone())).transpose()?;
+    if let (Some(attempt), Some(monitor)) = (&attempt, &monitor) {
+        attempt.stand_by(monitor.holder());
+    }
     let mut run = Run { interrupter, monitor: monitor.as_ref(), record: RunRecord::new(started) };
     let result = run_recorded(flags, &mut run);
     let record = run.record;

@@ -3,7 +3,7 @@
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -205,8 +205,7 @@ impl Client {
         )
         .into_bytes();
         request.extend_from_slice(&body);
-        let stream = socket::connect(&self.socket, self.timeout).map_err(failed)?;
-        let mut connection = Timed { stream, deadline: Instant::now() + self.timeout };
+        let mut connection = Timed::connect(&self.socket, self.timeout).map_err(failed)?;
         connection.write_all(&request).map_err(failed)?;
         let response = read_response(&mut connection).map_err(|err| match err {
             HttpError::Io(err) => failed(err),

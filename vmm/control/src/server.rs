@@ -5,6 +5,7 @@
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
@@ -232,12 +233,22 @@ fn is_owner(stream: &UnixStream) -> bool {
 }
 
 /// A connection whose reads and writes all together take no longer than until a deadline.
-pub(crate) struct Timed {
+#[derive(Debug)]
+pub struct Timed {
     pub(crate) stream: UnixStream,
     pub(crate) deadline: Instant,
 }
 
 impl Timed {
+    /// Connects to a socket of this host; all that follows takes no longer than `timeout` either.
+    ///
+    /// # Errors
+    /// Nobody listens there, or takes no connections in that time.
+    pub fn connect(path: &Path, timeout: Duration) -> io::Result<Self> {
+        let deadline = Instant::now() + timeout;
+        Ok(Self { stream: crate::socket::connect(path, timeout)?, deadline })
+    }
+
     fn left(&self) -> io::Result<Option<Duration>> {
         match self.deadline.saturating_duration_since(Instant::now()) {
             Duration::ZERO => Err(io::ErrorKind::TimedOut.into()),

@@ -1,13 +1,13 @@
 //! The client: a store that is elsewhere.
 
 use std::io::{self, Write};
-use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use harrier_control::http::read_response;
+use harrier_control::server::Timed;
 use harrier_jobs::files::Sha256Digest;
 use harrier_jobs::protocol::Stream;
 use harrier_jobs::queue::{Attempt, Dependency, Event, Host, HostAd, Job, JobId, LeaseKey, NewJob};
@@ -193,9 +193,7 @@ fn post_unix(
     token: Option<&str>,
     timeout: Duration,
 ) -> io::Result<Answer> {
-    let mut stream = UnixStream::connect(socket)?;
-    stream.set_read_timeout(Some(timeout))?;
-    stream.set_write_timeout(Some(timeout))?;
+    let mut stream = Timed::connect(socket, timeout)?;
     let authorization = token.map(|token| format!("Authorization: Bearer {token}\r\n")).unwrap_or_default();
     let head = format!(
         "POST {path} HTTP/1.1\r\nHost: harrier\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\

@@ -318,8 +318,12 @@ fn timers() {
         while cpu::rdtsc() - start < 4_000_000 {}
         u64::from(u32::MAX - apic::read(apic::TIMER_CURRENT))
     };
-    let (by_1, by_16) = (ticks(0b1011), ticks(0b0011));
-    check_true("dividing by 16 counts more slowly", by_16 > 0 && by_1 > by_16 * 2);
+    // Whoever runs the machine may stand still between two looks at a clock, but not every time.
+    let slower = (0..20).any(|_| {
+        let (by_1, by_16) = (ticks(0b1011), ticks(0b0011));
+        by_16 > 0 && by_1 > by_16 * 2
+    });
+    check_true("dividing by 16 counts more slowly", slower);
     apic::write(apic::TIMER_INITIAL, 0);
     apic::write(apic::TIMER_DIVIDE, 0b1011);
     let_in();

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use harrier_coordinator::RemoteStore;
-use harrier_jobs::store::{LEASE_MS, SqliteStore, Store};
+use harrier_jobs::store::{SqliteStore, Store};
 
 use super::flags::QueuePlace;
 use crate::exit::Failure;
@@ -60,13 +60,17 @@ fn place(named: Option<&str>) -> Result<Place, Failure> {
 
 /// Opens the queue that a command works on.
 pub(super) fn open(flags: &QueuePlace) -> Result<Arc<dyn Store>, Failure> {
-    open_with_lease(flags, None)
+    open_place(flags, |folder| Ok(SqliteStore::open(folder)?))
 }
 
-/// Opens a queue; `lease` is for those of this host.
-pub(super) fn open_with_lease(
+/// Opens the queue that a worker takes jobs from; `lease` is for those of this host.
+pub(super) fn open_for_worker(flags: &QueuePlace, lease: Duration) -> Result<Arc<dyn Store>, Failure> {
+    open_place(flags, |folder| Ok(SqliteStore::open_for_worker(folder, milliseconds(lease))?))
+}
+
+fn open_place(
     flags: &QueuePlace,
-    lease: Option<Duration>,
+    open_folder: impl FnOnce(&Path) -> Result<SqliteStore, Failure>,
 ) -> Result<Arc<dyn Store>, Failure> {
     let token_file = flags.token_file.clone().or_else(|| set("HARRIER_TOKEN_FILE"));
     let ca_file = flags.ca_file.clone().or_else(|| set("HARRIER_CA_FILE"));
@@ -80,7 +84,7 @@ pub(super) fn open_with_lease(
                     )));
                 }
             }
-            open_folder(&folder, lease)
+            Ok(Arc::new(open_folder(&folder)?))
         }
         Place::Remote(url) => {
             let token = token_file.as_deref().map(read_token).transpose()?;
@@ -96,15 +100,14 @@ pub(super) fn open_with_lease(
     }
 }
 
-fn open_folder(folder: &Path, lease: Option<Duration>) -> Result<Arc<dyn Store>, Failure> {
-    let lease_ms = lease.map_or(LEASE_MS, |lease| u64::try_from(lease.as_millis()).unwrap_or(u64::MAX));
-    Ok(Arc::new(SqliteStore::open_with_lease(folder, lease_ms)?))
+fn milliseconds(lease: Duration) -> u64 {
+    u64::try_from(lease.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// Opens the queue that a coordinator serves.
 pub(super) fn open_to_serve(named: Option<&str>, lease: Duration) -> Result<Arc<dyn Store>, Failure> {
     match place(named)? {
-        Place::Folder(folder) => open_folder(&folder, Some(lease)),
+        Place::Folder(folder) => Ok(Arc::new(SqliteStore::open_with_lease(&folder, milliseconds(lease))?)),
         Place::Remote(url) => Err(Failure::new(format!(
             "--queue '{url}' is served by a coordinator already: give the queue's folder"
         ))),

@@ -27,7 +27,7 @@ pub(super) fn run(flags: WorkerFlags) -> Result<u8, Failure> {
         Some(WorkerCommand::Idle(owner)) => return set_busy(owner, false),
         None => {}
     }
-    let store = place::open_with_lease(&flags.place, Some(place::lease(&flags.lease)?))?;
+    let store = place::open_for_worker(&flags.place, place::lease(&flags.lease)?)?;
     let processors = std::thread::available_parallelism().map_or(1, |count| count.get());
     let processors = u32::try_from(processors).unwrap_or(u32::MAX);
     let memory_bytes = match &flags.memory {

@@ -98,6 +98,28 @@ impl Pages {
         if va >= USER_END {
             return Ok(false);
         }
+        // Twice at most: an empty region has room.
+        for _ in 0..2 {
+            match self.fill(space, memory, va, access) {
+                Ok(done) => return Ok(done),
+                Err(Full) => {
+                    // Whoever translates remembers nothing of this page any longer, and so is asked again.
+                    self.empty(memory)?;
+                    self.root(space, memory)?;
+                }
+            }
+        }
+        Ok(false)
+    }
+
+    /// Maps the page of a fault and those around it, as far as there is room.
+    fn fill(
+        &mut self,
+        space: u64,
+        memory: &mut dyn UserMemory,
+        va: u64,
+        access: UserAccess,
+    ) -> Result<bool, Full> {
         let Some(page) = memory.translate(va, access) else { return Ok(false) };
         if !self.put(space, memory, va, page, access == UserAccess::Fetch)? {
             return Ok(false);
@@ -118,34 +140,21 @@ impl Pages {
         va: u64,
         page: UserPage,
         fetch: bool,
-    ) -> Result<bool, EngineError> {
+    ) -> Result<bool, Full> {
         let va = va & !(PAGE - 1);
-        // Twice at most: an empty region has room.
-        for _ in 0..2 {
-            let admitted = match page.code {
-                Some(code) => self.admit(space, memory, va, page.gpa, code),
-                None => Ok(None),
-            };
-            let mapped = admitted.and_then(|executable| {
-                let to = Mapping {
-                    gpa: executable.unwrap_or(page.gpa),
-                    writable: page.writable && executable.is_none(),
-                    executable: executable.is_some(),
-                };
-                if fetch && executable.is_none() {
-                    return Ok(false);
-                }
-                self.tables.map(space, va, to).map(|()| true)
-            });
-            match mapped {
-                Ok(done) => return Ok(done),
-                Err(Full) => {
-                    self.empty(memory)?;
-                    self.root(space, memory)?;
-                }
-            }
+        let executable = match page.code {
+            Some(code) => self.admit(space, memory, va, page.gpa, code)?,
+            None => None,
+        };
+        if fetch && executable.is_none() {
+            return Ok(false);
         }
-        Ok(false)
+        let to = Mapping {
+            gpa: executable.unwrap_or(page.gpa),
+            writable: page.writable && executable.is_none(),
+            executable: executable.is_some(),
+        };
+        self.tables.map(space, va, to).map(|()| true)
     }
 
     /// Where the code of a page is to be executed: in the page itself or in a copy. `None`: nowhere.
@@ -199,5 +208,67 @@ impl Pages {
         let (Some(page), Some(next)) = (self.shared.page(gpa), self.shared.page(next)) else { return true };
         let bytes = page.iter().skip(tail.opcode).chain(next.iter()).copied().take(3);
         self.searches.forbidden().matches(&bytes.collect::<Vec<u8>>()) == Match::Yes
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::sync::Mutex;
+
+    use super::*;
+    use crate::probe;
+    use crate::slots::Slots;
+
+    /// Memory in which every address leads somewhere, and which knows what it has translated and was not told to forget.
+    #[derive(Default)]
+    struct Remembering {
+        translated: BTreeSet<u64>,
+        emptied: u32,
+    }
+
+    impl UserMemory for Remembering {
+        fn translate(&mut self, va: u64, _access: UserAccess) -> Option<UserPage> {
+            self.translated.insert(va);
+            Some(UserPage { gpa: va, writable: false, code: None })
+        }
+        fn nearby(&mut self, va: u64, access: UserAccess) -> Vec<(u64, UserPage)> {
+            [va + PAGE, va + 2 * PAGE].map(|near| (near, self.translate(near, access).unwrap())).to_vec()
+        }
+        fn peek(&mut self, _va: u64) -> Option<u64> {
+            None
+        }
+        fn forgotten(&mut self) {
+            self.translated.clear();
+            self.emptied += 1;
+        }
+    }
+
+    #[test]
+    fn whatever_is_mapped_is_known_to_whoever_translates_also_when_the_tables_were_full() {
+        let host = match probe::open(&probe::default_path()) {
+            Ok(host) => host,
+            Err(missing) => return println!("skipped: pages: {missing}"),
+        };
+        let shared = Shared {
+            fd: host.create_vm().unwrap(),
+            slots: Mutex::new(Slots::new(32, true)),
+            run_page_bytes: PAGE_SIZE,
+        };
+        let mut pages = Pages::new(Arc::new(shared), 0, Forbidden { xsave: false }).unwrap();
+        let mut memory = Remembering::default();
+        let mut last = 0;
+        // Every address needs a table of its own; its neighbours are in another one at times.
+        for number in 1..5000 {
+            last = (number << 21) - PAGE;
+            pages.root(1, &mut memory).unwrap();
+            assert!(pages.map(1, &mut memory, last, UserAccess::Read).unwrap());
+            for va in [last, last + PAGE, last + 2 * PAGE] {
+                assert!(memory.translated.contains(&va), "{va:#x} is mapped and forgotten");
+                assert!(pages.tables.mapping(1, va).is_some(), "{va:#x}");
+            }
+            assert!(!memory.translated.iter().any(|&va| pages.tables.mapping(1, va).is_none()));
+        }
+        assert!(memory.emptied >= 2, "{last:#x}");
     }
 }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::Say;
 use super::checkpoint::Transfers;
-use super::lease_file::now_ns;
+use super::lease_file::{Deadlines, LeaseFile};
 use super::monitor::{AttemptRecord, Monitor};
 use super::runner::Runner;
 use super::warm::Warm;
@@ -45,9 +45,11 @@ pub(super) struct Control {
     pub(super) checkpoint: bool,
     /// When the last one was reported.
     pub(super) checkpointed: Option<Instant>,
-    /// The lease's end, by [`now_ns`], and how long it is in all.
-    pub(super) until_ns: u64,
+    /// Until when it may run, and how long its leases are.
+    pub(super) deadlines: Deadlines,
     pub(super) lease: Duration,
+    /// Where its monitor reads that.
+    pub(super) file: Option<Arc<LeaseFile>>,
     /// The monitor's process.
     pub(super) pid: Option<u32>,
     over: bool,
@@ -89,14 +91,15 @@ pub(super) fn lock(control: &Mutex<Control>) -> MutexGuard<'_, Control> {
 
 impl Attempt {
     /// Starts a job that has been claimed.
-    pub(super) fn start(around: &Surroundings, claim: Claim, until_ns: u64) -> std::io::Result<Self> {
+    pub(super) fn start(around: &Surroundings, claim: Claim, asked_ns: u64) -> std::io::Result<Self> {
+        let lease = Duration::from_millis(claim.lease_ms);
         let output = around.store.local_output(&claim.key).unwrap_or_else(|| {
             let folder = around.folder(&claim.key);
             [folder.join("stdout"), folder.join("stderr")]
         });
         let (inputs, from, warm) = (Vec::new(), None, None);
         let record = AttemptRecord { key: claim.key, output, job: claim.job, inputs, from, warm };
-        Self::spawn(around, record, claim.checkpoints, None, until_ns)
+        Self::spawn(around, record, claim.checkpoints, None, asked_ns, lease)
     }
 
     /// Goes on with a monitor that an earlier worker has started.
@@ -104,9 +107,10 @@ impl Attempt {
         around: &Surroundings,
         monitor: Monitor,
         record: AttemptRecord,
-        until_ns: u64,
+        asked_ns: u64,
+        lease: Duration,
     ) -> std::io::Result<Self> {
-        Self::spawn(around, record, Vec::new(), Some(monitor), until_ns)
+        Self::spawn(around, record, Vec::new(), Some(monitor), asked_ns, lease)
     }
 
     fn spawn(
@@ -114,14 +118,21 @@ impl Attempt {
         record: AttemptRecord,
         checkpoints: Vec<Checkpoint>,
         monitor: Option<Monitor>,
-        until_ns: u64,
+        asked_ns: u64,
+        lease: Duration,
     ) -> std::io::Result<Self> {
+        let deadlines = Deadlines::of(asked_ns, lease);
+        let file = monitor.as_ref().map(|monitor| monitor.lease().clone());
+        if let Some(file) = &file {
+            file.set(deadlines)?;
+        }
         let control = Arc::new(Mutex::new(Control {
             desired: Desired::Run,
             checkpoint: false,
             checkpointed: None,
-            until_ns,
-            lease: Duration::from_nanos(until_ns.saturating_sub(now_ns())),
+            deadlines,
+            lease,
+            file,
             pid: None,
             over: false,
         }));
@@ -144,13 +155,12 @@ impl Attempt {
         Ok(attempt)
     }
 
-    /// The lease has been renewed until then.
-    pub(super) fn renew(&mut self, until_ns: u64, wanted: Wanted) {
+    /// The lease has been renewed; its monitor knows that at once.
+    pub(super) fn renew(&mut self, asked_ns: u64, lease: Duration, wanted: Wanted) {
         self.renewed = Instant::now();
         self.wanted = wanted;
         let mut control = lock(&self.control);
-        control.until_ns = until_ns;
-        control.lease = Duration::from_nanos(until_ns.saturating_sub(now_ns()));
+        control.renew(Deadlines::of(asked_ns, lease), lease);
         // An answer from before the last checkpoint asks for that one.
         let asked = wanted.has(Wanted::CHECKPOINT);
         control.checkpoint = asked && control.checkpointed.is_none_or(|at| at.elapsed() > SETTLED);
@@ -168,12 +178,37 @@ impl Attempt {
 
     /// Whether its lease has ended by this host's clock.
     pub(super) fn is_past(&self) -> bool {
-        lock(&self.control).until_ns <= now_ns()
+        lock(&self.control).deadlines.is_past()
     }
 
-    /// Wants something of it. A pause is taken back; what ends it is not.
+    /// Wants something of it.
     pub(super) fn want(&self, desired: Desired) {
-        let mut control = lock(&self.control);
+        lock(&self.control).want(desired);
+    }
+
+    /// Nothing is left of it on this host.
+    pub(super) fn is_over(&self) -> bool {
+        lock(&self.control).over
+    }
+}
+
+impl Control {
+    fn renew(&mut self, deadlines: Deadlines, lease: Duration) {
+        (self.deadlines, self.lease) = (deadlines, lease);
+        if let Some(file) = &self.file {
+            // A file that cannot be written lets the monitor end with the old lease.
+            let _ = file.set(deadlines);
+        }
+    }
+
+    /// A monitor has been started, which reads this file.
+    pub(super) fn set_file(&mut self, file: Arc<LeaseFile>) {
+        self.file = Some(file);
+        self.renew(self.deadlines, self.lease);
+    }
+
+    /// Wants something of the job. A pause is taken back; what ends it is not.
+    pub(super) fn want(&mut self, desired: Desired) {
         let weight = |desired: Desired| match desired {
             Desired::Run | Desired::Pause(_) => 0,
             Desired::Return(_) => 1,
@@ -181,14 +216,9 @@ impl Attempt {
             Desired::Cancel => 3,
             Desired::Abandon => 4,
         };
-        if weight(desired) > weight(control.desired) || weight(control.desired) == 0 {
-            control.desired = desired;
+        if weight(desired) > weight(self.desired) || weight(self.desired) == 0 {
+            self.desired = desired;
         }
-    }
-
-    /// Nothing is left of it on this host.
-    pub(super) fn is_over(&self) -> bool {
-        lock(&self.control).over
     }
 }
 

@@ -1,8 +1,9 @@
 //! A worker: takes jobs from a store for one host and runs each in a monitor process of its own.
 //!
 //! One loop keeps the leases and decides what is wanted of each job; a thread per job ([`attempt`]) brings its monitor
-//! there. Every monitor knows the end of its lease by a file ([`lease_file`]) and ends itself then, so nothing of a
-//! worker that is killed runs on for long; a worker that comes back in time goes on with what it finds.
+//! there. Every monitor knows by a file ([`lease_file`]) until when its lease lasts: it stands still before that and ends
+//! itself then, so nothing of a worker that hangs or is killed runs on for long; one that comes back in time goes on with
+//! what it finds.
 
 mod attempt;
 mod checkpoint;
@@ -307,10 +308,9 @@ impl Worker<'_> {
                 Some(lease) => {
                     self.say(&format!("{}: found again", record.key));
                     self.claimed += 1;
-                    let until_ns = asked.saturating_add(lease.lease_ms.saturating_mul(1_000_000));
-                    monitor.set_lease(until_ns).map_err(state_error)?;
-                    self.running
-                        .push(Attempt::adopt(&self.around, monitor, record, until_ns).map_err(state_error)?);
+                    let lease = Duration::from_millis(lease.lease_ms);
+                    let attempt = Attempt::adopt(&self.around, monitor, record, asked, lease);
+                    self.running.push(attempt.map_err(state_error)?);
                 }
                 None => {
                     self.say(&format!("{}: left over, its lease is gone", record.key));
@@ -352,8 +352,7 @@ impl Worker<'_> {
                 None if attempt.is_over() => {}
                 None => attempt.want(Desired::Abandon),
                 Some(lease) => {
-                    let until_ns = asked.saturating_add(lease.lease_ms.saturating_mul(1_000_000));
-                    attempt.renew(until_ns, lease.wanted);
+                    attempt.renew(asked, Duration::from_millis(lease.lease_ms), lease.wanted);
                 }
             }
         }
@@ -460,11 +459,10 @@ impl Worker<'_> {
         self.around.point("claimed");
         for claim in claims {
             self.claimed += 1;
-            let until_ns = asked.saturating_add(claim.lease_ms.saturating_mul(1_000_000));
             let what = claim.job.spec.command.first().cloned().unwrap_or_default();
             self.say(&format!("{}: starting {what}", claim.key));
             let key = claim.key.clone();
-            match Attempt::start(&self.around, claim, until_ns) {
+            match Attempt::start(&self.around, claim, asked) {
                 Ok(attempt) => self.running.push(attempt),
                 // The lease ends by itself.
                 Err(err) => self.say(&format!("{key}: no thread for it: {err}")),

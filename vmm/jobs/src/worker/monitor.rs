@@ -8,13 +8,15 @@ use std::fs::{self, File};
 use std::io::{self, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
 
 use harrier_control::api::{KillRequest, MachineState};
 use harrier_control::{Client, Registry};
 use serde::{Deserialize, Serialize};
 
 use super::checkpoint::Source;
-use super::lease_file::LeaseFile;
+use super::lease_file::{Deadlines, LeaseFile};
 use crate::files::FileFacts;
 use crate::queue::{Job, JobLimits, LeaseKey};
 
@@ -89,7 +91,7 @@ pub(super) struct AttemptRecord {
 pub(super) struct Monitor {
     folder: PathBuf,
     child: Option<Child>,
-    lease: LeaseFile,
+    lease: Arc<LeaseFile>,
     /// Where its machine is registered, and under which name.
     registry: PathBuf,
     name: String,
@@ -102,13 +104,13 @@ impl Monitor {
         folder: &Path,
         registry: &Path,
         record: &AttemptRecord,
-        until_ns: u64,
+        deadlines: Deadlines,
         run_flags: &[OsString],
     ) -> io::Result<Self> {
         fs::create_dir_all(folder)?;
         let text = serde_json::to_vec(record)?;
         write_durably(&folder.join(names::ATTEMPT), &text)?;
-        let lease = LeaseFile::create(&folder.join(names::LEASE), until_ns)?;
+        let lease = Arc::new(LeaseFile::create(&folder.join(names::LEASE), deadlines)?);
         let [stdout, stderr] = &record.output;
         for path in [stdout, stderr] {
             if let Some(parent) = path.parent() {
@@ -185,7 +187,7 @@ impl Monitor {
     pub(super) fn adopt(folder: &Path, registry: &Path) -> Option<(Self, AttemptRecord)> {
         let record: AttemptRecord =
             serde_json::from_slice(&fs::read(folder.join(names::ATTEMPT)).ok()?).ok()?;
-        let lease = LeaseFile::open(&folder.join(names::LEASE)).ok()?;
+        let lease = Arc::new(LeaseFile::open(&folder.join(names::LEASE)).ok()?);
         let (folder, registry) = (folder.to_owned(), registry.to_owned());
         let name = machine_name(&record.key);
         Some((Self { folder, child: None, lease, registry, name }, record))
@@ -214,16 +216,16 @@ impl Monitor {
         info.is_ok_and(|info| info.state == MachineState::Paused)
     }
 
-    /// Makes the machine stand still, or lets it go on. Both may be said again.
-    pub(super) fn pause(&self, pause: bool) -> Result<(), String> {
-        let client = self.control()?;
+    /// Makes the machine stand still, or lets it go on, and waits at most so long for that. Both may be said again.
+    pub(super) fn pause(&self, pause: bool, timeout: Duration) -> Result<(), String> {
+        let client = self.control()?.with_timeout(timeout);
         let changed = if pause { client.pause() } else { client.resume() };
         changed.map(drop).map_err(|err| err.to_string())
     }
 
-    /// Lets it run until then.
-    pub(super) fn set_lease(&self, until_ns: u64) -> io::Result<()> {
-        self.lease.set(until_ns)
+    /// Where it reads how long it may run.
+    pub(super) fn lease(&self) -> &Arc<LeaseFile> {
+        &self.lease
     }
 
     /// The engine's name, once the guest is up.
@@ -246,7 +248,7 @@ impl Monitor {
     }
 
     /// Waits a little for the process to end.
-    pub(super) fn wait(&mut self, time: std::time::Duration) {
+    pub(super) fn wait(&mut self, time: Duration) {
         if let Some(child) = &self.child
             && let Some(pid) = rustix::process::Pid::from_raw(child.id().cast_signed())
             && let Ok(fd) = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())
@@ -288,7 +290,7 @@ impl Monitor {
     /// Ends the process at once.
     pub(super) fn kill(&self) {
         // For one that is not our child, and for ours should the signal fail.
-        let _ = self.lease.set(0);
+        let _ = self.lease.revoke();
         self.signal(rustix::process::Signal::KILL);
     }
 

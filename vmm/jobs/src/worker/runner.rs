@@ -10,7 +10,6 @@ use std::time::{Duration, Instant};
 use super::attempt::{Control, Desired, Surroundings, lock};
 use super::checkpoint::{Fetched, Source, Way, Written};
 use super::files;
-use super::lease_file::now_ns;
 use super::monitor::{AttemptRecord, Monitor};
 use super::progress::Progress;
 use crate::protocol::Stream;
@@ -23,6 +22,8 @@ const TICK: Duration = Duration::from_millis(50);
 const NOTE: Duration = Duration::from_secs(2);
 /// How often the command's progress is looked at.
 const SAID: Duration = Duration::from_secs(1);
+/// The part of a lease for which a monitor may take to let its machine stand or go on.
+const PAUSE_SHARE: u32 = 12;
 /// How long a monitor may take to end in good order.
 const TERMINATION: Duration = Duration::from_secs(3);
 /// Output that is sent to a store elsewhere before the thread looks around again, in one piece, and how long that may take.
@@ -53,7 +54,6 @@ pub(super) struct Runner {
     /// What the store offered to go on from, latest first.
     checkpoints: Vec<Checkpoint>,
     control: Arc<Mutex<Control>>,
-    lease_written: u64,
     /// When the monitor was started.
     begun: Instant,
     /// The engine, once the store knows that the job runs.
@@ -95,13 +95,11 @@ impl Runner {
     ) -> Self {
         let now = Instant::now();
         let sent = around.store.local_output(&record.key).is_none().then_some([0; 2]);
-        let lease_written = lock(&control).until_ns;
         Self {
             around,
             record,
             checkpoints,
             control,
-            lease_written,
             begun: now,
             started: None,
             progress: Progress::default(),
@@ -226,13 +224,21 @@ impl Runner {
             self.record.inputs = files::bring(self.around.store.as_ref(), &self.record, &folder)?;
             self.record.warm = self.around.warm.template(&self.record.job.spec);
         }
-        let until_ns = lock(&self.control).until_ns;
-        self.lease_written = until_ns;
+        let deadlines = lock(&self.control).deadlines;
         let around = &self.around;
-        Monitor::start(&around.program, &folder, &around.machines, &self.record, until_ns, &around.run_flags)
-            .map_err(|err| {
-                ended(Reason::MachineFailed, Some(format!("the monitor cannot be started: {err}")), None)
-            })
+        let monitor = Monitor::start(
+            &around.program,
+            &folder,
+            &around.machines,
+            &self.record,
+            deadlines,
+            &around.run_flags,
+        )
+        .map_err(|err| {
+            ended(Reason::MachineFailed, Some(format!("the monitor cannot be started: {err}")), None)
+        })?;
+        lock(&self.control).set_file(monitor.lease().clone());
+        Ok(monitor)
     }
 
     /// The latest checkpoint that can be used, brought to this host; `None` to begin anew.
@@ -310,22 +316,15 @@ impl Runner {
     }
 
     fn steer(&mut self, monitor: &Monitor) {
-        let (mut desired, until_ns, lease, asked) = {
-            let control = lock(&self.control);
-            (control.desired, control.until_ns, control.lease, control.checkpoint)
-        };
-        if desired == Desired::Abandon {
+        if self.is_abandoned() {
             return monitor.kill();
         }
-        if until_ns != self.lease_written {
-            // A file that cannot be written lets the monitor end with the old lease.
-            if monitor.set_lease(until_ns).is_ok() {
-                self.lease_written = until_ns;
-            }
-        }
-        let left = Duration::from_nanos(until_ns.saturating_sub(now_ns()));
-        if desired == Desired::Run && left < lease / 3 {
-            // The store is out of reach, or somebody else's host.
+        let (mut desired, deadlines, asked) = {
+            let control = lock(&self.control);
+            (control.desired, control.deadlines, control.checkpoint)
+        };
+        if desired == Desired::Run && deadlines.is_late() {
+            // The store is out of reach. The monitor lets its machine stand by itself; here others hear of it.
             desired = Desired::Pause(Reason::StoreUnreachable);
         }
         if let Some(limit) = self.record.job.spec.timeout_ms
@@ -396,7 +395,8 @@ impl Runner {
             if now < self.pause_at {
                 return;
             }
-            match monitor.pause(wish.is_some()) {
+            let patience = lock(&self.control).lease / PAUSE_SHARE;
+            match monitor.pause(wish.is_some(), patience) {
                 Ok(()) => {
                     self.around.point("paused");
                     self.paused = wish;
@@ -655,8 +655,14 @@ impl Runner {
         }
     }
 
+    /// Whether the job is somebody else's. A lease that is over by this host's clock is noticed here, too: what keeps the
+    /// leases may wait for the store.
     fn is_abandoned(&self) -> bool {
-        lock(&self.control).desired == Desired::Abandon
+        let mut control = lock(&self.control);
+        if control.deadlines.is_past() {
+            control.want(Desired::Abandon);
+        }
+        control.desired == Desired::Abandon
     }
 
     fn say(&self, what: &str) {

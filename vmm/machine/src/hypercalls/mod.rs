@@ -282,9 +282,7 @@ impl Hypercalls for MachineCalls {
         let Saved { parked, clock_page, quiesce } = serde::Deserialize::deserialize(state)
             .map_err(|err: serde_json::Error| BadState(err.to_string()))?;
         BadState::unless(parked.len() <= MAX_VCPUS as usize, || format!("{} parked vCPUs", parked.len()))?;
-        for (apic_id, left_ns, vector) in parked {
-            self.park.wake_after(apic_id, vector, left_ns.min(u64::MAX - 1));
-        }
+        self.park.restore(parked);
         self.clock.restore(clock_page);
         self.lives.quiesce.restore(quiesce);
         Ok(())

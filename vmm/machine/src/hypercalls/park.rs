@@ -32,6 +32,16 @@ impl Wakes {
         self.due.values().map(|(at, _)| *at).min()
     }
 
+    /// Notes whom to wake after the time; all ones is never.
+    fn insert(&mut self, apic_id: u32, vector: u8, timeout_ns: u64) {
+        let timeout = Duration::from_nanos(timeout_ns).min(LONGEST);
+        match Instant::now().checked_add(timeout) {
+            Some(at) if timeout_ns != u64::MAX => self.due.insert(apic_id, (at, vector)),
+            _ => self.due.remove(&apic_id),
+        };
+        self.arm();
+    }
+
     /// Sets the timer to the earliest time, if it is not.
     fn arm(&mut self) {
         let earliest = self.earliest();
@@ -88,12 +98,16 @@ impl ParkTimer {
             wakes.due.remove(&apic_id);
             return self.wake(apic_id, vector);
         }
-        let timeout = Duration::from_nanos(timeout_ns);
-        match Instant::now().checked_add(timeout.min(LONGEST)) {
-            Some(at) if timeout_ns != u64::MAX => wakes.due.insert(apic_id, (at, vector)),
-            _ => wakes.due.remove(&apic_id),
-        };
-        wakes.arm();
+        wakes.insert(apic_id, vector, timeout_ns);
+    }
+
+    /// Takes up what [`ParkTimer::save`] said. Nothing is sent before the event loop runs, not even what is due: the
+    /// processors are not in their state yet.
+    pub(crate) fn restore(&self, parked: Vec<(u32, u64, u8)>) {
+        let mut wakes = self.lock();
+        for (apic_id, left_ns, vector) in parked {
+            wakes.insert(apic_id, vector, left_ns.min(u64::MAX - 1));
+        }
     }
 
     /// Who waits, for how many nanoseconds more, and with which vector.
@@ -147,5 +161,70 @@ impl MutEventSubscriber for ParkTimer {
         if let Err(err) = ops.add(Events::new(self, EventSet::IN)) {
             log::error!("the timer for parked processors cannot be watched: {err}");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use harrier_engine::{EngineError, GsiRoute, GuestRegion, Vcpu};
+
+    use super::*;
+
+    /// Notes the messages that it is sent.
+    #[derive(Default)]
+    struct Noting(Mutex<Vec<Msi>>);
+
+    impl Vm for Noting {
+        fn map_memory(&self, _region: Arc<GuestRegion>, _read_only: bool) -> Result<(), EngineError> {
+            Ok(())
+        }
+        fn unmap_memory(&self, _gpa: u64) -> Result<(), EngineError> {
+            Ok(())
+        }
+        fn sync_dirty_pages(&self) -> Result<(), EngineError> {
+            Ok(())
+        }
+        fn create_vcpu(&self, _index: u32) -> Result<Box<dyn Vcpu>, EngineError> {
+            Err(EngineError::State { field: "vcpu", reason: "there is none".to_owned() })
+        }
+        fn send_msi(&self, msi: Msi) -> Result<(), EngineError> {
+            self.0.lock().unwrap().push(msi);
+            Ok(())
+        }
+        fn set_gsi_routes(&self, _routes: &[GsiRoute]) -> Result<(), EngineError> {
+            Ok(())
+        }
+        fn clock_ns(&self) -> Result<u64, EngineError> {
+            Ok(0)
+        }
+        fn set_clock_ns(&self, _clock_ns: u64) -> Result<(), EngineError> {
+            Ok(())
+        }
+        fn stop_time(&self) -> Result<(), EngineError> {
+            Ok(())
+        }
+        fn start_time(&self) -> Result<(), EngineError> {
+            Ok(())
+        }
+        fn tsc_khz(&self) -> u32 {
+            1_000_000
+        }
+    }
+
+    #[test]
+    fn a_wake_up_that_was_due_in_a_snapshot_is_sent_when_the_machine_runs_and_not_before() {
+        let vm = Arc::new(Noting::default());
+        let timer = ParkTimer::new(Arc::clone(&vm) as Arc<dyn Vm>).unwrap();
+        timer.wake_after(0, 0x51, 1);
+        std::thread::sleep(Duration::from_millis(1));
+        let saved = timer.save();
+        assert_eq!(saved, [(0, 0, 0x51)]);
+
+        let timer = ParkTimer::new(Arc::clone(&vm) as Arc<dyn Vm>).unwrap();
+        timer.restore(saved);
+        assert!(vm.0.lock().unwrap().is_empty(), "the processors' state would overwrite it");
+        timer.send_due();
+        assert_eq!(*vm.0.lock().unwrap(), [Msi { address: MSI_ADDRESS, data: 0x51 }]);
+        assert!(timer.save().is_empty());
     }
 }

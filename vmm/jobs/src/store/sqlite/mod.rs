@@ -30,8 +30,9 @@ use crate::files::Sha256Digest;
 use crate::protocol::Stream;
 use crate::queue::{Attempt, Dependency, Event, Host, HostAd, Job, JobId, LeaseKey, NewJob};
 
-/// How long a call waits for other processes.
+/// How long a call waits for other processes; a worker's no longer than this part of a lease.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(20);
+const LEASE_SHARE: u64 = 6;
 
 /// Where a store takes the time from.
 pub trait Clock: Send + Sync {
@@ -89,8 +90,23 @@ impl SqliteStore {
         Self::open_with(folder, Arc::new(SystemClock), lease_ms)
     }
 
+    /// The same for a worker, which has its leases to look after while the file is another process's.
+    pub fn open_for_worker(folder: &Path, lease_ms: u64) -> Result<Self> {
+        let patience = BUSY_TIMEOUT.min(Duration::from_millis(lease_ms / LEASE_SHARE));
+        Self::open_patiently(folder, Arc::new(SystemClock), lease_ms, patience)
+    }
+
     /// Opens a queue with a clock and a lease time of one's own.
     pub fn open_with(folder: &Path, clock: Arc<dyn Clock>, lease_ms: u64) -> Result<Self> {
+        Self::open_patiently(folder, clock, lease_ms, BUSY_TIMEOUT)
+    }
+
+    fn open_patiently(
+        folder: &Path,
+        clock: Arc<dyn Clock>,
+        lease_ms: u64,
+        patience: Duration,
+    ) -> Result<Self> {
         let file = folder.join("queue.db");
         let path = file.display().to_string();
         let failed = |err: std::io::Error| StoreError::Failed(path.clone(), err.to_string());
@@ -104,7 +120,7 @@ impl SqliteStore {
                     | OpenFlags::SQLITE_OPEN_CREATE
                     | OpenFlags::SQLITE_OPEN_NO_MUTEX,
             )?;
-            connection.busy_timeout(BUSY_TIMEOUT)?;
+            connection.busy_timeout(patience)?;
             connection.set_prepared_statement_cache_capacity(64);
             Ok(connection)
         };
