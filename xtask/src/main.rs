@@ -140,8 +140,10 @@ fn execute(command: XtaskCommand) -> Result<ExitCode> {
         }
         XtaskCommand::Test => checks::run(&cache, root)?,
         XtaskCommand::Conformance { mut arguments } => {
-            if arguments.first().is_some_and(|suite| suite == "selftests-x86") {
-                arguments.extend(selftests_guest(&cache, root)?);
+            match arguments.first().and_then(|suite| suite.to_str()) {
+                Some("selftests-x86") => arguments.extend(selftests_guest(&cache, root)?),
+                Some("programs") => arguments.extend(programs_guest(&cache, root)?),
+                _ => {}
             }
             return run_program(root, "harrier-conformance", "harrier-conformance", &arguments);
         }
@@ -158,19 +160,27 @@ fn execute(command: XtaskCommand) -> Result<ExitCode> {
 fn selftests_guest(cache: &Cache, root: &Path) -> Result<[OsString; 8]> {
     let kernel = debian_kernel::build(cache, root)?;
     let rootfs = rootfs_images::build_debian(cache)?;
-    let mut build = checks::cargo();
-    build.args(["build", "--quiet", "--release", "--package", "harrier", "--manifest-path"]);
-    process::run_visibly(build.arg(root.join("Cargo.toml")))?;
-    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
     Ok([
         "--harrier".into(),
-        target.join("release/harrier").into(),
+        bench::build_harrier(root)?.into(),
         "--rootfs".into(),
         rootfs.join("debian.ext4").into(),
         "--kernel".into(),
         kernel.join("vmlinux").into(),
         "--initrd".into(),
         kernel.join("initramfs.cpio").into(),
+    ])
+}
+
+/// What a Debian's programs run in: `harrier`, and a Debian root that has them.
+fn programs_guest(cache: &Cache, root: &Path) -> Result<[OsString; 4]> {
+    guest::set_up(cache, root, None)?;
+    let rootfs = rootfs_images::build_debian_programs(cache)?;
+    Ok([
+        "--harrier".into(),
+        bench::build_harrier(root)?.into(),
+        "--rootfs".into(),
+        rootfs.join("debian.ext4").into(),
     ])
 }
 

@@ -71,20 +71,40 @@ fn busybox_tree(tree: &Path, busybox: &Path) -> Result<()> {
 
 /// Builds `<cache>/rootfs-debian/current` with `debian.ext4`: this system's Debian release, minimal, with python3.
 pub(crate) fn build_debian(cache: &Cache) -> Result<PathBuf> {
+    debian(cache, &Debian { name: "rootfs-debian", include: "python3-minimal", size: "1G" })
+}
+
+/// Builds `<cache>/rootfs-programs/current` with `debian.ext4`: the same with Python's tests, a C compiler, openssl and perl.
+pub(crate) fn build_debian_programs(cache: &Cache) -> Result<PathBuf> {
+    let include = "python3,libpython3.11-testsuite,gcc,libc6-dev,openssl,perl";
+    debian(cache, &Debian { name: "rootfs-programs", include, size: "2G" })
+}
+
+/// An image of a Debian.
+struct Debian {
+    /// Of its folder in the cache.
+    name: &'static str,
+    /// Packages besides the essential ones.
+    include: &'static str,
+    /// Of the file system.
+    size: &'static str,
+}
+
+fn debian(cache: &Cache, image: &Debian) -> Result<PathBuf> {
     packages::require(&[packages::IMAGES, packages::DEBOOTSTRAP])?;
     let (suite, mirror) = debian_archive()?;
-    let key = Key::new("rootfs-debian", RECIPE).text("suite", &suite).finish();
+    let key = Key::new(image.name, RECIPE).text("suite", &suite).finish();
     let log = cache.root().join("debootstrap.log");
     let mut scratch = None;
-    cache.artifact("rootfs-debian", &key, |dir| {
+    cache.artifact(image.name, &key, |dir| {
         if !packages::running_as_root() {
-            bail!("debootstrap needs root: run `sudo -E cargo xtask rootfs-images --debian`");
+            bail!("debootstrap needs root: run this command as root, or with `sudo -E`");
         }
-        cache::check_free_space(dir, 2 << 30)?;
-        let tree = scratch.insert(cache.scratch("rootfs-debian")?).path().join("tree");
+        cache::check_free_space(dir, 4 << 30)?;
+        let tree = scratch.insert(cache.scratch(image.name)?).path().join("tree");
         process::run_with_progress(
             Command::new(packages::find_program("debootstrap").context("debootstrap is not installed")?)
-                .args(["--variant=minbase", "--include=python3-minimal", &suite])
+                .args(["--variant=minbase", &format!("--include={}", image.include), &suite])
                 .arg(&tree)
                 .arg(&mirror),
             &format!("debootstrap of {suite}"),
@@ -92,9 +112,9 @@ pub(crate) fn build_debian(cache: &Cache) -> Result<PathBuf> {
         )?;
         let archives = tree.join("var/cache/apt/archives");
         fs::remove_dir_all(&archives).map_err(|error| cache::explain(error, &archives))?;
-        make_ext4(&tree, &dir.join("debian.ext4"), "1G")
+        make_ext4(&tree, &dir.join("debian.ext4"), image.size)
     })?;
-    cache.set_current("rootfs-debian", &key)
+    cache.set_current(image.name, &key)
 }
 
 /// The release that this system runs and the mirror that it is configured to use.

@@ -5,7 +5,9 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use harrier_conformance::suites::report::Table;
-use harrier_conformance::suites::{EngineName, SuiteError, engine, fex, kvm_unit_tests, selftests, test386};
+use harrier_conformance::suites::{
+    EngineName, SuiteError, engine, fex, kvm_unit_tests, programs, selftests, test386,
+};
 use harrier_conformance::{coverage, diff};
 
 /// Runs a test suite of others, which lies in a directory of its own, and prints what passed.
@@ -37,6 +39,13 @@ enum Suite {
         dir: PathBuf,
         #[command(flatten)]
         guest: selftests::Guest,
+        #[command(flatten)]
+        how: How,
+    },
+    /// Python's test modules, gcc, openssl, perl and threads, of a Debian root in a guest
+    Programs {
+        #[command(flatten)]
+        guest: programs::Guest,
         #[command(flatten)]
         how: How,
     },
@@ -138,6 +147,7 @@ fn run(suite: Suite) -> Result<bool, SuiteError> {
             Ok(table.succeeded())
         }
         Suite::Test386 { dir, how } => print(&test386::run(&dir, how.engine)?, how.json),
+        Suite::Programs { guest, how } => print(&programs::run(how.engine, &guest)?, how.json),
         Suite::SelftestsX86 { dir, guest, how } => {
             print(&selftests::run(&dir, how.engine, &guest)?, how.json)
         }

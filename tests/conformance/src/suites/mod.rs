@@ -3,6 +3,7 @@
 
 pub mod fex;
 pub mod kvm_unit_tests;
+pub mod programs;
 pub mod report;
 pub mod selftests;
 pub mod test386;
