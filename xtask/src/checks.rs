@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::Result;
 
 use crate::cache::Cache;
-use crate::{debian_kernel, guest, packages, process, rootfs_images};
+use crate::{bare_metal, debian_kernel, guest, packages, process, rootfs_images};
 
 /// Packages that need other compiler flags than the workspace and are built apart.
 const OTHER_WORKSPACES: &[&str] = &["guest-kernel/bare-metal/Cargo.toml", "tests/fuzz/Cargo.toml"];
@@ -17,6 +17,7 @@ pub(crate) fn run(cache: &Cache, root: &Path) -> Result<()> {
     let started = Instant::now();
     packages::require(&[packages::SUITES])?;
     guest::set_up(cache, root, None)?;
+    bare_metal::build(cache, root)?;
     rootfs_images::build_busybox(cache)?;
     rootfs_images::build_debian(cache)?;
     debian_kernel::build(cache, root)?;

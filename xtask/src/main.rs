@@ -3,6 +3,7 @@
 //! Each command makes what it needs by itself, so that one command on a fresh machine is enough. Products go to the
 //! cache that `harrier run` reads (`cache`), described in `guest-kernel/README.md`.
 
+mod bare_metal;
 mod bench;
 mod bzimage;
 mod cache;
@@ -38,7 +39,8 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum XtaskCommand {
-    /// Install or name missing system packages, build the guest kernel and the initramfs
+    /// Install or name missing system packages, build the guest kernel, the initramfs and
+    /// the guests of `harrier selftest`
     Setup {
         /// Kernel source to build, a folder or an archive [default: the linux-source package's]
         #[arg(long, value_name = "FOLDER|ARCHIVE")]
@@ -109,6 +111,7 @@ fn execute(command: XtaskCommand) -> Result<ExitCode> {
     match command {
         XtaskCommand::Setup { source } => {
             let guest = guest::set_up(&cache, root, source.as_deref())?;
+            bare_metal::build(&cache, root)?;
             eprintln!("xtask: the guest is ready in {}", guest.display());
         }
         XtaskCommand::GuestKernel { source, unpatched } => {

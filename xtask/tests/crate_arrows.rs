@@ -37,6 +37,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "harrier-agent-protocol",
         ],
     ),
+    ("harrier-guest-checks", &["harrier-machine", "harrier-engine"]),
     ("harrier-coordinator", &["harrier-jobs", "harrier-control"]),
     ("harrier-jobs-agent", &["harrier-agent-protocol", "harrier-hypercall-abi"]),
     (
@@ -44,6 +45,7 @@ const ARROWS: &[(&str, &[&str])] = &[
         &[
             "harrier-control",
             "harrier-coordinator",
+            "harrier-guest-checks",
             "harrier-jobs",
             "harrier-machine",
             "harrier-snapshot",

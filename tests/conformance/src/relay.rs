@@ -124,7 +124,7 @@ fn boot(engine: &dyn Engine, guest: &Guest, model: CpuModel, said: &Collector) -
     let config = MachineConfig { vcpu_count: guest.cpus, memory_bytes: MEMORY_BYTES, cpu_model: model };
     let mut builder = MachineBuilder::new(engine, &config)?;
     add_devices(&mut builder, said)?;
-    let image = FileImage::open(&guest.path())?;
+    let image = FileImage::open(&crate::program(guest))?;
     let command_line = &guest.command_line();
     Ok(builder.build(&Boot::Kernel {
         kernel: &image,

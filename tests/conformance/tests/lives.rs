@@ -7,7 +7,7 @@ use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use harrier_conformance::{DEADLINE, Guest, MEMORY_BYTES, Transcript, engines};
+use harrier_conformance::{DEADLINE, Guest, MEMORY_BYTES, Transcript, engines, program};
 use harrier_engine::{CpuModel, Engine, Probe};
 use harrier_machine::boot::{Boot, ElfEntry, FileImage};
 use harrier_machine::snapshot::{Kind, Report, Request, Restoration, Role, TakeError};
@@ -47,7 +47,7 @@ fn boot(engine: &dyn Engine, mode: u32, said: &Said) -> Machine {
     let config = MachineConfig { vcpu_count: 1, memory_bytes: MEMORY_BYTES, cpu_model: CpuModel::V1 };
     let mut builder = MachineBuilder::new(engine, &config).unwrap();
     add_devices(&mut builder, said);
-    let image = FileImage::open(&GUEST.path()).unwrap();
+    let image = FileImage::open(&program(&GUEST)).unwrap();
     let command_line = &format!("mode={mode}");
     let boot = Boot::Kernel { kernel: &image, elf_entry: ElfEntry::Auto, initrd: None, command_line };
     builder.build(&boot).unwrap()

@@ -3,7 +3,7 @@
 
 use std::process::{Command, Stdio};
 
-use harrier_conformance::{GUESTS, Guest, Transcript};
+use harrier_conformance::{GUESTS, Guest, Transcript, program};
 use libtest_mimic::{Arguments, Failed, Trial};
 
 const QEMU: &str = "qemu-system-x86_64";
@@ -34,7 +34,7 @@ fn check(guest: &Guest) -> Result<(), Failed> {
         .args(["-cpu", "Nehalem,+rdtscp,-spec-ctrl", "-m", "64", "-smp", &guest.cpus.to_string()])
         .args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-serial", "stdio"])
         .args(["-device", "isa-debug-exit,iobase=0xf4,iosize=4", "-append", &guest.command_line(), "-kernel"])
-        .arg(guest.path())
+        .arg(program(guest))
         .stdin(Stdio::null())
         .output()?;
     let transcript = Transcript { text: String::from_utf8_lossy(&output.stdout).into_owned() };

@@ -73,6 +73,10 @@ pub(crate) enum Command {
     Rm(RmFlags),
     /// Show what this host offers, and what follows from it.
     Doctor(DoctorFlags),
+    /// Try every engine that this host has: guests that check the processor, and Linux. A report for people or as JSON.
+    ///
+    /// Exit codes: 0 if all checks passed or had to be skipped, 1 if one failed, 125 if they could not be run.
+    Selftest(SelftestFlags),
     /// The process of a detached machine; started by `run --detach` and of no use by hand.
     #[command(hide = true)]
     Monitor(MonitorFlags),
@@ -237,6 +241,22 @@ pub(crate) struct DoctorFlags {
     /// Print one JSON object.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SelftestFlags {
+    /// Print one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Only this engine, kvm or soft; the default is every one that is here.
+    #[arg(long, value_name = "ENGINE")]
+    pub(crate) engine: Option<String>,
+    /// Only checks whose names begin so. Repeatable.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) only: Vec<String>,
+    /// The longest that a check may take; suffixes ms, s, m, h.
+    #[arg(long, default_value = "2m", value_name = "TIME")]
+    pub(crate) timeout: String,
 }
 
 #[derive(Debug, Args)]

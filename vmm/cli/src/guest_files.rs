@@ -1,4 +1,5 @@
-//! Where the default guest's kernel and initial ramdisk are: in the cache that `cargo xtask setup` fills.
+//! Where the default guest's kernel and initial ramdisk are, and the guests of the selftest: in the cache that
+//! `cargo xtask setup` fills.
 
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -22,6 +23,11 @@ pub(crate) enum GuestFilesError {
     NoCache,
     #[error("guest kernel not built ('{0}' is missing): run `cargo xtask setup`")]
     NotBuilt(String),
+    #[error(
+        "the guests of the selftest are not built ('{0}' is missing): run `cargo xtask setup`, or try Linux alone with \
+         `--only linux`"
+    )]
+    NoBareMetal(String),
     #[error(
         "the cache '{0}' cannot be read ({1}): check its permissions, or set HARRIER_CACHE to another directory"
     )]
@@ -64,6 +70,21 @@ fn find_in(cache: &Path) -> Result<GuestFiles, GuestFilesError> {
     Ok(files)
 }
 
+/// The folder of the bare-metal guests that `harrier selftest` runs.
+pub(crate) fn find_bare_metal() -> Result<PathBuf, GuestFilesError> {
+    find_bare_metal_in(&cache_dir()?)
+}
+
+fn find_bare_metal_in(cache: &Path) -> Result<PathBuf, GuestFilesError> {
+    let link = cache.join("bare-metal/current");
+    link.canonicalize().map_err(|err| match err.kind() {
+        ErrorKind::NotFound | ErrorKind::NotADirectory => {
+            GuestFilesError::NoBareMetal(link.display().to_string())
+        }
+        _ => GuestFilesError::Unreadable(link.display().to_string(), err),
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -73,6 +94,11 @@ mod tests {
         let cache = tempfile::tempdir().unwrap();
         let text = || find_in(cache.path()).unwrap_err().to_string();
         assert!(text().ends_with("is missing): run `cargo xtask setup`"), "{}", text());
+        let bare_metal = find_bare_metal_in(cache.path()).unwrap_err().to_string();
+        assert!(
+            bare_metal.contains("bare-metal/current' is missing): run `cargo xtask setup`"),
+            "{bare_metal}"
+        );
         let build = cache.path().join("guest").join("abc");
         std::fs::create_dir_all(&build).unwrap();
         std::os::unix::fs::symlink("abc", cache.path().join("guest").join(VERSION_TAG)).unwrap();

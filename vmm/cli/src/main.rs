@@ -2,7 +2,7 @@
 //!
 //! [`flags`] is what the user typed, [`config`] what it means; [`run`] runs a command or a plain kernel, [`monitor`]
 //! makes its machine one that others find, [`machines`] has the commands for those, [`jobs`]
-//! those for the queue and its workers, and [`doctor`] looks at the host. Whatever goes wrong is one line on stderr that
+//! those for the queue and its workers; [`doctor`] looks at the host and [`selftest`] tries the engines on it. Whatever goes wrong is one line on stderr that
 //! names the value and the remedy, and exit code 125.
 
 mod attempt;
@@ -27,6 +27,7 @@ mod run_command;
 mod run_console;
 mod runtime_dir;
 mod sandbox;
+mod selftest;
 mod signals;
 mod snapshots;
 mod stdout_check;
@@ -84,6 +85,10 @@ fn dispatch(started: Instant) -> u8 {
         Command::Doctor(doctor_flags) => {
             logging::init(0);
             doctor::run(&doctor_flags)
+        }
+        Command::Selftest(selftest_flags) => {
+            logging::init(0);
+            selftest::run(&selftest_flags)
         }
         Command::Job(command) => {
             logging::init(0);

@@ -24,7 +24,7 @@ pub(crate) struct Finding {
 
 /// Looks and prints.
 pub(crate) fn run(flags: &DoctorFlags) -> Result<u8, Failure> {
-    let findings = probes::all();
+    let findings = look();
     let text = if flags.json { format!("{}\n", to_json(&findings)) } else { to_table(&findings) };
     std::io::stdout()
         .write_all(text.as_bytes())
@@ -32,7 +32,13 @@ pub(crate) fn run(flags: &DoctorFlags) -> Result<u8, Failure> {
     Ok(0)
 }
 
-fn to_json(findings: &[Finding]) -> Value {
+/// Looks at everything.
+pub(crate) fn look() -> Vec<Finding> {
+    probes::all()
+}
+
+/// The findings for programs.
+pub(crate) fn to_json(findings: &[Finding]) -> Value {
     let list: Vec<Value> = findings
         .iter()
         .map(|finding| {
@@ -47,17 +53,22 @@ fn to_json(findings: &[Finding]) -> Value {
     json!({ "version": env!("CARGO_PKG_VERSION"), "findings": list })
 }
 
+/// Whether it is there, in a word for people.
+pub(crate) fn mark(finding: &Finding) -> &'static str {
+    match finding.available {
+        Some(true) => "yes",
+        Some(false) => "no",
+        None => "",
+    }
+}
+
 fn to_table(findings: &[Finding]) -> String {
     let width =
         |text: fn(&Finding) -> &str| findings.iter().map(|f| text(f).chars().count()).max().unwrap_or(0);
     let (names, details) = (width(|f| f.name), width(|f| &f.detail));
     let mut table = String::new();
     for finding in findings {
-        let mark = match finding.available {
-            Some(true) => "yes",
-            Some(false) => "no",
-            None => "",
-        };
+        let mark = mark(finding);
         let line = format!(
             "{:<names$}  {mark:<3}  {:<details$}  {}",
             finding.name, finding.detail, finding.consequence

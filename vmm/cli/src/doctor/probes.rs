@@ -18,6 +18,7 @@ pub(super) fn all() -> Vec<Finding> {
     let mut findings = Vec::from(engines());
     findings.extend([
         guest(),
+        host_kernel(),
         cpus(),
         cpu_level(),
         memory(),
@@ -132,6 +133,22 @@ fn guest() -> Finding {
             "harrier run needs --kernel and --initrd until then",
         ),
     }
+}
+
+/// Which Linux this is, and which KVM it has loaded.
+fn host_kernel() -> Finding {
+    let uname = rustix::system::uname();
+    let mut modules: Vec<String> = fs::read_dir("/sys/module")
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .filter(|name| name.starts_with("kvm"))
+        .collect();
+    modules.sort();
+    let kvm = if modules.is_empty() { "no kvm module".to_owned() } else { modules.join(" ") };
+    let detail =
+        format!("{} {}; {kvm}", uname.sysname().to_string_lossy(), uname.release().to_string_lossy());
+    finding("host kernel", None, detail, "kvm_intel uses VT-x, kvm_amd SVM; others emulate kernel mode")
 }
 
 fn cpus() -> Finding {

@@ -42,6 +42,7 @@ pub(crate) fn run(command: Command, runtime_dir: Option<&Path>) -> Result<u8, Fa
         | Command::Restore(_)
         | Command::Snapshots(_)
         | Command::Doctor(_)
+        | Command::Selftest(_)
         | Command::Monitor(_)
         | Command::Job(_) => Err(Failure::new("not a command for machines")),
     }

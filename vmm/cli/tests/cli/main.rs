@@ -12,6 +12,7 @@ mod machines;
 mod machines_survive;
 mod plain_boot;
 mod run_command;
+mod selftest;
 mod snapshots;
 mod snapshots_survive;
 mod support;
