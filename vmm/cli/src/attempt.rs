@@ -17,6 +17,9 @@ use crate::exit::{Failure, HARRIER_FAILED};
 use crate::report::RunRecord;
 use crate::signals::{Interrupter, Interruption};
 
+/// The codes of commands that cannot be started, as shells have them.
+const NOT_FOUND: u8 = 127;
+const NOT_EXECUTABLE: u8 = 126;
 /// How often the guest of an attempt says that it lives.
 pub(crate) const HEARTBEAT: Duration = Duration::from_secs(2);
 /// How long it may say nothing, unless a flag says otherwise.
@@ -82,7 +85,32 @@ impl Attempt {
             cause: record.cause().map(str::to_owned),
             outputs: outputs.collect(),
         };
-        let written = serde_json::to_vec(&result)
+        self.write(&result);
+    }
+
+    /// The command runs.
+    pub(crate) fn mark_started(&self, engine: &str) {
+        mark_started(&self.folder, engine);
+    }
+
+    /// Writes down how a command ended in a machine that goes on.
+    pub(crate) fn finish_command(&self, result: &Result<u8, Failure>) {
+        let (exit_code, error) = match result {
+            Ok(code) => (*code, None),
+            Err(failure) => (failure.code, Some(failure.message.clone())),
+        };
+        let status = match (exit_code, &error) {
+            (_, None) => Some("exited"),
+            (NOT_FOUND, _) => Some("not found"),
+            (NOT_EXECUTABLE, _) => Some("not executable"),
+            _ => None,
+        };
+        let status = status.map(str::to_owned);
+        self.write(&RunResult { status, exit_code, error, ..RunResult::default() });
+    }
+
+    fn write(&self, result: &RunResult) {
+        let written = serde_json::to_vec(result)
             .map_err(io::Error::from)
             .and_then(|text| write_durably(&self.folder.join(names::RESULT), &text));
         if let Err(err) = written {

@@ -378,6 +378,12 @@ pub(crate) struct ExecFlags {
     /// Keys that leave the command alone, in a terminal.
     #[arg(long, value_name = "KEYS", default_value = "ctrl-p,ctrl-q")]
     pub(crate) detach_keys: String,
+    /// The folder of a job's attempt, for workers.
+    #[arg(long, value_name = "DIR", hide = true, requires = "stderr")]
+    pub(crate) attempt: Option<PathBuf>,
+    /// Where an attempt's stderr goes.
+    #[arg(long, value_name = "FILE", hide = true)]
+    pub(crate) stderr: Option<PathBuf>,
     /// Name, id or beginning of an id.
     #[arg(value_name = "MACHINE")]
     pub(crate) machine: String,

@@ -16,7 +16,7 @@ use crate::{checks, process};
 const CLAIMS_GOAL: f64 = 5000.0;
 /// No-op jobs of one measurement of their rate, and of their latency.
 const JOBS: u64 = 24;
-const SINGLE_JOBS: u64 = 10;
+const SINGLE_JOBS: u64 = 20;
 const LIMIT: Duration = Duration::from_secs(300);
 /// What a small job is submitted with.
 const SMALL: [&str; 2] = ["--memory", "128M"];
@@ -41,9 +41,7 @@ pub(crate) fn run(monitors: &Monitors, root: &Path, runs: u32) -> Result<GroupRe
     figures.extend(no_ops(monitors, runs)?);
     figures.extend(checkpoints(monitors.harrier())?);
     figures.extend(day(monitors.harrier())?);
-    let remarks =
-        vec!["A machine serves one job: there are no figures for machines that are used again.".to_owned()];
-    Ok(GroupReport { name: "Jobs", figures, remarks })
+    Ok(GroupReport { name: "Jobs", figures, remarks: Vec::new() })
 }
 
 /// The SQLite store alone.
@@ -89,34 +87,59 @@ struct NoOps {
 
 fn no_ops(monitors: &Monitors, runs: u32) -> Result<Vec<Figure>> {
     let mut figures = Vec::new();
-    for warm in [false, true] {
+    for way in [Way::Cold, Way::Warm, Way::Reused] {
         let mut sides: Sides<NoOps> = Sides::default();
         for _ in 0..runs {
             for side in monitors.engines() {
                 let engine = side.engine().unwrap_or("auto");
-                no_op_round(monitors.harrier(), engine, warm, sides.of(side))?;
+                no_op_round(monitors.harrier(), engine, way, sides.of(side))?;
             }
         }
         let (soft, kvm) = (sides.soft, sides.kvm);
-        let what = if warm { "warm" } else { "cold" };
+        let what = match way {
+            Way::Cold => "a boot each",
+            Way::Warm => "a warm clone each",
+            Way::Reused => "machines used again",
+        };
         figures.push(Figure::new(format!("no-op jobs, {what}"), Unit::PerSecond, soft.rate).kvm(kvm.rate));
-        let start = Figure::new(format!("submit to start, {what}"), Unit::WallMs, soft.start);
-        figures.push(start.kvm(kvm.start));
-        let result = Figure::new(format!("submit to result, {what}"), Unit::WallMs, soft.result);
-        figures.push(result.kvm(kvm.result));
+        for (name, soft, kvm) in [("start", &soft.start, &kvm.start), ("result", &soft.result, &kvm.result)] {
+            for (share, label) in [(0.5, "p50"), (0.99, "p99")] {
+                let figure = Figure::new(
+                    format!("submit to {name}, {what}, {label}"),
+                    Unit::WallMs,
+                    one(soft.quantile(share)),
+                );
+                figures.push(figure.kvm(if kvm.values().is_empty() {
+                    Samples::default()
+                } else {
+                    one(kvm.quantile(share))
+                }));
+            }
+        }
     }
     Ok(figures)
 }
 
-fn no_op_round(harrier: &Path, engine: &str, warm: bool, found: &mut NoOps) -> Result<()> {
+/// How machines come to their jobs.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Way {
+    Cold,
+    Warm,
+    Reused,
+}
+
+fn no_op_round(harrier: &Path, engine: &str, way: Way, found: &mut NoOps) -> Result<()> {
     let pool = Pool::new(harrier)?;
-    let size = if warm { "1G" } else { "0" };
+    let size = if way == Way::Warm { "1G" } else { "0" };
     let _worker = pool.worker("w", &["--slots", "2", "--cpus", "2", "--quiet", "--warm", size])?;
-    let flags = [&SMALL[..], &["--engine", engine]].concat();
+    let mut flags = [&SMALL[..], &["--engine", engine]].concat();
+    if way == Way::Reused {
+        flags.push("--reuse");
+    }
     // The page cache is warm, and the template there.
     pool.wait(&pool.submit(&flags, &["true"])?, LIMIT)?;
     let begin = Instant::now();
-    while warm && !pool.path("w/warm/1/manifest.json").exists() {
+    while way == Way::Warm && !pool.path("w/warm/1/manifest.json").exists() {
         anyhow::ensure!(begin.elapsed() < LIMIT, "no template is made");
         std::thread::sleep(Duration::from_millis(20));
     }

@@ -138,6 +138,9 @@ pub(crate) struct SubmitFlags {
     /// What fits each file system that the command can write; suffixes K, M, G.
     #[arg(long, alias = "disk", value_name = "SIZE")]
     pub(crate) disk_limit: Option<String>,
+    /// It may run in a machine in which other such jobs of yours ran before, and find what they left: for many short jobs.
+    #[arg(long)]
+    pub(crate) reuse: bool,
     /// Number of virtual CPUs, 1 to 255.
     #[arg(long, value_name = "N")]
     pub(crate) cpus: Option<u32>,

@@ -88,6 +88,8 @@ fn job(flags: &SubmitFlags) -> Result<NewJob, Failure> {
             *limit = Some(parse_size(text).map_err(|err| flag(name)(&err))?);
         }
     }
+    spec.reuse |= flags.reuse;
+    let limits = &mut spec.limits;
     limits.isolate |= flags.isolate;
     limits.cpu_percent = flags.cpu_limit.or(limits.cpu_percent);
     limits.processes = flags.process_limit.or(limits.processes);

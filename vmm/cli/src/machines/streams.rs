@@ -1,18 +1,21 @@
 //! exec and attach: a command in a machine, with its streams on this process's own.
 
+use std::fs::File;
 use std::io::{self, IsTerminal, Read, Write};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use harrier_control::api::{AttachRequest, ExecRequest, TerminalSize};
 use harrier_control::output::{OutputReader, Piece, Stream};
 use harrier_control::stream::{CommandEnd, FromMachine, INPUT_WINDOW, PAYLOAD_MAX, ToMachine};
-use harrier_control::{Entry, Life, Registry};
+use harrier_control::{Client, Entry, Life, Registry};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGWINCH};
 use signal_hook::iterator::Signals;
 
 use super::{about, ask, not_alive};
+use crate::attempt::Attempt;
 use crate::exit::{Failure, signal_code};
 use crate::flags::{AttachFlags, ExecFlags};
 use crate::terminal;
@@ -21,6 +24,14 @@ use crate::terminal;
 const LOOK: Duration = Duration::from_millis(500);
 
 pub(super) fn exec(flags: &ExecFlags, registry: &Registry) -> Result<u8, Failure> {
+    let Some(folder) = &flags.attempt else { return exec_in(flags, registry, None) };
+    let attempt = Attempt::enter(folder)?;
+    let result = exec_in(flags, registry, Some(&attempt));
+    attempt.finish_command(&result);
+    result
+}
+
+fn exec_in(flags: &ExecFlags, registry: &Registry, attempt: Option<&Attempt>) -> Result<u8, Failure> {
     let keys = DetachKeys::parse(&flags.detach_keys)?;
     let entry = registry.find(&flags.machine)?;
     let tty = flags.tty || (terminal::is_interactive() && !flags.detach);
@@ -47,6 +58,13 @@ pub(super) fn exec(flags: &ExecFlags, registry: &Registry) -> Result<u8, Failure
             request.env.insert(0, format!("TERM={term}"));
         }
     }
+    let mut engine = String::new();
+    if let Some(attempt) = attempt {
+        let failed = |err| about(&entry, not_alive(&entry, err));
+        engine = ask(&entry, |client| client.info()).map_err(failed)?.engine;
+        let client = Client::new(&entry.folder);
+        attempt.stand_by(move |hold| if hold { client.pause() } else { client.resume() }.is_ok());
+    }
     let connection =
         ask(&entry, |client| client.exec(&request)).map_err(|err| about(&entry, not_alive(&entry, err)))?;
     let (from, mut to) = connection.split()?;
@@ -54,7 +72,17 @@ pub(super) fn exec(flags: &ExecFlags, registry: &Registry) -> Result<u8, Failure
         ToMachine::Detach.write(&mut to).map_err(|err| about(&entry, err))?;
         return Ok(0);
     }
-    let session = Session::start(&entry, to, stdin, tty, keys)?;
+    let mut session = Session::new(to);
+    match attempt {
+        // A signal ends this process, and the machine's monitor then ends the command of a client that is gone.
+        Some(attempt) => {
+            let stderr = flags.stderr.as_deref().unwrap_or(Path::new("/dev/null"));
+            session.stderr = Some(File::options().append(true).open(stderr)?);
+            attempt.mark_started(&engine);
+        }
+        None => session.start_signals(tty)?,
+    }
+    session.start(&entry, stdin, tty, keys)?;
     let end = session.carry(from, true)?;
     session.conclude(&entry, end)
 }
@@ -79,7 +107,9 @@ pub(super) fn attach(flags: &AttachFlags, registry: &Registry) -> Result<u8, Fai
             ToMachine::Resize(rows, cols).write(&mut to).map_err(|err| about(&entry, err))?;
         }
     }
-    let session = Session::start(&entry, to, stdin, tty, keys)?;
+    let session = Session::new(to);
+    session.start_signals(tty)?;
+    session.start(&entry, stdin, tty, keys)?;
     let watched = entry.clone();
     let printer =
         std::thread::Builder::new().name("output".to_owned()).spawn(move || follow(output, &watched))?;
@@ -195,41 +225,41 @@ struct Session {
     to: Arc<Mutex<UnixStream>>,
     credit: Arc<Credit>,
     ends: Arc<Mutex<Ends>>,
+    /// Where the command's stderr goes, if not to this process's.
+    stderr: Option<File>,
 }
 
 impl Session {
-    /// Starts the threads that send input, signals and sizes.
-    fn start(
-        entry: &Entry,
-        to: UnixStream,
-        stdin: bool,
-        tty: bool,
-        keys: DetachKeys,
-    ) -> Result<Self, Failure> {
+    fn new(to: UnixStream) -> Self {
         let session = Session {
             to: Arc::new(Mutex::new(to)),
             credit: Arc::new(Credit::default()),
             ends: Arc::default(),
+            stderr: None,
         };
         session.credit.add(INPUT_WINDOW);
-        session.start_signals(tty)?;
+        session
+    }
+
+    /// Prepares the terminal, and starts the thread that sends input.
+    fn start(&self, entry: &Entry, stdin: bool, tty: bool, keys: DetachKeys) -> Result<(), Failure> {
         if tty && io::stdin().is_terminal() {
             terminal::set_raw().map_err(|err| {
                 about(entry, format!("the terminal cannot be set to raw mode ({err}): redirect stdin"))
             })?;
         }
         if stdin {
-            let (to, credit, ends) =
-                (Arc::clone(&session.to), Arc::clone(&session.credit), Arc::clone(&session.ends));
+            let (to, credit, ends) = (Arc::clone(&self.to), Arc::clone(&self.credit), Arc::clone(&self.ends));
             let keys = tty.then_some(keys);
             // It may outlast the command in a read; the process does not wait for it.
             std::thread::Builder::new()
                 .name("input".to_owned())
                 .spawn(move || send_input(&to, &credit, keys, &ends))?;
         }
-        Ok(session)
+        Ok(())
     }
 
+    /// Starts the thread that passes on signals and sizes.
     fn start_signals(&self, tty: bool) -> Result<(), Failure> {
         let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGWINCH])?;
         let (to, ends) = (Arc::clone(&self.to), Arc::clone(&self.ends));
@@ -279,7 +309,11 @@ impl Session {
             };
             let [stdout, stderr] = &mut wanted;
             let wanted = if stream == Stream::Stdout { stdout } else { stderr };
-            if *wanted && let Err(err) = write_to(stream, &bytes) {
+            let write = || match &self.stderr {
+                Some(file) if stream == Stream::Stderr => (&mut &*file).write_all(&bytes),
+                _ => write_to(stream, &bytes),
+            };
+            if *wanted && let Err(err) = write() {
                 if err.kind() != io::ErrorKind::BrokenPipe {
                     hang_up(&self.to);
                     return Err(Failure::new(format!("{} cannot be written ({err})", stream.as_str())));

@@ -6,5 +6,6 @@ mod files;
 mod network;
 mod owner;
 mod pool;
+mod reuse;
 mod survive;
 mod warm;

@@ -47,6 +47,8 @@ pub struct JobFile {
     memory_limit: Option<Size>,
     process_limit: Option<u32>,
     disk_limit: Option<Size>,
+    #[serde(default)]
+    reuse: bool,
     cpus: Option<u32>,
     memory: Option<Size>,
     engine: Option<String>,
@@ -113,6 +115,7 @@ impl JobFile {
             inputs: inputs.map_err(|message| SpecProblem { key: "inputs", message })?,
             outputs: outputs.map_err(|message| SpecProblem { key: "outputs", message })?,
             limits,
+            reuse: self.reuse,
             checkpoint_exit: self.checkpoint_exit,
             cpus: self.cpus.unwrap_or(default.cpus),
             memory_bytes: self.memory.map_or(default.memory_bytes, |size| size.0),
@@ -276,11 +279,11 @@ mod tests {
             memory = "1G"
             engine = "soft"
             priority = -3
+            reuse = true
             requirements = "memory >= 2G"
             retries = 2
             retry_delay = "1m"
             timeout = 90
-            checkpoint_interval = "5m"
             array = "1-10"
             after = [3, 4]
             after_any = [5]
@@ -294,7 +297,9 @@ mod tests {
         assert_eq!(job.spec.rootfs.as_deref(), Some("/images/debian.img"));
         assert_eq!((job.spec.cpus, job.spec.memory_bytes, job.spec.priority), (2, 1 << 30, -3));
         assert_eq!((job.spec.retry_delay_ms, job.spec.timeout_ms), (60_000, Some(90_000)));
-        assert_eq!(job.spec.checkpoint_interval_ms, Some(300_000));
+        assert!(job.spec.reuse);
+        let often = parse("command = 'x'\ncheckpoint_interval = '5m'").unwrap();
+        assert_eq!(often.spec.checkpoint_interval_ms, Some(300_000));
         let never = parse("command = 'x'\ncheckpoint_interval = 'never'").unwrap();
         assert_eq!(never.spec.checkpoint_interval_ms, Some(0));
         assert_eq!((job.array, job.hold, job.after.len()), (Some((1, 10)), true, 3));
@@ -318,6 +323,13 @@ mod tests {
             ("command = ['a']\ntimeout = '0s'", 2, "leaves no time"),
             ("command = ['a']\ncheckpoint_interval = '10ms'", 2, "too short"),
             ("command = 5", 1, "list of words"),
+            ("command = 'a'\noutputs = ['/x']\nreuse = true", 3, "does without outputs"),
+            ("command = 'a'\nreuse = true\nuser = '5'", 2, "does without limits, user or isolate"),
+            (
+                "command = 'a'\nreuse = true\ncheckpoint_interval = '5m'",
+                2,
+                "does without checkpoint_interval",
+            ),
         ] {
             let err = parse(text).unwrap_err();
             assert!(err.line == line && err.message.contains(part), "{text:?}: {err}");

@@ -39,6 +39,8 @@ pub struct JobSpec {
     pub outputs: Vec<OutputFile>,
     /// What its command may do.
     pub limits: JobLimits,
+    /// It may run in a machine in which other such jobs of its user ran before, and leaves it to the next.
+    pub reuse: bool,
     /// An exit code that means: the output files hold my state, start me again with them.
     pub checkpoint_exit: Option<u8>,
     /// Virtual processors.
@@ -79,6 +81,7 @@ impl Default for JobSpec {
             inputs: Vec::new(),
             outputs: Vec::new(),
             limits: JobLimits::default(),
+            reuse: false,
             checkpoint_exit: None,
             cpus: 1,
             memory_bytes: 512 << 20,
@@ -210,6 +213,19 @@ impl NewJob {
         {
             let message = format!("{interval} ms are too short: give 1s or more, or never");
             return problem("checkpoint_interval", message);
+        }
+        if spec.reuse {
+            let extras = [
+                ("inputs", !spec.inputs.is_empty()),
+                ("outputs", !spec.outputs.is_empty()),
+                ("limits, user or isolate", spec.limits != JobLimits::default()),
+                ("checkpoint_interval", spec.checkpoint_interval_ms.is_some_and(|interval| interval > 0)),
+            ];
+            if let Some((what, _)) = extras.iter().find(|(_, given)| *given) {
+                let message =
+                    format!("a machine that others use does without {what}: leave one of the two out");
+                return problem("reuse", message);
+            }
         }
         if let Some((first, last)) = self.array {
             if last < first {

@@ -12,9 +12,10 @@ use super::Say;
 use super::checkpoint::Transfers;
 use super::lease_file::{Deadlines, LeaseFile};
 use super::monitor::{AttemptRecord, Monitor};
+use super::reuse::{Machine, Machines};
 use super::runner::Runner;
 use super::warm::Warm;
-use crate::queue::{Checkpoint, LeaseKey, Reason, Wanted};
+use crate::queue::{LeaseKey, Reason, Wanted};
 use crate::store::{Claim, Store};
 
 /// After a checkpoint, how old an answer of the store may be that still asks for it.
@@ -52,6 +53,8 @@ pub(super) struct Control {
     pub(super) file: Option<Arc<LeaseFile>>,
     /// The monitor's process.
     pub(super) pid: Option<u32>,
+    /// Its machine waits for the next job already.
+    pub(super) left_machine: bool,
     over: bool,
 }
 
@@ -79,6 +82,7 @@ pub(super) struct Surroundings {
     pub(super) run_flags: Vec<OsString>,
     pub(super) transfers: Arc<Transfers>,
     pub(super) warm: Arc<Warm>,
+    pub(super) reuse: Arc<Machines>,
     pub(super) die_at: Option<String>,
     pub(super) say: Say,
     /// Wakes the worker when an attempt is over.
@@ -90,8 +94,13 @@ pub(super) fn lock(control: &Mutex<Control>) -> MutexGuard<'_, Control> {
 }
 
 impl Attempt {
-    /// Starts a job that has been claimed.
-    pub(super) fn start(around: &Surroundings, claim: Claim, asked_ns: u64) -> std::io::Result<Self> {
+    /// Starts a job that has been claimed, in this machine if there is one for it.
+    pub(super) fn start(
+        around: &Surroundings,
+        claim: Claim,
+        machine: Option<Machine>,
+        asked_ns: u64,
+    ) -> std::io::Result<Self> {
         let lease = Duration::from_millis(claim.lease_ms);
         let output = around.store.local_output(&claim.key).unwrap_or_else(|| {
             let folder = around.folder(&claim.key);
@@ -99,7 +108,9 @@ impl Attempt {
         });
         let (inputs, from, warm) = (Vec::new(), None, None);
         let record = AttemptRecord { key: claim.key, output, job: claim.job, inputs, from, warm };
-        Self::spawn(around, record, claim.checkpoints, None, asked_ns, lease)
+        let control = Arc::new(Mutex::new(Control::new(asked_ns, lease)));
+        let runner = Runner::new(around.clone(), record, claim.checkpoints, machine, control.clone());
+        Self::spawn(around, runner, None, control)
     }
 
     /// Goes on with a monitor that an earlier worker has started.
@@ -110,32 +121,20 @@ impl Attempt {
         asked_ns: u64,
         lease: Duration,
     ) -> std::io::Result<Self> {
-        Self::spawn(around, record, Vec::new(), Some(monitor), asked_ns, lease)
+        let mut known = Control::new(asked_ns, lease);
+        known.set_file(monitor.lease().clone());
+        let control = Arc::new(Mutex::new(known));
+        let runner = Runner::new(around.clone(), record, Vec::new(), None, control.clone());
+        Self::spawn(around, runner, Some(monitor), control)
     }
 
     fn spawn(
         around: &Surroundings,
-        record: AttemptRecord,
-        checkpoints: Vec<Checkpoint>,
+        runner: Runner,
         monitor: Option<Monitor>,
-        asked_ns: u64,
-        lease: Duration,
+        control: Arc<Mutex<Control>>,
     ) -> std::io::Result<Self> {
-        let deadlines = Deadlines::of(asked_ns, lease);
-        let file = monitor.as_ref().map(|monitor| monitor.lease().clone());
-        if let Some(file) = &file {
-            file.set(deadlines)?;
-        }
-        let control = Arc::new(Mutex::new(Control {
-            desired: Desired::Run,
-            checkpoint: false,
-            checkpointed: None,
-            deadlines,
-            lease,
-            file,
-            pid: None,
-            over: false,
-        }));
+        let record = runner.record();
         let attempt = Self {
             key: record.key.clone(),
             cpus: record.job.spec.cpus,
@@ -144,7 +143,6 @@ impl Attempt {
             renewed: Instant::now(),
             control: control.clone(),
         };
-        let runner = Runner::new(around.clone(), record, checkpoints, control.clone());
         let wake = around.wake.clone();
         thread::Builder::new().name("attempt".to_owned()).spawn(move || {
             runner.run(monitor);
@@ -164,6 +162,11 @@ impl Attempt {
         // An answer from before the last checkpoint asks for that one.
         let asked = wanted.has(Wanted::CHECKPOINT);
         control.checkpoint = asked && control.checkpointed.is_none_or(|at| at.elapsed() > SETTLED);
+    }
+
+    /// Whether its machine waits for the next job already.
+    pub(super) fn has_left_machine(&self) -> bool {
+        lock(&self.control).left_machine
     }
 
     /// How long its lease lasts.
@@ -193,6 +196,20 @@ impl Attempt {
 }
 
 impl Control {
+    fn new(asked_ns: u64, lease: Duration) -> Self {
+        Self {
+            desired: Desired::Run,
+            checkpoint: false,
+            checkpointed: None,
+            deadlines: Deadlines::of(asked_ns, lease),
+            lease,
+            file: None,
+            pid: None,
+            left_machine: false,
+            over: false,
+        }
+    }
+
     fn renew(&mut self, deadlines: Deadlines, lease: Duration) {
         (self.deadlines, self.lease) = (deadlines, lease);
         if let Some(file) = &self.file {

@@ -13,6 +13,7 @@ mod monitor;
 mod owner;
 pub mod policy;
 mod progress;
+mod reuse;
 mod runner;
 mod warm;
 
@@ -33,6 +34,7 @@ use self::checkpoint::Transfers;
 use self::lease_file::now_ns;
 use self::monitor::Monitor;
 use self::owner::OwnerWatch;
+use self::reuse::Machines;
 use self::warm::Warm;
 use crate::queue::{Free, HostAd, LeaseKey, Reason, Wanted};
 use crate::store::{ClaimRequest, Store, StoreError, random_word};
@@ -145,12 +147,15 @@ pub fn run(store: Arc<dyn Store>, config: &Config, say: Say, stop: &Stop) -> Res
     let machines = config.state.join("machines");
     let warm = Warm::new(&config.program, &config.state, &machines, &config.run_flags, config.warm_bytes)
         .map_err(state_error)?;
+    let reuse = Machines::new(&config.program, &config.state, &machines, &config.run_flags, &warm)
+        .map_err(state_error)?;
     let around = Surroundings {
         store,
         program: config.program.clone(),
         attempts,
         machines,
         warm,
+        reuse,
         run_flags: config.run_flags.clone(),
         transfers: Transfers::new(config.transfers),
         die_at: config.die_at.clone(),
@@ -176,7 +181,9 @@ pub fn run(store: Arc<dyn Store>, config: &Config, say: Say, stop: &Stop) -> Res
         killing: false,
         closed: None,
     };
-    worker.run(stop)
+    let ran = worker.run(stop);
+    worker.around.reuse.shrink(0, 0);
+    ran
 }
 
 struct Worker<'a> {
@@ -218,6 +225,7 @@ impl Worker<'_> {
             self.renew();
             self.reap();
             self.obey();
+            self.tend_machines(stopping > 0);
             let mut idle = false;
             if stopping == 1 {
                 for attempt in &self.running {
@@ -462,13 +470,28 @@ impl Worker<'_> {
             let what = claim.job.spec.command.first().cloned().unwrap_or_default();
             self.say(&format!("{}: starting {what}", claim.key));
             let key = claim.key.clone();
-            match Attempt::start(&self.around, claim, asked) {
+            let machine = claim.job.spec.reuse.then(|| self.around.reuse.take(&claim.job)).flatten();
+            match Attempt::start(&self.around, claim, machine, asked) {
                 Ok(attempt) => self.running.push(attempt),
                 // The lease ends by itself.
                 Err(err) => self.say(&format!("{key}: no thread for it: {err}")),
             }
         }
+        self.tend_machines(false);
         true
+    }
+
+    /// Keeps the machines that wait for a job, as long as nobody else needs their room.
+    fn tend_machines(&self, stopping: bool) {
+        self.around.reuse.keep();
+        let Free { mut slots, mut memory_bytes, .. } = self.free();
+        for attempt in self.running.iter().filter(|attempt| attempt.has_left_machine()) {
+            slots += 1;
+            memory_bytes += attempt.memory_bytes;
+        }
+        let wanted = self.closed.is_none() && !stopping;
+        let (slots, memory_bytes) = if wanted { (slots, memory_bytes) } else { (0, 0) };
+        self.around.reuse.shrink(slots, memory_bytes);
     }
 
     fn say(&self, what: &str) {

@@ -31,7 +31,7 @@ pub mod names {
     /// There once the run is over.
     pub const RESULT: &str = "result.json";
     pub(super) const ATTEMPT: &str = "attempt.json";
-    pub(super) const LOG: &str = "monitor.log";
+    pub(in crate::worker) const LOG: &str = "monitor.log";
 }
 
 /// How a run ended, as the monitor writes it down.
@@ -107,29 +107,9 @@ impl Monitor {
         deadlines: Deadlines,
         run_flags: &[OsString],
     ) -> io::Result<Self> {
-        fs::create_dir_all(folder)?;
-        let text = serde_json::to_vec(record)?;
-        write_durably(&folder.join(names::ATTEMPT), &text)?;
-        let lease = Arc::new(LeaseFile::create(&folder.join(names::LEASE), deadlines)?);
-        let [stdout, stderr] = &record.output;
-        for path in [stdout, stderr] {
-            if let Some(parent) = path.parent() {
-                fs::create_dir_all(parent)?;
-            }
-        }
+        let lease = prepare(folder, record, deadlines)?;
         let spec = &record.job.spec;
-        let stdin = match &spec.stdin {
-            Some(path) => {
-                let mut file = File::open(path)?;
-                if let Some(from) = &record.from {
-                    file.seek(SeekFrom::Start(from.stdin))?;
-                }
-                Stdio::from(file)
-            }
-            None => Stdio::null(),
-        };
-        // Made here already, so that they are there for readers.
-        File::create(stderr)?;
+        let stderr = &record.output[1];
         let name = machine_name(&record.key);
         let mut command = Command::new(program);
         command.arg("--runtime-dir").arg(registry);
@@ -176,10 +156,34 @@ impl Monitor {
             }
             command.arg("--").args(&spec.command);
         }
-        let log = File::options().create(true).append(true).open(folder.join(names::LOG))?;
-        let child =
-            command.stdin(stdin).stdout(File::create(stdout)?).stderr(log).current_dir("/").spawn()?;
+        let child = spawn(command, folder, record)?;
         let (folder, registry) = (folder.to_owned(), registry.to_owned());
+        Ok(Self { folder, child: Some(child), lease, registry, name })
+    }
+
+    /// Starts one that runs its command in a machine that is there.
+    pub(super) fn start_in(
+        machine: &str,
+        program: &Path,
+        folder: &Path,
+        registry: &Path,
+        record: &AttemptRecord,
+        deadlines: Deadlines,
+    ) -> io::Result<Self> {
+        let lease = prepare(folder, record, deadlines)?;
+        let spec = &record.job.spec;
+        let mut command = Command::new(program);
+        command.arg("--runtime-dir").arg(registry).args(["exec", "--attempt"]).arg(folder);
+        command.arg("--stderr").arg(&record.output[1]);
+        for (name, value) in environment(&record.job, &record.key) {
+            command.args(["--env", &format!("{name}={value}")]);
+        }
+        if let Some(workdir) = &spec.workdir {
+            command.args(["--workdir", workdir]);
+        }
+        command.args([machine, "--"]).args(&spec.command);
+        let child = spawn(command, folder, record)?;
+        let (folder, registry, name) = (folder.to_owned(), registry.to_owned(), machine.to_owned());
         Ok(Self { folder, child: Some(child), lease, registry, name })
     }
 
@@ -311,6 +315,37 @@ impl Monitor {
         }
         fs::remove_dir_all(&self.folder)
     }
+}
+
+/// Makes an attempt's folder and files. Those of its output are there for readers from now on.
+fn prepare(folder: &Path, record: &AttemptRecord, deadlines: Deadlines) -> io::Result<Arc<LeaseFile>> {
+    fs::create_dir_all(folder)?;
+    let text = serde_json::to_vec(record)?;
+    write_durably(&folder.join(names::ATTEMPT), &text)?;
+    let lease = LeaseFile::create(&folder.join(names::LEASE), deadlines)?;
+    for path in &record.output {
+        if let Some(parent) = path.parent() {
+            fs::create_dir_all(parent)?;
+        }
+        File::create(path)?;
+    }
+    Ok(Arc::new(lease))
+}
+
+/// Starts a monitor with its job's streams.
+fn spawn(mut command: Command, folder: &Path, record: &AttemptRecord) -> io::Result<Child> {
+    let stdin = match &record.job.spec.stdin {
+        Some(path) => {
+            let mut file = File::open(path)?;
+            if let Some(from) = &record.from {
+                file.seek(SeekFrom::Start(from.stdin))?;
+            }
+            Stdio::from(file)
+        }
+        None => Stdio::null(),
+    };
+    let log = File::options().create(true).append(true).open(folder.join(names::LOG))?;
+    command.stdin(stdin).stdout(File::create(&record.output[0])?).stderr(log).current_dir("/").spawn()
 }
 
 /// Where the monitor puts an output file.

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -12,6 +13,7 @@ use super::checkpoint::{Fetched, Source, Way, Written};
 use super::files;
 use super::monitor::{AttemptRecord, Monitor};
 use super::progress::Progress;
+use super::reuse::Machine;
 use crate::protocol::Stream;
 use crate::queue::{Activity, Checkpoint, Reason, State, Times};
 use crate::store::{Ended, Report, StoreError};
@@ -53,6 +55,9 @@ pub(super) struct Runner {
     record: AttemptRecord,
     /// What the store offered to go on from, latest first.
     checkpoints: Vec<Checkpoint>,
+    /// The machine that it shares with those before and after it.
+    machine: Option<Machine>,
+    used_before: bool,
     control: Arc<Mutex<Control>>,
     /// When the monitor was started.
     begun: Instant,
@@ -91,6 +96,7 @@ impl Runner {
         around: Surroundings,
         record: AttemptRecord,
         checkpoints: Vec<Checkpoint>,
+        machine: Option<Machine>,
         control: Arc<Mutex<Control>>,
     ) -> Self {
         let now = Instant::now();
@@ -99,6 +105,8 @@ impl Runner {
             around,
             record,
             checkpoints,
+            used_before: machine.is_some(),
+            machine,
             control,
             begun: now,
             started: None,
@@ -123,6 +131,10 @@ impl Runner {
         }
     }
 
+    pub(super) fn record(&self) -> &AttemptRecord {
+        &self.record
+    }
+
     pub(super) fn run(mut self, monitor: Option<Monitor>) {
         let mut monitor = match monitor {
             Some(monitor) => self.take_over(monitor),
@@ -139,7 +151,9 @@ impl Runner {
         };
         self.around.point("monitor started");
         self.looked = Instant::now();
-        lock(&self.control).pid = monitor.pid();
+        // What its machine does is this worker's work.
+        let pid = self.machine.as_ref().map(Machine::pid).or(monitor.pid());
+        lock(&self.control).pid = pid;
         loop {
             monitor.wait(TICK);
             let ended = monitor.has_ended();
@@ -157,6 +171,14 @@ impl Runner {
             control.pid = None;
             control.desired
         };
+        if let Some(machine) = self.machine.take() {
+            // After anything but the command's own end nobody knows what still runs in it.
+            let came_to_its_end = monitor.result().is_some_and(|result| result.status.is_some());
+            if came_to_its_end && self.paused.is_none() {
+                lock(&self.control).left_machine = true;
+                self.around.reuse.put(machine);
+            }
+        }
         if desired == Desired::Abandon {
             self.say("given up: its lease is over");
         } else {
@@ -218,6 +240,9 @@ impl Runner {
             }
         }
         let folder = self.around.folder(&self.record.key);
+        if spec.reuse {
+            return self.start_in_machine(&folder);
+        }
         self.record.from = self.find_checkpoint()?;
         if self.record.from.is_none() {
             // A machine that goes on has them.
@@ -237,6 +262,27 @@ impl Runner {
         .map_err(|err| {
             ended(Reason::MachineFailed, Some(format!("the monitor cannot be started: {err}")), None)
         })?;
+        lock(&self.control).set_file(monitor.lease().clone());
+        Ok(monitor)
+    }
+
+    /// Starts the command in a machine that may have had others before.
+    fn start_in_machine(&mut self, folder: &Path) -> Result<Monitor, Ended> {
+        let failed = |err: String| ended(Reason::MachineFailed, Some(err), None);
+        let machine = match self.machine.take() {
+            Some(machine) => machine,
+            None => {
+                let given_up = || !matches!(lock(&self.control).desired, Desired::Run | Desired::Pause(_));
+                self.around.reuse.start(&self.record.job, &given_up).map_err(failed)?
+            }
+        };
+        let deadlines = lock(&self.control).deadlines;
+        let around = &self.around;
+        let registry = &around.machines;
+        let monitor =
+            Monitor::start_in(machine.name(), &around.program, folder, registry, &self.record, deadlines)
+                .map_err(|err| failed(format!("its command cannot be started: {err}")))?;
+        self.machine = Some(machine);
         lock(&self.control).set_file(monitor.lease().clone());
         Ok(monitor)
     }
@@ -287,6 +333,9 @@ impl Runner {
         let report = Report::Started { engine: Some(engine.clone()), checkpoint };
         if self.around.store.report(&self.record.key, &report).is_ok() {
             match checkpoint {
+                None if self.used_before => {
+                    self.say(&format!("runs on engine {engine}, in a machine that had jobs before"));
+                }
                 None if self.record.warm.is_some() => {
                     self.say(&format!("runs on engine {engine}, from a template"));
                 }
@@ -319,10 +368,12 @@ impl Runner {
         if self.is_abandoned() {
             return monitor.kill();
         }
-        let (mut desired, deadlines, asked) = {
+        let (mut desired, deadlines, mut asked) = {
             let control = lock(&self.control);
             (control.desired, control.deadlines, control.checkpoint)
         };
+        // What is in a machine that others had before is not this job's alone.
+        asked &= !self.record.job.spec.reuse;
         if desired == Desired::Run && deadlines.is_late() {
             // The store is out of reach. The monitor lets its machine stand by itself; here others hear of it.
             desired = Desired::Pause(Reason::StoreUnreachable);
@@ -361,6 +412,7 @@ impl Runner {
             return;
         }
         let worth = self.started.is_some()
+            && !self.record.job.spec.reuse
             && reason != Reason::Requeued
             && self.unwritten < CHECKPOINT_TRIES
             && self.progress.is_worth_saving();

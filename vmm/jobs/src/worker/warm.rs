@@ -20,7 +20,7 @@ const RETRY: Duration = Duration::from_secs(600);
 
 /// Jobs with the same kind can share a template.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct Kind {
+pub(super) struct Kind {
     cpus: u32,
     memory_bytes: u64,
     engine: String,
@@ -30,7 +30,7 @@ struct Kind {
 }
 
 impl Kind {
-    fn of(spec: &JobSpec) -> Option<Self> {
+    pub(super) fn of(spec: &JobSpec) -> Option<Self> {
         let rootfs = match &spec.rootfs {
             None => None,
             Some(path) => {

@@ -179,6 +179,9 @@ impl Actor<'_> {
     fn checkpoint(&self) -> Done {
         let job = self.job;
         match job.state {
+            State::Running | State::Paused | State::Starting if job.spec.reuse => {
+                refused("uses a machine that others use after it, so its state is not saved")
+            }
             State::Running | State::Paused | State::Starting if job.wanted.has(Wanted::CHECKPOINT) => {
                 unchanged("a checkpoint is asked for already")
             }
