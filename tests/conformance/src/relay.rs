@@ -84,6 +84,7 @@ fn run(
             // Every second one needs the one before.
             kind: if leg % 2 == 0 { Kind::Difference } else { Kind::Full },
             stay_paused: true,
+            compress: false,
             quiesce_limit: Duration::ZERO,
             producer: "relay",
             owner: &mut |_| Ok(()),

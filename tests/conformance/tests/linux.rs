@@ -108,6 +108,7 @@ fn take(machine: &Machine, target: &Path, kind: Kind) -> Snapshot {
         target,
         kind,
         stay_paused: true,
+        compress: false,
         quiesce_limit: Duration::ZERO,
         producer: "linux",
         owner: &mut |_| Ok(()),

@@ -78,6 +78,7 @@ fn snapshot(handle: &MachineHandle, target: &Path, limit: Duration) -> Result<Re
         target,
         kind: Kind::Full,
         stay_paused: false,
+        compress: false,
         quiesce_limit: limit,
         producer: "lives",
         owner: &mut |_| Ok(()),

@@ -454,6 +454,9 @@ pub(crate) struct SnapshotFlags {
     /// Only what changed since the machine's last snapshot, beside which it will stand.
     #[arg(long)]
     pub(crate) diff: bool,
+    /// Compress memory: less to store, and every restore has to unpack it.
+    #[arg(long)]
+    pub(crate) compress: bool,
     /// Let a machine that is paused go on afterwards.
     #[arg(long)]
     pub(crate) resume: bool,

@@ -92,6 +92,7 @@ pub(crate) fn make(
     let request = Request {
         target,
         kind: Kind::Full,
+        compress: false,
         quiesce_limit: Duration::from_secs(1),
         stay_paused: false,
         producer: PRODUCER,

@@ -141,6 +141,9 @@ pub struct SnapshotRequest {
     /// To be forked at once and not to be kept: it is not made durable, and is not the machine's last snapshot.
     #[serde(default)]
     pub image: bool,
+    /// Memory is compressed.
+    #[serde(default)]
+    pub compress: bool,
 }
 
 /// What a snapshot was.

@@ -137,12 +137,14 @@ impl GuestRam {
     pub fn from_snapshot(chain: &Arc<Chain>) -> Result<Self, MemoryError> {
         let size_bytes = chain.pages().saturating_mul(PAGE_SIZE as u64);
         check_size(size_bytes, host_memory_bytes())?;
-        let ram = Self::map(size_bytes, &chain.base().file, MAP_PRIVATE, Backing::Image(Arc::clone(chain)))?;
+        let refused = |err: &dyn fmt::Display| MemoryError::Refused {
+            size: ByteSize(size_bytes),
+            reason: err.to_string(),
+        };
+        let file = chain.base().file().map_err(|err| refused(&err))?;
+        let ram = Self::map(size_bytes, &file, MAP_PRIVATE, Backing::Image(Arc::clone(chain)))?;
         if !chain.is_full() {
-            overlay::apply(chain, &ram).map_err(|err| MemoryError::Refused {
-                size: ByteSize(size_bytes),
-                reason: err.to_string(),
-            })?;
+            overlay::apply(chain, &ram).map_err(|err| refused(&err))?;
             // What was copied is what the snapshot has: nothing was written yet.
             for region in &ram.regions {
                 let mapping: &MmapRegion<PageLog> = region;

@@ -25,9 +25,9 @@ const MAPPED_RUN_PAGES: u64 = 16;
 const MAX_MAPPINGS: usize = 16_384;
 
 pub(super) fn apply(chain: &Chain, ram: &GuestRam) -> io::Result<()> {
-    let base = &chain.base().file;
+    let base = &chain.base().file().map_err(io::Error::other)?;
     let mut mappings = 0;
-    for run in chain.runs() {
+    for run in chain.runs().map_err(io::Error::other)? {
         if matches!(&run.source, Source::File(file) if std::sync::Arc::ptr_eq(file, base)) {
             continue;
         }

@@ -109,6 +109,11 @@ impl Chain {
         self.links.len() == 1
     }
 
+    /// Whether the memory of one of them is compressed: mapping it makes a copy.
+    pub fn is_packed(&self) -> bool {
+        self.links.iter().any(|(_, image)| image.is_packed())
+    }
+
     /// Which link has `page`.
     fn owner(&self, page: u64) -> (usize, PageKind) {
         let oldest = self.links.len() - 1;
@@ -117,7 +122,15 @@ impl Chain {
     }
 
     /// Every page's source, in runs.
-    pub fn runs(&self) -> Vec<Run> {
+    ///
+    /// # Errors
+    /// Memory that is compressed cannot be unpacked.
+    pub fn runs(&self) -> Result<Vec<Run>, SnapshotError> {
+        let files = self.files()?;
+        let source = |(link, kind): (usize, PageKind)| match (files.get(link), kind) {
+            (Some(file), PageKind::Data) => Source::File(Arc::clone(file)),
+            _ => Source::Zero,
+        };
         let mut runs = Vec::new();
         let mut last: Option<(usize, PageKind)> = None;
         if self.is_full() {
@@ -125,7 +138,7 @@ impl Chain {
             return image
                 .map
                 .runs()
-                .map(|(first, count, kind)| Run { first, count, source: self.source((0, kind)) })
+                .map(|(first, count, kind)| Ok(Run { first, count, source: source((0, kind)) }))
                 .collect();
         }
         for page in 0..self.pages() {
@@ -133,30 +146,32 @@ impl Chain {
             let key = if kind == PageKind::Data { (link, kind) } else { (0, PageKind::Zero) };
             match runs.last_mut() {
                 Some(Run { count, .. }) if last == Some(key) => *count += 1,
-                _ => runs.push(Run { first: page, count: 1, source: self.source(key) }),
+                _ => runs.push(Run { first: page, count: 1, source: source(key) }),
             }
             last = Some(key);
         }
-        runs
+        Ok(runs)
     }
 
-    fn source(&self, (link, kind): (usize, PageKind)) -> Source {
-        match (self.links.get(link), kind) {
-            (Some((_, image)), PageKind::Data) => Source::File(Arc::clone(&image.file)),
-            _ => Source::Zero,
-        }
+    /// The file of each link, with every page at its place.
+    fn files(&self) -> Result<Vec<Arc<File>>, SnapshotError> {
+        self.links.iter().map(|(_, image)| image.file()).collect()
     }
 
     /// Reads whole pages.
     ///
     /// # Errors
-    /// The host's.
-    pub fn read(&self, first: u64, buffer: &mut [u8]) -> std::io::Result<()> {
+    /// The host's, or memory that is compressed cannot be unpacked.
+    pub fn read(&self, first: u64, buffer: &mut [u8]) -> Result<(), SnapshotError> {
         use std::os::unix::fs::FileExt as _;
         for (page, bytes) in (first..).zip(buffer.chunks_mut(PAGE_BYTES)) {
-            match self.source(self.owner(page)) {
-                Source::Zero => bytes.fill(0),
-                Source::File(file) => file.read_exact_at(bytes, page * PAGE_BYTES as u64)?,
+            match self.owner(page) {
+                (link, PageKind::Data) => {
+                    let (snapshot, image) = self.links.get(link).unwrap_or(&self.links[0]);
+                    let read = crate::error::host("read the memory of", snapshot.path());
+                    image.file()?.read_exact_at(bytes, page * PAGE_BYTES as u64).map_err(read)?;
+                }
+                _ => bytes.fill(0),
             }
         }
         Ok(())

@@ -21,9 +21,40 @@ pub fn compact(path: &Path) -> Result<Snapshot, SnapshotError> {
         return Err(SnapshotError::Damaged { path: snapshot, part, offset, reason });
     }
     let mut writer = SnapshotWriter::replacing(chain.snapshot())?;
+    copy(&chain, &mut writer)?;
+    for entry in &chain.snapshot().manifest().files {
+        match layer::disk_of(&entry.name) {
+            None => writer.link_file(&entry.name)?,
+            Some(disk) => copy_disk(&chain, disk, &mut writer)?,
+        }
+    }
+    writer.commit()
+}
+
+/// Makes a full snapshot of its own, in the folder `target`, of one whose memory is compressed or that is a difference: for
+/// machines that are to share its memory. It does not outlive the host.
+///
+/// # Errors
+/// The chain is damaged, or the host refuses.
+pub fn unpack(chain: &Chain, target: &Path, producer: &str) -> Result<Snapshot, SnapshotError> {
+    let mut writer = SnapshotWriter::create(target, None, producer)?.fleeting();
+    copy(chain, &mut writer)?;
+    for entry in &chain.snapshot().manifest().files {
+        copy_disk(chain, layer::disk_of(&entry.name).unwrap_or(&entry.name), &mut writer)?;
+    }
+    writer.commit()
+}
+
+fn copy_disk(chain: &Chain, disk: &str, writer: &mut SnapshotWriter<'_>) -> Result<(), SnapshotError> {
+    let file = writer.create_file(disk)?;
+    chain.disk(disk)?.flatten(&file).map_err(crate::error::host("copy a disk of", chain.snapshot().path()))
+}
+
+/// Copies memory and sections.
+fn copy(chain: &Chain, writer: &mut SnapshotWriter<'_>) -> Result<(), SnapshotError> {
     let mut memory = writer.memory(chain.pages())?;
     let mut buffer = Vec::new();
-    for run in chain.runs() {
+    for run in chain.runs()? {
         if matches!(run.source, Source::Zero) {
             continue;
         }
@@ -31,7 +62,7 @@ pub fn compact(path: &Path) -> Result<Snapshot, SnapshotError> {
         while first < run.first + run.count {
             let count = (run.first + run.count - first).min(CHUNK_PAGES);
             buffer.resize(count as usize * PAGE_BYTES, 0);
-            chain.read(first, &mut buffer).map_err(crate::error::host("read the memory of", path))?;
+            chain.read(first, &mut buffer)?;
             memory.write(first, &buffer)?;
             first += count;
         }
@@ -40,14 +71,5 @@ pub fn compact(path: &Path) -> Result<Snapshot, SnapshotError> {
     for section in chain.snapshot().sections()? {
         writer.add_section(section);
     }
-    for entry in &chain.snapshot().manifest().files {
-        match layer::disk_of(&entry.name) {
-            None => writer.link_file(&entry.name)?,
-            Some(disk) => {
-                let file = writer.create_file(disk)?;
-                chain.disk(disk)?.flatten(&file).map_err(crate::error::host("copy a disk of", path))?;
-            }
-        }
-    }
-    writer.commit()
+    Ok(())
 }

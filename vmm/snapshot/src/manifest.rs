@@ -77,6 +77,17 @@ pub struct MemoryEntry {
     pub trailer_bytes: u64,
     /// SHA-256 of the trailer.
     pub trailer_sha256: Checksum,
+    /// How the pages are compressed, if they are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub compression: Option<Compression>,
+}
+
+/// How pages are compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Compression {
+    /// LZ4 blocks.
+    Lz4,
 }
 
 /// A further file.
@@ -107,9 +118,10 @@ struct Label {
 }
 
 impl Manifest {
-    /// The oldest version of the format that has what the snapshot has: 2 has layers of disks.
+    /// The oldest version of the format that has what the snapshot has: 2 has layers of disks and compressed memory.
     fn version(&self) -> u32 {
-        if self.files.iter().any(|file| layer::disk_of(&file.name).is_some()) { 2 } else { 1 }
+        let has_layers = self.files.iter().any(|file| layer::disk_of(&file.name).is_some());
+        if has_layers || self.memory.compression.is_some() { 2 } else { 1 }
     }
 
     /// The bytes of the file.
@@ -223,7 +235,12 @@ mod tests {
             producer: "test".to_owned(),
             state_bytes: 48,
             sections: vec![section("cpu-0", 32), section("serial", 40)],
-            memory: MemoryEntry { pages: 2, trailer_bytes: 100, trailer_sha256: Checksum::of(b"") },
+            memory: MemoryEntry {
+                pages: 2,
+                trailer_bytes: 100,
+                trailer_sha256: Checksum::of(b""),
+                compression: None,
+            },
             files: vec![FileEntry { name: "disk-0".to_owned(), bytes: 3, sha256: Checksum::of(b"abc") }],
         }
     }

@@ -2,24 +2,27 @@
 //!
 //! The file can be mapped as it is: page `n` of guest memory is at offset `4096 * n`, a hole where it is zero or the
 //! parent's. Checksums are made from the file when all pages are written, so that a page that was written twice
-//! costs nothing more.
+//! costs nothing more. One that is compressed ([`super::packed`]) is made from such a file, and becomes one when it is mapped.
 
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use rustix::fs::{FallocateFlags, fallocate};
 use sha2::{Digest, Sha256};
 
 use crate::error::{SnapshotError, host};
 use crate::id::{Checksum, SnapshotId};
-use crate::manifest::MemoryEntry;
+use crate::manifest::{Compression, MemoryEntry};
+use crate::packed::{self, Packed};
 use crate::{PAGE_BYTES, PageKind, PageMap};
 
 /// Name of the file.
 pub(crate) const FILE: &str = "memory";
+/// Name of the file that compressed memory is made from, while a snapshot is written.
+pub(crate) const RAW_FILE: &str = "memory.raw";
 /// Pages that share a checksum: 1 MiB.
 pub const CHUNK_PAGES: u64 = 256;
 
@@ -30,8 +33,10 @@ const CHECKSUM_BYTES: u64 = 32;
 const PAGE: u64 = PAGE_BYTES as u64;
 
 /// Length of the trailer for so many pages.
-pub(crate) fn trailer_bytes(pages: u64) -> u64 {
-    HEADER_BYTES + PageMap::encoded_bytes(pages) + CHECKSUM_BYTES * pages.div_ceil(CHUNK_PAGES)
+fn trailer_bytes(pages: u64, compression: Option<Compression>) -> u64 {
+    let chunks = pages.div_ceil(CHUNK_PAGES);
+    let lengths = if compression.is_some() { packed::LENGTH_BYTES * chunks } else { 0 };
+    HEADER_BYTES + PageMap::encoded_bytes(pages) + CHECKSUM_BYTES * chunks + lengths
 }
 
 fn header(id: SnapshotId, pages: u64) -> [u8; HEADER_BYTES as usize] {
@@ -57,6 +62,8 @@ pub struct MemoryWriter {
     file: File,
     path: PathBuf,
     map: PageMap,
+    /// Where the pages go when all are written, compressed.
+    packed: Option<File>,
 }
 
 impl MemoryWriter {
@@ -65,10 +72,11 @@ impl MemoryWriter {
         path: PathBuf,
         pages: u64,
         others: PageKind,
+        packed: Option<File>,
     ) -> Result<Self, SnapshotError> {
         // Long enough to be mapped even if its last pages are holes.
         file.set_len(pages.saturating_mul(PAGE)).map_err(host("write", &path))?;
-        Ok(MemoryWriter { file, path, map: PageMap::new(pages, others) })
+        Ok(MemoryWriter { file, path, map: PageMap::new(pages, others), packed })
     }
 
     /// Number of pages.
@@ -135,46 +143,73 @@ impl MemoryWriter {
         let mut trailer = header(id, pages).to_vec();
         trailer.extend_from_slice(self.map.encode());
         for chunk in 0..pages.div_ceil(CHUNK_PAGES) {
-            let checksum = chunk_checksum(&self.file, &self.map, chunk).map_err(host("read", &self.path))?;
-            trailer.extend_from_slice(&checksum);
+            let bytes = chunk_data(&self.file, &self.map, chunk).map_err(host("read", &self.path))?;
+            trailer.extend_from_slice(&checksum(&bytes));
         }
-        self.file.write_all_at(&trailer, pages * PAGE).map_err(&failed)?;
+        let (file, end) = match &self.packed {
+            None => (&self.file, pages * PAGE),
+            Some(to) => {
+                let lengths = packed::pack(&self.file, &self.map, to).map_err(&failed)?;
+                let end = lengths.iter().map(|length| u64::from(*length)).sum();
+                lengths.iter().for_each(|length| trailer.extend_from_slice(&length.to_le_bytes()));
+                std::fs::remove_file(&self.path).map_err(host("remove", &self.path))?;
+                (to, end)
+            }
+        };
+        file.write_all_at(&trailer, end).map_err(&failed)?;
         if durable {
-            self.file.sync_all().map_err(&failed)?;
+            file.sync_all().map_err(&failed)?;
         }
-        Ok(MemoryEntry { pages, trailer_bytes: trailer.len() as u64, trailer_sha256: Checksum::of(&trailer) })
+        Ok(MemoryEntry {
+            pages,
+            trailer_bytes: trailer.len() as u64,
+            trailer_sha256: Checksum::of(&trailer),
+            compression: self.packed.as_ref().map(|_| Compression::Lz4),
+        })
     }
 }
 
-/// SHA-256 of the data pages of a chunk, one after the other; zeros if there are none.
-fn chunk_checksum(file: &File, map: &PageMap, chunk: u64) -> io::Result<[u8; 32]> {
-    let first = chunk * CHUNK_PAGES;
-    let end = (first + CHUNK_PAGES).min(map.pages());
-    let mut hash: Option<Sha256> = None;
-    let mut buffer = Vec::new();
-    let mut page = first;
-    while page < end {
-        if map.get(page) != PageKind::Data {
-            page += 1;
-            continue;
-        }
-        let run = (page..end).take_while(|&page| map.get(page) == PageKind::Data).count() as u64;
-        buffer.resize((run * PAGE) as usize, 0);
-        file.read_exact_at(&mut buffer, page * PAGE)?;
-        hash.get_or_insert_default().update(&buffer);
-        page += run;
+/// The data pages of a chunk, one after the other.
+pub(crate) fn chunk_data(file: &File, map: &PageMap, chunk: u64) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    for (page, count) in data_runs(map, chunk) {
+        let from = bytes.len();
+        bytes.resize(from + (count * PAGE) as usize, 0);
+        file.read_exact_at(bytes.get_mut(from..).unwrap_or_default(), page * PAGE)?;
     }
-    Ok(hash.map_or([0; 32], |hash| hash.finalize().into()))
+    Ok(bytes)
+}
+
+/// Runs of data pages in a chunk: first and count.
+pub(crate) fn data_runs(map: &PageMap, chunk: u64) -> impl Iterator<Item = (u64, u64)> {
+    let end = (chunk * CHUNK_PAGES + CHUNK_PAGES).min(map.pages());
+    let mut page = chunk * CHUNK_PAGES;
+    std::iter::from_fn(move || {
+        page = (page..end).find(|&page| map.get(page) == PageKind::Data)?;
+        let first = page;
+        page = (page..end).find(|&page| map.get(page) != PageKind::Data).unwrap_or(end);
+        Some((first, page - first))
+    })
+}
+
+/// SHA-256 of a chunk's data pages; zeros if there are none.
+fn checksum(data: &[u8]) -> [u8; 32] {
+    if data.is_empty() { [0; 32] } else { Sha256::digest(data).into() }
 }
 
 /// The open file `memory` of a snapshot.
 #[derive(Debug)]
 pub struct MemoryImage {
-    /// The file.
-    pub file: Arc<File>,
+    /// As it is stored.
+    stored: Arc<File>,
+    folder: PathBuf,
     /// Where each page is.
     pub map: PageMap,
     checksums: Vec<u8>,
+    /// Of one that is compressed: where each chunk is.
+    packed: Option<Packed>,
+    /// What it becomes when it is mapped.
+    unpacked: OnceLock<Arc<File>>,
 }
 
 impl MemoryImage {
@@ -189,8 +224,10 @@ impl MemoryImage {
             reason,
         };
         let len = file.metadata().map_err(host("read", &path))?.len();
-        let start = entry.pages.saturating_mul(PAGE);
-        let wanted = trailer_bytes(entry.pages);
+        let wanted = trailer_bytes(entry.pages, entry.compression);
+        let plain = entry.pages.saturating_mul(PAGE);
+        // How long compressed pages are stands in the trailer, which is at the end.
+        let start = if entry.compression.is_some() { len.saturating_sub(wanted) } else { plain };
         if entry.trailer_bytes != wanted || len != start.saturating_add(wanted) {
             return Err(damaged(
                 len,
@@ -206,10 +243,60 @@ impl MemoryImage {
         if head != header(id, entry.pages) {
             return Err(damaged(start, "the trailer belongs to another snapshot".to_owned()));
         }
-        let (map, checksums) = rest.split_at(PageMap::encoded_bytes(entry.pages) as usize);
+        let (map, rest) = rest.split_at(PageMap::encoded_bytes(entry.pages) as usize);
         let map = PageMap::decode(entry.pages, map)
             .map_err(|at| damaged(start + HEADER_BYTES + at, "no such kind of page".to_owned()))?;
-        Ok(MemoryImage { file: Arc::new(file), map, checksums: checksums.to_vec() })
+        let chunks = entry.pages.div_ceil(CHUNK_PAGES);
+        let (checksums, lengths) = rest.split_at((CHECKSUM_BYTES * chunks) as usize);
+        let packed = match entry.compression {
+            None => None,
+            Some(Compression::Lz4) => {
+                Some(Packed::new(lengths, &map, start).map_err(|reason| damaged(start, reason))?)
+            }
+        };
+        let checksums = checksums.to_vec();
+        let (stored, folder) = (Arc::new(file), folder.to_owned());
+        Ok(MemoryImage { stored, folder, map, checksums, packed, unpacked: OnceLock::new() })
+    }
+
+    /// A file with every page at its place: the snapshot's, or one without a name that its pages are unpacked into, once.
+    ///
+    /// # Errors
+    /// The host's; or packed pages are damaged.
+    pub fn file(&self) -> Result<Arc<File>, SnapshotError> {
+        let Some(packed) = &self.packed else { return Ok(Arc::clone(&self.stored)) };
+        if let Some(file) = self.unpacked.get() {
+            return Ok(Arc::clone(file));
+        }
+        let room = packed::nameless_beside(&self.folder).map_err(host("make room beside", &self.folder))?;
+        let unpacked = || host("unpack the memory of", &self.folder);
+        room.set_len(self.map.pages().saturating_mul(PAGE)).map_err(unpacked())?;
+        for chunk in 0..self.chunks() {
+            let bytes =
+                packed.data(&self.stored, &self.map, chunk).map_err(|error| self.damaged(chunk, &error))?;
+            // A chunk that is another one would be a machine's memory from now on.
+            if !self.is_right(chunk, &bytes) {
+                return Err(self.damaged(chunk, &"the pages' checksum is another one"));
+            }
+            let mut rest = bytes.as_slice();
+            for (page, count) in data_runs(&self.map, chunk) {
+                let (run, after) = rest.split_at(((count * PAGE) as usize).min(rest.len()));
+                room.write_all_at(run, page * PAGE).map_err(unpacked())?;
+                rest = after;
+            }
+        }
+        Ok(Arc::clone(self.unpacked.get_or_init(|| Arc::new(room))))
+    }
+
+    /// Whether it is compressed.
+    pub fn is_packed(&self) -> bool {
+        self.packed.is_some()
+    }
+
+    fn damaged(&self, chunk: u64, reason: &dyn std::fmt::Display) -> SnapshotError {
+        let (offset, _) = self.place(chunk);
+        let part = FILE.to_owned();
+        SnapshotError::Damaged { path: self.folder.clone(), part, offset, reason: reason.to_string() }
     }
 
     /// Number of chunks that have a checksum.
@@ -217,19 +304,36 @@ impl MemoryImage {
         self.map.pages().div_ceil(CHUNK_PAGES)
     }
 
+    /// Where a chunk is in the file, and how long.
+    pub(crate) fn place(&self, chunk: u64) -> (u64, u64) {
+        match &self.packed {
+            Some(packed) => packed.place(chunk),
+            None => {
+                let first = chunk * CHUNK_PAGES;
+                (first * PAGE, CHUNK_PAGES.min(self.map.pages().saturating_sub(first)) * PAGE)
+            }
+        }
+    }
+
+    fn is_right(&self, chunk: u64, data: &[u8]) -> bool {
+        let at = (chunk * CHECKSUM_BYTES) as usize;
+        self.checksums.get(at..at + CHECKSUM_BYTES as usize) == Some(&checksum(data))
+    }
+
     /// Whether a chunk's pages are as they were written, and holes where there are to be holes.
     pub(crate) fn chunk_is_whole(&self, chunk: u64) -> io::Result<bool> {
-        let first = chunk * CHUNK_PAGES;
-        let mut bytes = vec![0; (CHUNK_PAGES.min(self.map.pages() - first) * PAGE) as usize];
-        self.file.read_exact_at(&mut bytes, first * PAGE)?;
+        if let Some(packed) = &self.packed {
+            return Ok(self.is_right(chunk, &packed.data(&self.stored, &self.map, chunk)?));
+        }
+        let (offset, len) = self.place(chunk);
+        let mut bytes = vec![0; len as usize];
+        self.stored.read_exact_at(&mut bytes, offset)?;
         let stray = |(page, bytes): (u64, &[u8])| {
             self.map.get(page) != PageKind::Data && bytes.iter().any(|byte| *byte != 0)
         };
-        if (first..).zip(bytes.chunks_exact(PAGE_BYTES)).any(stray) {
+        if (chunk * CHUNK_PAGES..).zip(bytes.chunks_exact(PAGE_BYTES)).any(stray) {
             return Ok(false);
         }
-        let found = chunk_checksum(&self.file, &self.map, chunk)?;
-        let at = (chunk * CHECKSUM_BYTES) as usize;
-        Ok(self.checksums.get(at..at + CHECKSUM_BYTES as usize) == Some(&found))
+        Ok(self.is_right(chunk, &chunk_data(&self.stored, &self.map, chunk)?))
     }
 }

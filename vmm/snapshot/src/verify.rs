@@ -3,9 +3,8 @@
 use std::path::Path;
 
 use crate::error::SnapshotError;
-use crate::memory::CHUNK_PAGES;
 use crate::writer::file_checksum;
-use crate::{Chain, PAGE_BYTES, Snapshot, layer};
+use crate::{Chain, Snapshot, layer};
 
 /// Something that is not as it was written.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -95,13 +94,12 @@ fn verify_one(snapshot: &Snapshot) -> Result<Vec<Damage>, SnapshotError> {
                     Ok(false) => "the pages' checksum is another one".to_owned(),
                     Err(error) => error.to_string(),
                 };
-                let chunk_bytes = CHUNK_PAGES * PAGE_BYTES as u64;
-                let offset = chunk * chunk_bytes;
+                let (offset, bytes) = memory.place(chunk);
                 found.push(Damage {
                     snapshot: path.to_owned(),
                     part: "memory".to_owned(),
                     offset,
-                    bytes: chunk_bytes.min(manifest.memory_bytes() - offset),
+                    bytes,
                     reason,
                 });
             }

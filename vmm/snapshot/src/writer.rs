@@ -64,6 +64,7 @@ pub struct SnapshotWriter<'a> {
     producer: String,
     watch: Watch<'a>,
     durable: bool,
+    compressed: bool,
     /// When the snapshot that is replaced was taken.
     replaces: Option<u64>,
     finished: bool,
@@ -116,6 +117,7 @@ impl<'a> SnapshotWriter<'a> {
             producer: producer.to_owned(),
             watch: Box::new(|_| ()),
             durable: true,
+            compressed: false,
             replaces: None,
             finished: false,
         })
@@ -145,6 +147,7 @@ impl<'a> SnapshotWriter<'a> {
             producer: manifest.producer.clone(),
             watch: Box::new(|_| ()),
             durable: true,
+            compressed: snapshot.manifest().memory.compression.is_some(),
             replaces: Some(manifest.created_ms),
             finished: false,
         })
@@ -174,6 +177,13 @@ impl<'a> SnapshotWriter<'a> {
         self
     }
 
+    /// Has memory compressed; to be called before [`SnapshotWriter::memory`].
+    #[must_use]
+    pub fn compressed(mut self, compressed: bool) -> Self {
+        self.compressed = compressed;
+        self
+    }
+
     /// The snapshot's id.
     pub fn id(&self) -> SnapshotId {
         self.id
@@ -195,9 +205,10 @@ impl<'a> SnapshotWriter<'a> {
             let limit = manifest::MAX_PAGES * crate::PAGE_BYTES as u64;
             return Err(SnapshotError::TooLarge { what: "memory".to_owned(), bytes, limit });
         }
-        let (file, path) = self.file(memory::FILE)?;
+        let packed = if self.compressed { Some(self.file(memory::FILE)?.0) } else { None };
+        let (file, path) = self.file(if packed.is_some() { memory::RAW_FILE } else { memory::FILE })?;
         let others = if self.parent.is_some() { PageKind::Parent } else { PageKind::Zero };
-        MemoryWriter::new(file, path, pages, others)
+        MemoryWriter::new(file, path, pages, others, packed)
     }
 
     /// Finishes the memory file.

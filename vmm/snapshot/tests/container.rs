@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use harrier_snapshot::{
-    Chain, PageKind, Section, Snapshot, SnapshotError, SnapshotWriter, Step, compact, layer_name, list,
-    remove, seal_layer, sweep, verify,
+    Chain, PageKind, Section, Snapshot, SnapshotError, SnapshotWriter, Source, Step, compact, layer_name,
+    list, remove, seal_layer, sweep, unpack, verify,
 };
 
 const PAGE: usize = 4096;
@@ -71,7 +71,7 @@ fn what_was_written_is_read_and_holes_cost_nothing() {
     let memory = fs::metadata(target.join("memory")).unwrap();
     assert!(memory.blocks() * 512 < 64 << 10, "{} blocks", memory.blocks());
     assert_eq!(memory.permissions().mode() & 0o777, 0o400);
-    assert_eq!(chain.runs().len(), 5);
+    assert_eq!(chain.runs().unwrap().len(), 5);
     assert_eq!(verify(&target).unwrap(), []);
 }
 
@@ -487,4 +487,153 @@ fn layers_that_no_writer_writes_are_refused_by_name_and_place() {
     let chain = Chain::open(&path("b")).unwrap();
     assert!(chain.disk("disk-1").unwrap_err().to_string().contains("disk-1.layer"));
     assert!(seal_layer(&File::open("/dev/null").unwrap(), base.manifest().id, u64::MAX, &[]).is_err());
+}
+
+/// A snapshot with compressed memory: data that becomes short, data that does not, zeros and holes.
+fn write_packed(target: &Path, parent: Option<&Snapshot>, pages: &[u64], value: u8) -> Snapshot {
+    let mut writer = SnapshotWriter::create(target, parent, "test").unwrap().compressed(true);
+    let mut memory = writer.memory(PAGES).unwrap();
+    for at in pages {
+        memory.write(*at, &page(value)).unwrap();
+    }
+    memory.write(400, &noise()).unwrap();
+    memory.write(401, &page(0)).unwrap();
+    writer.finish_memory(memory).unwrap();
+    writer.add_section(section("machine", b"{}"));
+    writer.commit().unwrap()
+}
+
+fn noise() -> Vec<u8> {
+    let mut x = 1u64;
+    let next = |_| {
+        x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (x >> 40) as u8
+    };
+    (0..PAGE).map(next).collect()
+}
+
+#[test]
+fn compressed_memory_is_the_same_memory_in_less_room_in_chains_and_when_compacted() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let base = write_packed(&path("a"), None, &[0, 1, 2, 999], 1);
+    assert_eq!(names(&path("a")), ["manifest.json", "memory", "state"]);
+    assert!(fs::metadata(path("a").join("memory")).unwrap().len() < 8192, "of five pages");
+    let plain = write(&path("b"), Some(&base), &[1, 500], 2).unwrap();
+    write_packed(&path("c"), Some(&plain), &[2, 700], 3);
+    let expected = [(0, 1), (1, 2), (2, 3), (3, 0), (500, 2), (700, 3), (999, 1), (401, 0)];
+    let check = |name: &str| {
+        let chain = Chain::open(&path(name)).unwrap();
+        for (at, value) in expected {
+            assert_eq!(read_page(&chain, at), value, "{name}: page {at}");
+        }
+        let mut bytes = page(0);
+        chain.read(400, &mut bytes).unwrap();
+        assert!(bytes == noise());
+        let data: u64 = chain
+            .runs()
+            .unwrap()
+            .iter()
+            .filter(|run| matches!(run.source, Source::File(_)))
+            .map(|run| run.count)
+            .sum();
+        assert_eq!(data, 7, "{name}: released pages cost nothing");
+        assert_eq!(verify(&path(name)).unwrap(), []);
+        chain
+    };
+    let chain = check("c");
+    assert!(chain.is_packed());
+    unpack(&chain, &path("d"), "test").unwrap();
+    assert!(!check("d").is_packed());
+    compact(&path("c")).unwrap();
+    let chain = check("c");
+    assert!(chain.is_packed() && chain.is_full(), "it stays compressed");
+    assert_eq!(names(folder.path()), ["a", "b", "c", "d"]);
+}
+
+#[test]
+fn damage_of_compressed_memory_is_found_at_its_place_and_never_unpacked() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("a");
+    write_packed(&target, None, &[0, 300, 999], 5);
+    let len = fs::metadata(target.join("memory")).unwrap().len();
+    let trailer = Snapshot::open(&target).unwrap().manifest().memory.trailer_bytes;
+    for at in 0..len {
+        damaged(&target, "memory", |file| flip(file, at));
+        let found = verify(&target).unwrap();
+        assert_eq!(found.len(), 1, "{at}: {found:?}");
+        let place = found[0].offset..found[0].offset + found[0].bytes.max(1);
+        assert!(found[0].part == "memory" && (at >= len - trailer || place.contains(&at)), "{at}: {found:?}");
+        if at < len - trailer {
+            let refused = Chain::open(&target).unwrap().runs().unwrap_err();
+            assert!(matches!(refused, SnapshotError::Damaged { .. }), "{refused}");
+            assert!(compact(&target).is_ok(), "a full one is left alone");
+        } else {
+            assert!(Chain::open(&target).is_err());
+        }
+        damaged(&target, "memory", |file| flip(file, at));
+    }
+    for len in [0, 1, 100, len - 1, len + 1] {
+        let whole = fs::read(target.join("memory")).unwrap();
+        damaged(&target, "memory", |file| file.set_len(len).unwrap());
+        assert!(Chain::open(&target).is_err(), "{len}");
+        damaged(&target, "memory", |file| file.write_all_at(&whole, 0).unwrap());
+        damaged(&target, "memory", |file| file.set_len(whole.len() as u64).unwrap());
+    }
+    assert_eq!(verify(&target).unwrap(), []);
+}
+
+/// Replaces bytes of a compressed memory's trailer, with right checksums everywhere.
+fn forge_trailer(target: &Path, at: u64, bytes: &[u8]) -> String {
+    let manifest = Snapshot::open(target).unwrap().manifest().clone();
+    let path = target.join("memory");
+    let len = fs::metadata(&path).unwrap().len();
+    let start = len - manifest.memory.trailer_bytes;
+    let mut trailer = vec![0; manifest.memory.trailer_bytes as usize];
+    let digest = |bytes: &[u8]| {
+        use sha2::Digest as _;
+        sha2::Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect::<String>()
+    };
+    damaged(target, "memory", |file| {
+        file.read_exact_at(&mut trailer, start).unwrap();
+        let before = digest(&trailer);
+        trailer[at as usize..at as usize + bytes.len()].copy_from_slice(bytes);
+        file.write_all_at(&trailer, start).unwrap();
+        damaged(target, "manifest.json", |file| {
+            let text = fs::read_to_string(target.join("manifest.json")).unwrap();
+            let text = text.replace(&before, &digest(&trailer));
+            let (head, body) = text.split_once(r#""body":"#).unwrap();
+            let body = body.trim_end().strip_suffix('}').unwrap();
+            let (front, rest) = head.split_once(r#""checksum":""#).unwrap();
+            let text = format!(
+                "{front}\"checksum\":\"{}{}\"body\":{body}}}\n",
+                digest(body.as_bytes()),
+                &rest[64..]
+            );
+            file.write_all_at(text.as_bytes(), 0).unwrap();
+        });
+    });
+    Chain::open(target).and_then(|chain| chain.runs().map(|_| ())).unwrap_err().to_string()
+}
+
+#[test]
+fn lengths_that_no_writer_writes_are_refused_before_anything_is_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let lengths = 48 + PAGES.div_ceil(4) + 32 * PAGES.div_ceil(256);
+    for (index, (at, bytes, text)) in [
+        (lengths, u32::MAX.to_le_bytes(), "chunk 0 has 4294967295 bytes for 4096"),
+        (lengths, 0u32.to_le_bytes(), "chunk 0 has 0 bytes for 4096"),
+        (lengths + 8, 7u32.to_le_bytes(), "chunk 2 has 7 bytes for 0"),
+        (lengths, 2u32.to_le_bytes(), "its chunks have"),
+        // All pages are said to be data.
+        (48, [0xaa; 4], "chunk 0 has"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let target = folder.path().join(index.to_string());
+        write_packed(&target, None, &[0, 300, 999], 5);
+        let refused = forge_trailer(&target, at, &bytes);
+        assert!(refused.contains(text) || (index == 4 && refused.contains("damaged")), "{refused}");
+    }
 }

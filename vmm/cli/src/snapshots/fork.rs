@@ -14,7 +14,7 @@ use harrier_control::api::{KillRequest, SnapshotRequest};
 use harrier_control::{
     Client, Entry, Image, MachineName, NewMachine, Registry, RegistryError, StartError, Started,
 };
-use harrier_snapshot::{Chain, Snapshot};
+use harrier_snapshot::{Chain, Snapshot, unpack};
 use serde_json::json;
 
 use super::{TAKE_TIMEOUT, find};
@@ -44,7 +44,7 @@ pub(crate) fn fork(flags: &ForkFlags, registry: &Registry) -> Result<u8, Failure
     let names = names(flags, count)?;
     let origin = match registry.find(&flags.source) {
         Ok(entry) => image_of(&entry, registry)?,
-        Err(RegistryError::NotFound(_)) => snapshot_of(&flags.source)?,
+        Err(RegistryError::NotFound(_)) => snapshot_of(&flags.source, registry)?,
         Err(err) => return Err(Failure::new(err)),
     };
     // What is wrong with it is said once, and before anything is started.
@@ -79,13 +79,19 @@ fn image_of(entry: &Entry, registry: &Registry) -> Result<Origin, Failure> {
     let snapshot = image.snapshot();
     let target =
         snapshot.to_str().ok_or_else(|| about(&"the directory of machines is not text: use UTF-8"))?;
-    let request = SnapshotRequest { target: target.to_owned(), diff: false, resume: false, image: true };
+    let request = SnapshotRequest {
+        target: target.to_owned(),
+        diff: false,
+        resume: false,
+        image: true,
+        compress: false,
+    };
     let taken = Client::new(&entry.folder).with_timeout(TAKE_TIMEOUT).snapshot(&request);
     let taken = taken.map_err(|err| about(&err))?;
     Ok(Origin { snapshot, image: Some(image), pause_us: Some(taken.pause_us) })
 }
 
-fn snapshot_of(name: &str) -> Result<Origin, Failure> {
+fn snapshot_of(name: &str, registry: &Registry) -> Result<Origin, Failure> {
     let folder = find(Path::new(name))?;
     if !folder.exists() {
         return Err(Failure::new(format!(
@@ -94,6 +100,13 @@ fn snapshot_of(name: &str) -> Result<Origin, Failure> {
     }
     let snapshot = Snapshot::open(&folder)?.path().to_owned();
     let snapshot = std::path::absolute(&snapshot).unwrap_or(snapshot);
+    let chain = Chain::open(&snapshot)?;
+    if chain.is_packed() {
+        // Unpacked once, and not by each clone for itself.
+        let image = registry.create_image()?;
+        unpack(&chain, &image.snapshot(), super::PRODUCER)?;
+        return Ok(Origin { snapshot: image.snapshot(), image: Some(image), pause_us: None });
+    }
     Ok(Origin { snapshot, image: None, pause_us: None })
 }
 

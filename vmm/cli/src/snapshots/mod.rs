@@ -77,7 +77,13 @@ pub(crate) fn take(flags: &SnapshotFlags, registry: &Registry) -> Result<u8, Fai
         .into_os_string()
         .into_string()
         .map_err(|target| Failure::new(format!("--to {target:?} is not text: use UTF-8")))?;
-    let request = SnapshotRequest { target, diff: flags.diff, resume: flags.resume, image: false };
+    let request = SnapshotRequest {
+        target,
+        diff: flags.diff,
+        resume: flags.resume,
+        image: false,
+        compress: flags.compress,
+    };
     let client = Client::new(&entry.folder).with_timeout(TAKE_TIMEOUT);
     let taken = client.snapshot(&request).map_err(|err| about(&err))?;
     let text =

@@ -143,7 +143,7 @@ fn checkpoint(
         target.into_os_string().into_string().map_err(|path| Failure::new(format!("{path:?} is not text")))
     });
     let taken = target.map_err(|err| err.message).and_then(|target| {
-        let request = SnapshotRequest { target, diff: false, resume: false, image: false };
+        let request = SnapshotRequest { target, diff: false, resume: false, image: false, compress: false };
         take_one(machine, kept, &request).map_err(|err| err.message)
     });
     machine.checkpoint_done(taken.is_ok());
@@ -171,6 +171,9 @@ fn take_one(machine: &MachineHandle, kept: &mut KeptByHost, request: &SnapshotRe
     }
     let kind = match (request.image, request.diff) {
         (true, true) => return Err(ApiError::bad_request("an image is no difference: ask for one of them")),
+        (true, false) if request.compress => {
+            return Err(ApiError::bad_request("an image is mapped at once: it cannot be compressed"));
+        }
         (true, false) => Kind::Image,
         (false, true) => Kind::Difference,
         (false, false) => Kind::Full,
@@ -180,6 +183,7 @@ fn take_one(machine: &MachineHandle, kept: &mut KeptByHost, request: &SnapshotRe
         target,
         kind,
         stay_paused: false,
+        compress: request.compress,
         quiesce_limit: QUIESCE_LIMIT,
         producer: PRODUCER,
         owner: &mut |writer| {

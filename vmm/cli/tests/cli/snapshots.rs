@@ -197,6 +197,48 @@ fn disks_are_kept_with_the_memory_and_never_shared() {
     assert!(machines.good(&["snapshots", "verify", text(&target)]).contains("whole"));
 }
 
+#[test]
+fn compressed_memory_goes_on_on_either_engine_as_clones_and_in_differences() {
+    let machines = Machines::new();
+    let kept = tempfile::tempdir().unwrap();
+    let path = |name: &str| kept.path().join(name);
+    boot_script(&machines, "job", "1", CHAIN);
+    wait_for_line(&machines, "job", &expected_chain()[4]);
+    machines.good(&["snapshot", "job", "--to", text(&path("plain"))]);
+    machines.good(&["snapshot", "job", "--to", text(&path("small")), "--compress"]);
+    machines.good(&["snapshot", "job", "--to", text(&path("diff")), "--compress", "--diff"]);
+    machines.good(&["rm", "-f", "job"]);
+    use std::os::unix::fs::MetadataExt as _;
+    let stored = |name: &str| std::fs::metadata(path(name).join("memory")).unwrap().blocks() * 512;
+    assert!(stored("small") * 2 < stored("plain"), "{} of {}", stored("small"), stored("plain"));
+    assert!(stored("diff") < stored("small"));
+    let expected = expected_chain();
+    let engines: &[&str] = if kvm_is_there(&machines) { &["soft", "kvm"] } else { &["soft"] };
+    for engine in engines {
+        for name in ["small", "diff"] {
+            let (_, said, _) =
+                machines.run(&["restore", text(&path(name)), "--engine", engine, "--timeout", "60s"]);
+            let said = lines(&said, "step");
+            assert!(said.len() > 10 && expected.ends_with(&said), "{name} on {engine}: {said:?}");
+        }
+    }
+    machines.good(&["fork", text(&path("diff")), "-n", "2", "--name", "kid"]);
+    for name in ["kid-0", "kid-1"] {
+        machines.run(&["wait", name]);
+        let said = lines(&machines.good(&["logs", name]), "step");
+        assert!(said.len() > 10 && expected.ends_with(&said), "{name}: {said:?}");
+    }
+    assert!(machines.good(&["snapshots", "verify", text(&path("diff"))]).contains("whole"));
+    // What is damaged never becomes a machine's memory.
+    let memory = path("small").join("memory");
+    let mut bytes = std::fs::read(&memory).unwrap();
+    bytes[1000] ^= 1;
+    std::fs::remove_file(&memory).unwrap();
+    std::fs::write(&memory, bytes).unwrap();
+    let refused = machines.bad(&["restore", text(&path("small"))]);
+    assert!(refused.contains("is damaged: memory at offset 0"), "{refused}");
+}
+
 /// Writes a disk and prints the checksum of all of it after each write.
 const DISK_CHAIN: &str = "i=0; while [ $i -lt 50 ]; do echo put $i | $b dd of=$d bs=512 seek=$((i*9)) conv=notrunc,sync,fsync \
                           2>/dev/null; i=$((i+1)); echo step $i $($b dd if=$d bs=64k iflag=direct 2>/dev/null | $b md5sum | \

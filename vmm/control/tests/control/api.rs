@@ -129,7 +129,8 @@ fn every_type_has_the_documents_members() {
     complete(&document, "CommandEnd", &json!({"exit_code": 3, "error": "x"}));
     complete(&document, "KillRequest", &serde_json::to_value(KillRequest { signal: Some(2) }).unwrap());
     complete(&document, "StateChange", &json!({"state": MachineState::Paused}));
-    let request = SnapshotRequest { target: "/s".to_owned(), diff: true, resume: false, image: false };
+    let request =
+        SnapshotRequest { target: "/s".to_owned(), diff: true, resume: false, image: false, compress: false };
     complete(&document, "SnapshotRequest", &serde_json::to_value(&request).unwrap());
     let taken = served.client.snapshot(&request).unwrap();
     assert_eq!((taken.path.as_str(), taken.pages), ("/s", 3));

@@ -90,7 +90,8 @@ impl Way<'_> {
         let parent = target.parent().unwrap_or(Path::new("/"));
         fs::create_dir_all(parent).map_err(|err| format!("'{}' cannot be made: {err}", parent.display()))?;
         let text = target.to_str().ok_or("its folder's name is not UTF-8")?.to_owned();
-        let request = SnapshotRequest { target: text, diff: false, resume: false, image: false };
+        let request =
+            SnapshotRequest { target: text, diff: false, resume: false, image: false, compress: false };
         let taken = client.clone().with_timeout(TIMEOUT).snapshot(&request).map_err(|err| err.to_string())?;
         let snapshot = Snapshot::open(&target).map_err(|err| err.to_string())?;
         let output = command(&snapshot)?.output;

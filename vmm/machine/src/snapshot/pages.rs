@@ -140,7 +140,7 @@ pub(crate) fn present(ram: &GuestRam, written: &Written) -> Result<PageSet, Take
         }
         Backing::Image(chain) => {
             let chain: &Arc<Chain> = chain;
-            for run in chain.runs() {
+            for run in chain.runs()? {
                 if matches!(run.source, Source::File(_)) {
                     pages.insert(run.first, run.count);
                 }

@@ -42,6 +42,8 @@ pub struct Request<'a> {
     pub target: &'a Path,
     /// What it is for.
     pub kind: Kind,
+    /// Memory is compressed: the snapshot is smaller, and a restore has to unpack it.
+    pub compress: bool,
     /// The machine stands still afterwards: one pause is left to be taken back.
     pub stay_paused: bool,
     /// How long a guest that wants to be asked may take to come to rest.
@@ -172,7 +174,8 @@ fn take(
     written: &mut Written,
     request: Request<'_>,
 ) -> Result<Report, TakeError> {
-    let Request { target, kind, stay_paused, quiesce_limit, producer, owner, settle, progress } = request;
+    let Request { target, kind, compress, stay_paused, quiesce_limit, producer, owner, settle, progress } =
+        request;
     let difference = kind == Kind::Difference;
     let begin = Instant::now();
     let parent = match (difference, &written.parent) {
@@ -180,7 +183,7 @@ fn take(
         (true, None) => return Err(TakeError::NoParent),
         (true, Some(path)) => Some(Snapshot::open(path)?),
     };
-    let mut writer = SnapshotWriter::create(target, parent.as_ref(), producer)?;
+    let mut writer = SnapshotWriter::create(target, parent.as_ref(), producer)?.compressed(compress);
     if kind == Kind::Image {
         writer = writer.fleeting();
     }
