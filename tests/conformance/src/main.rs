@@ -92,6 +92,9 @@ struct DiffArguments {
     /// Only encodings whose name contains this, as iced-x86 writes them: Add_rm32_r32
     #[arg(long, value_name = "NAME")]
     only: Option<String>,
+    /// Mode that the instructions are executed in: 64 bits, or 32 in compatibility mode
+    #[arg(long, value_enum, default_value_t = diff::Bits::Long)]
+    bits: diff::Bits,
     #[command(flatten)]
     how: How,
 }
@@ -127,9 +130,9 @@ fn run(suite: Suite) -> Result<bool, SuiteError> {
             disagreements.iter().for_each(|line| eprintln!("xtask: {line}"));
             Ok(disagreements.is_empty())
         }
-        Suite::Diff(DiffArguments { seed, count, only, how }) => {
+        Suite::Diff(DiffArguments { seed, count, only, bits, how }) => {
             let engine = engine(how.engine)?;
-            let options = diff::Options { seed, count, only, progress: 5_000_000 };
+            let options = diff::Options { seed, count, only, bits, progress: 5_000_000 };
             let outcome = diff::run(engine.as_ref(), &options)?;
             if how.json {
                 println!("{}", serde_json::to_string_pretty(&outcome).unwrap_or_default());

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use iced_x86::{Code, CpuidFeature, Instruction, Mnemonic, OpKind};
 
 use super::generate::Case;
-use super::layout::{CODE, Context, SLOT, XSAVE_AT};
+use super::layout::{Bits, CODE, Context, SLOT, XSAVE_AT};
 
 /// First address that Linux keeps from user code, with its guard page.
 const KERNEL_START: u64 = 0x7fff_ffff_f000;
@@ -31,6 +31,17 @@ struct Undefined {
 }
 
 const UNDEFINED: &[Undefined] = &[
+    Undefined {
+        mnemonics: &[Mnemonic::Aaa, Mnemonic::Aas],
+        flags: OF | SF | ZF | PF,
+        section: "AAA, AAS: OF, SF, ZF and PF are undefined",
+    },
+    Undefined {
+        mnemonics: &[Mnemonic::Aam, Mnemonic::Aad],
+        flags: OF | AF | CF,
+        section: "AAM, AAD: OF, AF and CF are undefined",
+    },
+    Undefined { mnemonics: &[Mnemonic::Daa, Mnemonic::Das], flags: OF, section: "DAA, DAS: OF is undefined" },
     Undefined {
         mnemonics: &[Mnemonic::Div, Mnemonic::Idiv],
         flags: STATUS,
@@ -83,6 +94,11 @@ pub fn undefined_flags() -> impl Iterator<Item = &'static str> {
 pub(super) fn normalise(case: &Case, result: &mut Context) {
     let ignored = case.instructions.iter().fold(0, |all, instruction| all | undefined(instruction));
     result.rflags &= COMPARED & !ignored;
+    if case.bits == Bits::Compatibility {
+        // Nobody promises the upper halves (volume 1, 3.4.1.1).
+        result.gpr = result.gpr.map(|value| value & 0xffff_ffff);
+        result.gpr[8..].fill(0);
+    }
     let area = &mut result.xsave;
     // The x87 unit's last instruction and operand: processors differ in when they note them. The mask of MXCSR, the
     // header and what is reserved say which processor it is.

@@ -9,7 +9,8 @@ use iced_x86::{
 };
 
 use super::layout::{
-    CODE, Context, DATA, DATA_LEN, HOLE, READ_ONLY, SAVER, SLOT, TAKEN, TAKEN_POINTER, XSAVE_LEN,
+    Bits, CODE, CODE32, CODE64, Context, DATA, DATA_LEN, HOLE, READ_ONLY, SAVER, SLOT, TAKEN, TAKEN_POINTER,
+    XSAVE_LEN, saver,
 };
 use super::random::Random;
 
@@ -24,6 +25,7 @@ pub(super) struct Case {
     /// Length of the instructions alone.
     pub(super) code_len: usize,
     pub(super) context: Context,
+    pub(super) bits: Bits,
 }
 
 /// Features whose instructions are compared, and the name by which Linux shows them; the first ones are everywhere.
@@ -118,18 +120,18 @@ fn differs_between_processors(code: Code) -> bool {
 }
 
 /// The encodings that are compared.
-pub(super) fn encodings() -> Vec<Code> {
+pub(super) fn encodings(bits: Bits) -> Vec<Code> {
     let flags = host_flags();
-    chosen(|name| name.is_empty() || flags.iter().any(|flag| flag == name))
+    chosen(bits, |name| name.is_empty() || flags.iter().any(|flag| flag == name))
 }
 
 /// The encodings that are compared on a host that has them all.
 pub fn comparable() -> BTreeSet<Code> {
-    chosen(|_| true).into_iter().collect()
+    [Bits::Long, Bits::Compatibility].into_iter().flat_map(|bits| chosen(bits, |_| true)).collect()
 }
 
 /// The encodings whose features, by Linux's names, are all there.
-fn chosen(is_there: impl Fn(&str) -> bool) -> Vec<Code> {
+fn chosen(bits: Bits, is_there: impl Fn(&str) -> bool) -> Vec<Code> {
     let here =
         |feature: &CpuidFeature| FEATURES.iter().any(|(known, name)| known == feature && is_there(name));
     let mut random = Random::new(1);
@@ -139,7 +141,7 @@ fn chosen(is_there: impl Fn(&str) -> bool) -> Vec<Code> {
             let mut instruction = Instruction::default();
             instruction.set_code(*code);
             matches!(info.encoding(), EncodingKind::Legacy | EncodingKind::VEX)
-                && info.mode64()
+                && (if bits == Bits::Long { info.mode64() } else { info.mode32() })
                 && !info.fwait()
                 && *code != Code::INVALID
                 && left_out(code.mnemonic()).is_none()
@@ -147,7 +149,7 @@ fn chosen(is_there: impl Fn(&str) -> bool) -> Vec<Code> {
                 && !instruction.cpuid_features().is_empty()
                 && instruction.cpuid_features().iter().all(here)
         })
-        .filter(|code| (0..20).any(|_| Generator::instruction(&mut random, *code).is_some()))
+        .filter(|code| (0..20).any(|_| Generator::instruction(&mut random, *code, bits).is_some()))
         .collect()
 }
 
@@ -166,17 +168,19 @@ pub(super) struct Generator {
     next: usize,
     info: InstructionInfoFactory,
     encoder: Encoder,
+    bits: Bits,
 }
 
 impl Generator {
-    pub(super) fn new(encodings: Vec<Code>) -> Generator {
+    pub(super) fn new(encodings: Vec<Code>, bits: Bits) -> Generator {
         let steady = encodings.iter().copied().filter(|code| is_steady(*code)).collect();
         Generator {
             encodings,
             steady,
             next: 0,
             info: InstructionInfoFactory::new(),
-            encoder: Encoder::new(64),
+            encoder: Encoder::new(if bits == Bits::Long { 64 } else { 32 }),
+            bits,
         }
     }
 
@@ -197,56 +201,58 @@ impl Generator {
     }
 
     fn single(&mut self, random: &mut Random, code: Code, slot: usize) -> Option<Case> {
-        let mut instruction = Generator::instruction(random, code)?;
+        let mut instruction = Generator::instruction(random, code, self.bits)?;
         let mut context = random.context();
-        place(random, &mut instruction, &mut context);
+        place(random, &mut instruction, &mut context, self.bits);
         let at = CODE + (slot * SLOT) as u64;
         let branches = is_branch(&instruction);
         if branches {
             // Over the jump that every case ends with, to one of its own.
-            instruction.set_near_branch64(at);
+            self.bits.set_branch(&mut instruction, at);
             let len = self.encode(&instruction, at)?.len();
-            instruction.set_near_branch64(at + (len + JUMP) as u64);
+            self.bits.set_branch(&mut instruction, at + (len + JUMP) as u64);
         }
         if is_indirect_branch(&instruction) {
-            if instruction.op0_kind() != OpKind::Register || instruction.op0_register().size() != 8 {
+            let size = self.bits.address_size();
+            if instruction.op0_kind() != OpKind::Register || instruction.op0_register().size() != size {
                 return None;
             }
             context.gpr[instruction.op0_register().number()] = TAKEN;
         }
         let mut bytes = Vec::new();
-        // Segments count for nothing in 64-bit mode, but for FS and GS. Repeated prefixes are allowed.
+        // Segments count for nothing in 64-bit mode, but for FS and GS; in 32-bit mode CS cannot be written. Repeated
+        // prefixes are allowed.
         if random.one_in(16) && !branches {
             bytes.push(random.pick(&[0x26u8, 0x2e, 0x36, 0x3e]));
         }
         bytes.extend(self.encode(&instruction, at + bytes.len() as u64)?);
         let code_len = bytes.len();
-        let mut bytes = finish(bytes);
+        let mut bytes = self.finish(bytes);
         if branches {
-            bytes.extend([0xff, 0x24, 0x25]);
-            bytes.extend((TAKEN_POINTER as u32).to_le_bytes());
+            bytes.extend(self.bits.jump(TAKEN_POINTER, CODE32, TAKEN));
         }
-        Some(Case { instructions: vec![instruction], bytes, code_len, context })
+        Some(self.bits.case(vec![instruction], bytes, code_len, context))
     }
 
-    /// Instructions one after the other, whose memory operands are based on RBX and indexed by R15, which nothing
+    /// Instructions one after the other, whose memory operands are based on RBX and indexed by R15, or ESI, which nothing
     /// among them writes.
     fn sequence(&mut self, random: &mut Random, slot: usize) -> Option<Case> {
         let mut context = random.context();
         context.gpr[3] = DATA + 0x800 + random.below(64);
-        context.gpr[15] = random.below(16);
+        let by = self.bits.index();
+        context.gpr[by.number()] = random.below(16);
         let at = CODE + (slot * SLOT) as u64;
         let mut bytes = Vec::new();
         let mut instructions = Vec::new();
         while (instructions.len() as u64) < SEQUENCE {
             let code = random.pick(&self.steady);
-            let Some(mut instruction) = Generator::instruction(random, code) else { continue };
+            let Some(mut instruction) = Generator::instruction(random, code, self.bits) else { continue };
             if has_memory(&instruction) {
                 let aligned = is_aligned(code) || is_locked(&instruction);
                 let displacement = if aligned { random.below(16) * 32 } else { random.below(512) };
-                let index = if aligned || random.one_in(2) { Register::None } else { Register::R15 };
+                let index = if aligned || random.one_in(2) { Register::None } else { by };
                 let scale = if index == Register::None { 1 } else { 1 << random.below(4) };
-                set_memory(&mut instruction, Register::RBX, index, scale, displacement as i64);
+                set_memory(&mut instruction, self.bits.general(3), index, scale, displacement as i64);
                 if aligned {
                     context.gpr[3] &= !31;
                 }
@@ -259,7 +265,15 @@ impl Generator {
             instructions.push(instruction);
         }
         let code_len = bytes.len();
-        Some(Case { instructions, bytes: finish(bytes), code_len, context })
+        let bytes = self.finish(bytes);
+        Some(self.bits.case(instructions, bytes, code_len, context))
+    }
+
+    /// Adds the jump to where registers are saved.
+    fn finish(&self, mut bytes: Vec<u8>) -> Vec<u8> {
+        bytes.extend(self.bits.jump(SAVER, CODE64, saver(self.bits)));
+        assert!(bytes.len() <= SLOT, "a case of {} bytes", bytes.len());
+        bytes
     }
 
     /// Whether an instruction writes a register that a sequence's addresses depend on.
@@ -269,7 +283,8 @@ impl Generator {
         };
         self.info.info(instruction).used_registers().iter().any(|used| {
             let full = used.register().full_register();
-            writes(used.access()) && matches!(full, Register::RBX | Register::R15 | Register::RSP)
+            let index = self.bits.index().full_register();
+            writes(used.access()) && (matches!(full, Register::RBX | Register::RSP) || full == index)
         })
     }
 
@@ -281,12 +296,12 @@ impl Generator {
     }
 
     /// An instruction of this encoding with random registers and immediates; a memory operand has no address yet.
-    fn instruction(random: &mut Random, code: Code) -> Option<Instruction> {
+    fn instruction(random: &mut Random, code: Code, bits: Bits) -> Option<Instruction> {
         let info = code.op_code();
         let mut instruction = Instruction::default();
         instruction.set_code(code);
         for operand in 0..info.op_count() {
-            set_operand(random, &mut instruction, operand, info.op_kind(operand))?;
+            set_operand(random, &mut instruction, operand, info.op_kind(operand), bits)?;
         }
         let memory = instruction.op0_kind() == OpKind::Memory;
         if info.can_use_lock_prefix() && memory && random.one_in(3) {
@@ -313,21 +328,88 @@ fn general(size: usize, number: u64) -> Register {
     first + number as u32
 }
 
-fn byte(random: &mut Random) -> Register {
+impl Bits {
+    /// Bytes of an address.
+    fn address_size(self) -> usize {
+        if self == Bits::Long { 8 } else { 4 }
+    }
+
+    /// General registers.
+    fn registers(self) -> u64 {
+        if self == Bits::Long { 16 } else { 8 }
+    }
+
+    /// A general register of the size of an address.
+    fn general(self, number: u64) -> Register {
+        general(self.address_size(), number)
+    }
+
+    /// Index register of sequences.
+    fn index(self) -> Register {
+        if self == Bits::Long { Register::R15 } else { Register::ESI }
+    }
+
+    /// Somewhere that is never memory and, in 64-bit mode, no address.
+    fn nowhere(self) -> u64 {
+        if self == Bits::Long { 0x8000_0000_0000 } else { 0xc000_0000 }
+    }
+
+    fn set_branch(self, instruction: &mut Instruction, target: u64) {
+        match self {
+            Bits::Long => instruction.set_near_branch64(target),
+            Bits::Compatibility => instruction.set_near_branch32(target as u32),
+        }
+    }
+
+    /// A jump of [`JUMP`] bytes: through a pointer, or to another segment.
+    fn jump(self, pointer: u64, selector: u16, at: u64) -> Vec<u8> {
+        let mut code = super::layout::Code::default();
+        match self {
+            Bits::Long => code.jump(pointer),
+            Bits::Compatibility => code.far_jump(selector, at),
+        };
+        debug_assert_eq!(code.0.len(), JUMP);
+        code.0
+    }
+
+    fn case(
+        self,
+        instructions: Vec<Instruction>,
+        bytes: Vec<u8>,
+        code_len: usize,
+        mut context: Context,
+    ) -> Case {
+        if self == Bits::Compatibility {
+            context.gpr = context.gpr.map(|value| value & 0xffff_ffff);
+        }
+        Case { instructions, bytes, code_len, context, bits: self }
+    }
+}
+
+fn byte(random: &mut Random, bits: Bits) -> Register {
     use Register::*;
+    if bits == Bits::Compatibility {
+        return random.pick(&[AL, CL, DL, BL, AH, CH, DH, BH]);
+    }
     random.pick(&[AL, CL, DL, BL, AH, CH, DH, BH, SPL, BPL, SIL, DIL, R8L, R9L, R12L, R13L, R15L])
 }
 
-fn set_operand(random: &mut Random, instruction: &mut Instruction, operand: u32, kind: K) -> Option<()> {
+fn set_operand(
+    random: &mut Random,
+    instruction: &mut Instruction,
+    operand: u32,
+    kind: K,
+    bits: Bits,
+) -> Option<()> {
     let as_memory = random.one_in(2);
-    let number = random.below(16);
-    let vector = random.below(16) as u32;
+    let number = random.below(bits.registers());
+    let vector = random.below(bits.registers()) as u32;
     let register = match kind {
-        K::r8_reg | K::r8_opcode => byte(random),
+        K::r8_reg | K::r8_opcode => byte(random, bits),
         K::r16_reg | K::r16_opcode | K::r16_rm => general(2, number),
         K::r32_reg | K::r32_opcode | K::r32_rm | K::r32_vvvv => general(4, number),
         K::r64_reg | K::r64_opcode | K::r64_rm | K::r64_vvvv => general(8, number),
-        K::r8_or_mem if !as_memory => byte(random),
+        K::r8_or_mem if !as_memory => byte(random, bits),
         K::r16_or_mem if !as_memory => general(2, number),
         K::r32_or_mem if !as_memory => general(4, number),
         K::r64_or_mem if !as_memory => general(8, number),
@@ -412,16 +494,20 @@ fn set_operand(random: &mut Random, instruction: &mut Instruction, operand: u32,
             instruction.set_op_kind(operand, OpKind::NearBranch64);
             return Some(());
         }
-        K::seg_rSI => {
-            instruction.set_op_kind(operand, OpKind::MemorySegRSI);
+        K::br32_1 | K::br32_4 => {
+            instruction.set_op_kind(operand, OpKind::NearBranch32);
             return Some(());
         }
-        K::es_rDI => {
-            instruction.set_op_kind(operand, OpKind::MemoryESRDI);
-            return Some(());
-        }
-        K::seg_rDI => {
-            instruction.set_op_kind(operand, OpKind::MemorySegRDI);
+        K::seg_rSI | K::es_rDI | K::seg_rDI => {
+            let kind = match (kind, bits) {
+                (K::seg_rSI, Bits::Long) => OpKind::MemorySegRSI,
+                (K::seg_rSI, Bits::Compatibility) => OpKind::MemorySegESI,
+                (K::es_rDI, Bits::Long) => OpKind::MemoryESRDI,
+                (K::es_rDI, Bits::Compatibility) => OpKind::MemoryESEDI,
+                (_, Bits::Long) => OpKind::MemorySegRDI,
+                (_, Bits::Compatibility) => OpKind::MemorySegEDI,
+            };
+            instruction.set_op_kind(operand, kind);
             return Some(());
         }
         _ => return None,
@@ -451,7 +537,8 @@ fn is_indirect_branch(instruction: &Instruction) -> bool {
 }
 
 fn is_branch(instruction: &Instruction) -> bool {
-    instruction.op_count() > 0 && instruction.op0_kind() == OpKind::NearBranch64
+    instruction.op_count() > 0
+        && matches!(instruction.op0_kind(), OpKind::NearBranch64 | OpKind::NearBranch32)
 }
 
 /// Gathers raise #UD if two of their three registers are the same.
@@ -533,7 +620,7 @@ pub(super) fn is_aligned(code: Code) -> bool {
 }
 
 /// An address for an operand of `size` bytes: mostly where memory is, now and then where it ends or is forbidden.
-fn target(random: &mut Random, size: u64, aligned: bool) -> u64 {
+fn target(random: &mut Random, size: u64, aligned: bool, bits: Bits) -> u64 {
     let end = DATA + DATA_LEN as u64;
     let mut address = match random.below(32) {
         0 => end - size,
@@ -541,7 +628,7 @@ fn target(random: &mut Random, size: u64, aligned: bool) -> u64 {
         2 => READ_ONLY + random.below(0x800),
         3 => READ_ONLY - 1 - random.below(size.max(2) - 1),
         4 => HOLE + random.below(0x1000 - 64),
-        5 => 0x8000_0000_0000 + random.below(1 << 40),
+        5 => bits.nowhere() + random.below(if bits == Bits::Long { 1 << 40 } else { 1 << 24 }),
         6..=9 => (DATA + 0x1000).wrapping_sub(1 + random.below(size.max(2) - 1)),
         _ => DATA + 0x100 + random.below(0x800),
     };
@@ -552,7 +639,7 @@ fn target(random: &mut Random, size: u64, aligned: bool) -> u64 {
 }
 
 /// Gives memory operands, explicit and implicit, their addresses, and the registers the values that lead there.
-fn place(random: &mut Random, instruction: &mut Instruction, context: &mut Context) {
+fn place(random: &mut Random, instruction: &mut Instruction, context: &mut Context, bits: Bits) {
     let code = instruction.code();
     // The stack lies in the data.
     context.gpr[4] = DATA + 0x1800 + random.below(0x100) * 8;
@@ -561,14 +648,14 @@ fn place(random: &mut Random, instruction: &mut Instruction, context: &mut Conte
     }
     if random.one_in(40) && instruction.is_stack_instruction() {
         context.gpr[4] =
-            random.pick(&[HOLE, HOLE + 4, HOLE + 0x1000, READ_ONLY + 0x40, 0x8000_0000_0000, DATA]);
+            random.pick(&[HOLE, HOLE + 4, HOLE + 0x1000, READ_ONLY + 0x40, bits.nowhere(), DATA]);
     }
     if matches!(code.mnemonic(), Mnemonic::Leave | Mnemonic::Enter) && !random.one_in(10) {
         context.gpr[5] = DATA + 0x1800 + random.below(0x200) * 8;
     }
     if instruction.is_string_instruction() {
-        context.gpr[6] = target(random, 8, false);
-        context.gpr[7] = target(random, 8, false);
+        context.gpr[6] = target(random, 8, false, bits);
+        context.gpr[7] = target(random, 8, false, bits);
         // Of two operands that fault, a processor may see either first.
         context.gpr[random.pick(&[6, 7])] = DATA + 0x400 + random.below(0x200);
         context.gpr[1] = random.below(24);
@@ -577,10 +664,10 @@ fn place(random: &mut Random, instruction: &mut Instruction, context: &mut Conte
         }
     }
     if matches!(code.mnemonic(), Mnemonic::Maskmovq | Mnemonic::Maskmovdqu | Mnemonic::Vmaskmovdqu) {
-        context.gpr[7] = target(random, 16, false);
+        context.gpr[7] = target(random, 16, false, bits);
     }
     if code.mnemonic() == Mnemonic::Xlatb {
-        context.gpr[3] = target(random, 256, false);
+        context.gpr[3] = target(random, 256, false, bits);
     }
     if matches!(
         code.mnemonic(),
@@ -596,7 +683,7 @@ fn place(random: &mut Random, instruction: &mut Instruction, context: &mut Conte
         0 => 64,
         size => size as u64,
     };
-    let mut address = target(random, size, is_aligned(code));
+    let mut address = target(random, size, is_aligned(code), bits);
     if is_bit_string(code) {
         let offset = instruction.op1_register().full_register().number();
         context.gpr[offset] = random.below(2048).wrapping_sub(1024);
@@ -611,7 +698,11 @@ fn place(random: &mut Random, instruction: &mut Instruction, context: &mut Conte
     if instruction.memory_index().is_vector_register() {
         let index = instruction.memory_index();
         scatter(random, context, index.number(), code);
-        let base = general(8, random.pick(&[0u64, 1, 2, 3, 5, 6, 7, 8, 13]));
+        let base = match bits {
+            Bits::Long => random.pick(&[0u64, 1, 2, 3, 5, 6, 7, 8, 13]),
+            Bits::Compatibility => random.pick(&[0, 1, 2, 3, 5, 6, 7]),
+        };
+        let base = bits.general(base);
         context.gpr[base.number()] = DATA + 0x800;
         set_memory(instruction, base, index, random.pick(&[1, 2, 4, 8]), 0);
         return;
@@ -620,7 +711,7 @@ fn place(random: &mut Random, instruction: &mut Instruction, context: &mut Conte
         if is_bit_string(code) { instruction.op1_register().full_register().number() as u64 } else { 99 };
     let free = |random: &mut Random| loop {
         // RSP holds the stack, and RAX and the like may be implicit operands: their values may change for an address.
-        let number = random.below(16);
+        let number = random.below(bits.registers());
         if number != 4 && number != taken {
             return number;
         }
@@ -631,10 +722,11 @@ fn place(random: &mut Random, instruction: &mut Instruction, context: &mut Conte
         _ => random.below(1 << 20) as i64 - (1 << 19),
     };
     match random.below(8) {
-        0 => set_memory(instruction, Register::RIP, Register::None, 1, address as i64),
+        0 if bits == Bits::Long => set_memory(instruction, Register::RIP, Register::None, 1, address as i64),
+        0 if random.one_in(4) => set_short(random, instruction, context),
         1 if address < 1 << 31 => {
             set_memory(instruction, Register::None, Register::None, 1, address as i64);
-            instruction.set_memory_displ_size(8);
+            instruction.set_memory_displ_size(bits.address_size() as u32);
         }
         2 if address >> 32 == 0 => {
             // 32-bit addresses: the upper half of the base counts for nothing.
@@ -646,27 +738,38 @@ fn place(random: &mut Random, instruction: &mut Instruction, context: &mut Conte
         3 | 4 => {
             let (base, index) = (free(random), free(random));
             if base == index {
-                return set_base(instruction, context, base, address, displacement);
+                return set_base(instruction, context, base, address, displacement, bits);
             }
             let scale = random.pick(&[1u32, 2, 4, 8]);
             let by = context.gpr[index as usize].wrapping_mul(u64::from(scale));
             context.gpr[base as usize] = address.wrapping_sub(by).wrapping_sub(displacement as u64);
-            set_memory(instruction, general(8, base), general(8, index), scale, displacement);
+            set_memory(instruction, bits.general(base), bits.general(index), scale, displacement);
         }
         5 => {
             // Through RSP and RBP, with the stack's segment.
             context.gpr[5] = address.wrapping_sub(displacement as u64);
-            set_memory(instruction, Register::RBP, Register::None, 1, displacement);
+            set_memory(instruction, bits.general(5), Register::None, 1, displacement);
         }
         _ => {
             let base = free(random);
-            set_base(instruction, context, base, address, displacement);
+            set_base(instruction, context, base, address, displacement, bits);
         }
     }
     if taken == 5 {
         let base = 3;
-        set_base(instruction, context, base, address, displacement);
+        set_base(instruction, context, base, address, displacement, bits);
     }
+}
+
+/// An address of 16 bits, where no memory is: LEA has it, and of others the fault.
+fn set_short(random: &mut Random, instruction: &mut Instruction, context: &mut Context) {
+    use Register::{BP, BX, DI, None, SI};
+    let pairs = [(BX, SI), (BX, DI), (BP, SI), (BP, DI), (SI, None), (DI, None), (BP, None), (BX, None)];
+    let (base, index) = random.pick(&pairs);
+    for register in [3, 5, 6, 7] {
+        context.gpr[register] = random.next();
+    }
+    set_memory(instruction, base, index, 1, random.below(1 << 16) as i64 - (1 << 15));
 }
 
 fn set_base(
@@ -675,9 +778,10 @@ fn set_base(
     base: u64,
     address: u64,
     displacement: i64,
+    bits: Bits,
 ) {
     context.gpr[base as usize] = address.wrapping_sub(displacement as u64);
-    set_memory(instruction, general(8, base), Register::None, 1, displacement);
+    set_memory(instruction, bits.general(base), Register::None, 1, displacement);
 }
 
 /// Small indices of a gather's width, some of them negative.
@@ -701,14 +805,6 @@ fn scatter(random: &mut Random, context: &mut Context, register: usize, code: Co
 
 /// Length of the jump that a case ends with.
 pub(super) const JUMP: usize = 7;
-
-/// The jump to where registers are saved.
-fn finish(mut bytes: Vec<u8>) -> Vec<u8> {
-    bytes.extend([0xff, 0x24, 0x25]);
-    bytes.extend((SAVER as u32).to_le_bytes());
-    assert!(bytes.len() <= SLOT, "a case of {} bytes", bytes.len());
-    bytes
-}
 
 impl Random {
     /// Registers in which anything may be.

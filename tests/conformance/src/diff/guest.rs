@@ -10,8 +10,8 @@ use harrier_engine::{
 use vm_memory::{Bytes as _, GuestAddress, MemoryRegionAddress, MmapRegion};
 
 use super::layout::{
-    BASE, Code, DATA, EXIT, FAULT, HOLE, PROGRAM, READ_ONLY, SAVER, SECOND_HOLE, TAKEN, TAKEN_POINTER,
-    WINDOW, program, taken,
+    BASE, Bits, CODE64, Code, DATA, EXIT, FAULT, FLAT, HOLE, PROGRAM, READ_ONLY, SAVER, SECOND_HOLE, TAKEN,
+    TAKEN_POINTER, WINDOW, program, taken,
 };
 
 const GDT: u64 = 0x1000;
@@ -60,7 +60,7 @@ impl Io for Exits {
 
 impl Guest {
     /// A machine of this engine with this model, which has AVX.
-    pub(super) fn new(engine: &dyn Engine, cpu_model: CpuModel) -> Result<Guest, EngineError> {
+    pub(super) fn new(engine: &dyn Engine, cpu_model: CpuModel, bits: Bits) -> Result<Guest, EngineError> {
         let vm = engine.create_vm(&VmConfig { cpu_model, vcpu_count: 1, tsc_khz: None })?;
         let size = WINDOW_GPA as usize + WINDOW;
         let memory = |reason: String| EngineError::Memory { gpa: 0, size_bytes: size as u64, reason };
@@ -72,9 +72,9 @@ impl Guest {
         let vcpu = vm.create_vcpu(0)?;
         let mut guest = Guest { vcpu, region, _vm: vm };
         guest.put_kernel();
-        let (program, saver) = program();
+        let (program, saver) = program(bits);
         guest.write(PROGRAM, &program);
-        guest.write(TAKEN, &taken());
+        guest.write(TAKEN, &taken(bits));
         guest.write(TAKEN_POINTER, &TAKEN.to_le_bytes());
         guest.write(SAVER, &(PROGRAM + saver).to_le_bytes());
         // int 0x80 in the window's first page of code.
@@ -112,8 +112,8 @@ impl Guest {
     pub(super) fn run(&mut self) -> Result<(), String> {
         let mut state = self.vcpu.state().map_err(|err| err.to_string())?;
         state.regs.rip = PROGRAM;
-        state.segments.cs = segment(0x23, 0xb, 3, true);
-        state.segments.ss = segment(0x1b, 3, 3, false);
+        state.segments.cs = segment(CODE64, 0xb, 3, true);
+        state.segments.ss = segment(FLAT, 3, 3, false);
         state.regs.rflags = 0x202;
         self.vcpu.set_state(&state).map_err(|err| err.to_string())?;
         match self.vcpu.run(&mut Exits) {
@@ -124,12 +124,16 @@ impl Guest {
 
     /// Descriptors, page tables and fault handlers.
     fn put_kernel(&self) {
+        // The kernel's code and data; user mode's as Linux has them; the task.
         let descriptors = [
             0,
             0x00af_9b00_0000_ffff,
             0x00cf_9300_0000_ffff,
+            0,
+            0x00cf_fb00_0000_ffff,
             0x00cf_f300_0000_ffff,
             0x00af_fb00_0000_ffff,
+            0,
             0x0000_8b00_0000_0067 | TSS << 16,
         ];
         for (slot, descriptor) in descriptors.into_iter().enumerate() {
@@ -180,19 +184,19 @@ impl Guest {
     fn enter_user_mode(&mut self) -> Result<(), EngineError> {
         let mut state = self.vcpu.state()?;
         let segments = &mut state.segments;
-        (segments.ds, segments.es) = (segment(0x1b, 3, 3, false), segment(0x1b, 3, 3, false));
-        (segments.fs, segments.gs) = (segment(0x1b, 3, 3, false), segment(0x1b, 3, 3, false));
-        segments.cs = segment(0x23, 0xb, 3, true);
-        segments.ss = segment(0x1b, 3, 3, false);
+        (segments.ds, segments.es) = (segment(FLAT, 3, 3, false), segment(FLAT, 3, 3, false));
+        (segments.fs, segments.gs) = (segment(FLAT, 3, 3, false), segment(FLAT, 3, 3, false));
+        segments.cs = segment(CODE64, 0xb, 3, true);
+        segments.ss = segment(FLAT, 3, 3, false);
         segments.tr = Segment {
-            selector: 0x28,
+            selector: 0x40,
             base: TSS,
             limit: 0x67,
             kind: 0xb,
             present: true,
             ..Segment::default()
         };
-        segments.gdtr = DescriptorTable { base: GDT, limit: 0x37 };
+        segments.gdtr = DescriptorTable { base: GDT, limit: 0x4f };
         segments.idtr = DescriptorTable { base: IDT, limit: 0xfff };
         // Paging, write protection, alignment checks; FXSAVE, SIMD exceptions and XSAVE, as Linux has them.
         state.control.cr0 = 0x8005_0033;
@@ -235,6 +239,8 @@ fn handler_code(vector: u8) -> Vec<u8> {
     code.bytes(&[0x48, 0x8b, 0x44, 0x24, 16]).store(0, FAULT + 24);
     // and dword [rsp + 32], ~TF
     code.bytes(&[0x81, 0x64, 0x24, 32, 0xff, 0xfe, 0xff, 0xff]);
+    // mov qword [rsp + 24], CODE64
+    code.bytes(&[0x48, 0xc7, 0x44, 0x24, 24, CODE64 as u8, 0, 0, 0]);
     // mov rax, [SAVER]; mov [rsp + 16], rax; pop rax; add rsp, 8; iretq
     code.load(0, SAVER).bytes(&[0x48, 0x89, 0x44, 0x24, 16, 0x58, 0x48, 0x83, 0xc4, 8, 0x48, 0xcf]);
     code.0

@@ -2,7 +2,23 @@
 //!
 //! The program runs in user mode on both sides. For each case it loads all registers from a [`Context`], jumps to the
 //! case's code, and saves all registers. A fault ends a case too: whoever handles it writes the fault down and goes on
-//! where the registers are saved.
+//! where the registers are saved. Cases of 32 bits are reached and left by far jumps: the program itself has 64.
+
+/// How many bits addresses of cases have: 64-bit mode, or compatibility mode with a 32-bit code segment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Bits {
+    /// 64-bit mode.
+    #[value(name = "64")]
+    Long,
+    /// Compatibility mode.
+    #[value(name = "32")]
+    Compatibility,
+}
+
+/// Selectors of user mode, with Linux's numbers on both sides: 32-bit code, data, 64-bit code.
+pub(super) const CODE32: u16 = 0x23;
+pub(super) const FLAT: u16 = 0x2b;
+pub(super) const CODE64: u16 = 0x33;
 
 /// Start of the window; below 2 GiB, so that 32-bit displacements reach it.
 pub(super) const BASE: u64 = 0x3000_0000;
@@ -77,6 +93,7 @@ pub(super) struct Context {
 }
 
 impl Context {
+    /// The bytes of a context whose code is at `entry`.
     pub(super) fn to_bytes(&self, entry: u64) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(CONTEXT);
         for word in self.gpr.iter().chain([&self.rflags, &entry]) {
@@ -144,6 +161,11 @@ impl Code {
         self.bytes(&(offset as u32).to_le_bytes())
     }
 
+    /// `jmp selector:at`, as code of 32 bits has it.
+    pub(super) fn far_jump(&mut self, selector: u16, at: u64) -> &mut Code {
+        self.bytes(&[0xea]).bytes(&(at as u32).to_le_bytes()).bytes(&selector.to_le_bytes())
+    }
+
     /// `jmp [at]`.
     pub(super) fn jump(&mut self, at: u64) -> &mut Code {
         self.bytes(&[0xff, 0x24, 0x25]).bytes(&(at as u32).to_le_bytes())
@@ -156,7 +178,7 @@ const RBX: u8 = 3;
 const RSP: u8 = 4;
 
 /// The program, and the offset of the part that saves registers.
-pub(super) fn program() -> (Vec<u8>, u64) {
+pub(super) fn program(bits: Bits) -> (Vec<u8>, u64) {
     let mut code = Code::default();
     let stack = (STACK_END as u32).to_le_bytes();
     // mov rsp, STACK_END
@@ -169,12 +191,22 @@ pub(super) fn program() -> (Vec<u8>, u64) {
     code.bytes(&[0x48, 0x89, 0xc3, 0xb8, 7, 0, 0, 0, 0x31, 0xd2]);
     code.based_two(&[0x0f, 0xae], 5, RBX, XSAVE_AT);
     code.based(0x8b, RAX, RBX, ENTRY_AT).store(RAX, TARGET);
+    if bits == Bits::Compatibility {
+        // mov word [TARGET + 4], CODE32
+        code.bytes(&[0x66, 0xc7, 0x04, 0x25]).bytes(&(TARGET as u32 + 4).to_le_bytes());
+        code.bytes(&CODE32.to_le_bytes());
+    }
     // push [rbx + FLAGS_AT]; popfq
     code.bytes(&[0xff, 0xb3]).bytes(&(FLAGS_AT as u32).to_le_bytes()).bytes(&[0x9d]);
     for register in (0..16).filter(|&register| register != RBX) {
         code.based(0x8b, register, RBX, usize::from(register) * 8);
     }
-    code.based(0x8b, RBX, RBX, 24).jump(TARGET);
+    code.based(0x8b, RBX, RBX, 24);
+    match bits {
+        Bits::Long => code.jump(TARGET),
+        // jmp far [TARGET], of 32 bits
+        Bits::Compatibility => code.bytes(&[0xff, 0x2c, 0x25]).bytes(&(TARGET as u32).to_le_bytes()),
+    };
 
     let saver = code.0.len() as u64;
     code.store(RSP, SAVED_RSP).bytes(&[0x48, 0xc7, 0xc4]).bytes(&stack);
@@ -219,11 +251,20 @@ impl Code {
 }
 
 /// What a branch that is taken reaches: a change of a register that no flag notices, then the end of the case.
-pub(super) fn taken() -> Vec<u8> {
+pub(super) fn taken(bits: Bits) -> Vec<u8> {
     let mut code = Code::default();
-    // lea r11, [r11 + 0x55]
-    code.bytes(&[0x4d, 0x8d, 0x5b, 0x55]).jump(SAVER);
+    match bits {
+        // lea r11, [r11 + 0x55]
+        Bits::Long => code.bytes(&[0x4d, 0x8d, 0x5b, 0x55]).jump(SAVER),
+        // lea ebp, [ebp + 0x55]
+        Bits::Compatibility => code.bytes(&[0x8d, 0x6d, 0x55]).far_jump(CODE64, saver(bits)),
+    };
     code.0
+}
+
+/// Address of the part of the program that saves registers.
+pub(super) fn saver(bits: Bits) -> u64 {
+    PROGRAM + program(bits).1
 }
 
 /// How the host enters the program as a function, and how it comes back.
@@ -231,6 +272,8 @@ pub(super) fn host_entry() -> (Vec<u8>, u64) {
     let mut code = Code::default();
     // push rbx, rbp, r12 to r15
     code.bytes(&[0x53, 0x55, 0x41, 0x54, 0x41, 0x55, 0x41, 0x56, 0x41, 0x57]).store(RSP, CALLER);
+    // mov eax, FLAT; mov ds, eax; mov es, eax: code of 64 bits does without
+    code.bytes(&[0xb8, FLAT as u8, 0, 0, 0, 0x8e, 0xd8, 0x8e, 0xc0]);
     let back = PROGRAM.wrapping_sub(HOST_ENTRY + code.0.len() as u64 + 5) as u32;
     code.bytes(&[0xe9]).bytes(&back.to_le_bytes());
     let exit = code.0.len() as u64;

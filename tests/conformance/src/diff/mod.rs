@@ -21,6 +21,7 @@ use serde::Serialize;
 
 use self::generate::{Case, Generator};
 use self::guest::Guest;
+pub use self::layout::Bits;
 use self::layout::{
     AFTER, BEFORE, CASES, CODE, CONTEXT, Context, DATA, DATA_LEN, END, NEXT, READ_ONLY, RESULT, SLOT,
 };
@@ -44,6 +45,8 @@ pub struct Options {
     pub count: u64,
     /// Only encodings whose name, as iced-x86 writes it, contains this.
     pub only: Option<String>,
+    /// The mode that instructions are executed in.
+    pub bits: Bits,
     /// Say how far it is on standard error, each so many instructions; 0 for never.
     pub progress: u64,
 }
@@ -119,7 +122,7 @@ pub fn run(engine: &dyn Engine, options: &Options) -> Result<Outcome, DiffError>
     let started = Instant::now();
     let model = [CpuModel::Host, CpuModel::V3].into_iter().find(|model| engine.cpu_models().contains(model));
     let model = model.ok_or(DiffError::Model { engine: engine.name() })?;
-    let mut encodings = generate::encodings();
+    let mut encodings = generate::encodings(options.bits);
     if let Some(part) = &options.only {
         encodings.retain(|code| format!("{code:?}").contains(part.as_str()));
         if encodings.is_empty() {
@@ -127,10 +130,10 @@ pub fn run(engine: &dyn Engine, options: &Options) -> Result<Outcome, DiffError>
         }
     }
     let mut outcome = Outcome { encodings: encodings.len(), ..Outcome::default() };
-    let mut generator = Generator::new(encodings);
+    let mut generator = Generator::new(encodings, options.bits);
     // The child first: it is forked before there are threads and memory of the engine.
-    let native = Native::start()?;
-    let guest = Guest::new(engine, model).map_err(|err| DiffError::Engine(err.to_string()))?;
+    let native = Native::start(options.bits)?;
+    let guest = Guest::new(engine, model, options.bits).map_err(|err| DiffError::Engine(err.to_string()))?;
     let mut sides = Sides { native, guest };
     let mut random = Random::new(options.seed);
     let mut known = BTreeMap::new();

@@ -5,8 +5,8 @@ use std::io;
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 
 use super::layout::{
-    BASE, DATA, DATA_LEN, EXIT, FAULT, HOLE, HOST_ENTRY, PROGRAM, READ_ONLY, SAVER, SECOND_HOLE, TAKEN,
-    TAKEN_POINTER, WINDOW, host_entry, program, taken,
+    BASE, Bits, CODE64, DATA, DATA_LEN, EXIT, FAULT, HOLE, HOST_ENTRY, PROGRAM, READ_ONLY, SAVER,
+    SECOND_HOLE, TAKEN, TAKEN_POINTER, WINDOW, host_entry, program, taken,
 };
 
 const PAGE: usize = 4096;
@@ -23,7 +23,7 @@ pub(super) struct Native {
 
 impl Native {
     /// Starts the child.
-    pub(super) fn start() -> io::Result<Native> {
+    pub(super) fn start(bits: Bits) -> io::Result<Native> {
         let file = checked(
             // SAFETY: a new file descriptor, with a name that ends in zero.
             unsafe { libc::memfd_create(c"harrier-diff".as_ptr(), libc::MFD_CLOEXEC) },
@@ -43,10 +43,10 @@ impl Native {
             serve(&file, &commands, &answers);
         }
         let native = Native { child, commands: command_source, answers: answer_source, window };
-        let (program, saver) = program();
+        let (program, saver) = program(bits);
         let (entry, exit) = host_entry();
         native.write(PROGRAM, &program);
-        native.write(TAKEN, &taken());
+        native.write(TAKEN, &taken(bits));
         native.write(TAKEN_POINTER, &TAKEN.to_le_bytes());
         native.write(HOST_ENTRY, &entry);
         native.write(EXIT, &exit.to_le_bytes());
@@ -192,5 +192,8 @@ extern "C" fn on_fault(_signal: libc::c_int, _info: *mut libc::siginfo_t, contex
         // A case that switched single steps on has had its one.
         registers[libc::REG_EFL as usize] &= !0x100;
         registers[libc::REG_RIP as usize] = saver as i64;
+        // CS is the low word.
+        let segments = &mut registers[libc::REG_CSGSFS as usize];
+        *segments = *segments & !0xffff | i64::from(CODE64);
     }
 }
