@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use harrier_engine::calibrate::Loop;
-use harrier_engine::{CpuModel, Engine, Probe};
+use harrier_engine::{CpuModel, Engine, EngineError};
 use harrier_engine_kvm::{Calibration, KvmEngine};
 use harrier_engine_soft::SoftEngine;
 use thiserror::Error;
@@ -50,9 +50,11 @@ pub(crate) fn select(choice: EngineChoice) -> Result<Selected, EngineChoiceError
         EngineChoice::Soft => Ok(Selected { engine: Box::new(SoftEngine), reason: None }),
         EngineChoice::Kvm => {
             let engine = kvm();
-            match engine.probe() {
-                Probe::Available { .. } => Ok(Selected { engine: Box::new(engine), reason: None }),
-                Probe::Unavailable { reason } => Err(EngineChoiceError::NoKvm(reason)),
+            // A guest of a few instructions: a KVM that runs none is not quietly replaced by software.
+            match engine.runs_kernel_mode() {
+                Ok(_) => Ok(Selected { engine: Box::new(engine), reason: None }),
+                Err(EngineError::Unavailable { reason, .. }) => Err(EngineChoiceError::NoKvm(reason)),
+                Err(err) => Err(EngineChoiceError::NoKvm(err.to_string())),
             }
         }
         EngineChoice::Auto => {

@@ -26,6 +26,11 @@ impl Failure {
     }
 }
 
+/// The host has no further descriptor for one of this process's own streams.
+pub(crate) fn no_stream(err: std::io::Error) -> Failure {
+    Failure::new(format!("the process's own streams cannot be used ({err}): raise the limit of open files"))
+}
+
 impl<E: std::error::Error> From<E> for Failure {
     fn from(err: E) -> Self {
         Failure::new(err)

@@ -110,7 +110,21 @@ fn leave_streams() -> std::io::Result<()> {
 /// Takes a place in the registry for a machine that runs in this process and has a name.
 pub(crate) fn sit_down(flags: &RunFlags, registry: &Registry) -> Result<Seat, Failure> {
     let claim = registry.create(new_machine(flags)?)?;
-    claim.sit_down().map_err(|err| Failure::new(format!("the machine's folder cannot be used ({err})")))
+    claim.sit_down().map_err(|err| {
+        Failure::new(format!(
+            "the machine's folder cannot be used ({err}): raise the limit of open files, or make room"
+        ))
+    })
+}
+
+/// The end of a machine that could not begin.
+pub(crate) fn never_ran(failure: &Failure) -> ExitRecord {
+    ExitRecord {
+        exit_code: failure.code,
+        error: Some(failure.message.clone()),
+        started_ms: None,
+        ended_ms: unix_ms(),
+    }
 }
 
 /// What a machine is, for those who ask.
@@ -162,19 +176,27 @@ pub(crate) struct Monitor {
 }
 
 impl Monitor {
+    /// If it fails, the machine has ended, and nothing of it is left that would not be left of another.
     pub(crate) fn new(seat: Seat, interrupter: Interrupter) -> Result<Self, Failure> {
+        let seat = Arc::new(seat);
+        Self::in_seat(&seat, interrupter).inspect_err(|failure| seat.finish(&never_ran(failure)))
+    }
+
+    fn in_seat(seat: &Arc<Seat>, interrupter: Interrupter) -> Result<Self, Failure> {
         let record = seat.record().clone();
         let output = if record.detached { Some(OutputLog::create(seat.folder())) } else { None };
         let output = output
             .transpose()
             .map_err(|err| Failure::new(format!("the machine's output cannot be kept ({err}): make room")))?;
-        let seat = Arc::new(seat);
-        let watched = Arc::clone(&seat);
+        let watched = Arc::clone(seat);
         let told = interrupter.clone();
-        std::thread::Builder::new().name("starter".to_owned()).spawn(move || {
+        let starter = std::thread::Builder::new().name("starter".to_owned()).spawn(move || {
             if watched.watch_starter().is_err() {
                 told.end(Interruption::Signal(SIGHUP));
             }
+        });
+        starter.map_err(|err| {
+            Failure::new(format!("no thread for the monitor ({err}): raise the limit of processes"))
         })?;
         let running = Running {
             record,
@@ -196,7 +218,12 @@ impl Monitor {
             ended: Mutex::new(None),
             has_ended: Condvar::new(),
         };
-        Ok(Monitor { seat, running: Arc::new(running), server: OnceLock::new(), finished: false })
+        Ok(Monitor {
+            seat: Arc::clone(seat),
+            running: Arc::new(running),
+            server: OnceLock::new(),
+            finished: false,
+        })
     }
 
     /// Whether somebody has asked the machine to end.
@@ -286,7 +313,11 @@ impl Monitor {
         snapshots: Snapshots,
         seccomp: bool,
     ) -> Result<(), Failure> {
-        let refused = |err| Failure::new(format!("the control socket cannot be served ({err})"));
+        let refused = |err| {
+            Failure::new(format!(
+                "the control socket cannot be served ({err}): raise the limits of processes and open files"
+            ))
+        };
         // Called once.
         let _ = self.running.snapshots.set(snapshots);
         // Called once.

@@ -88,7 +88,11 @@ pub(crate) fn run_seated(flags: RunFlags, started: Instant, seat: Seat) -> Resul
 fn run_in(flags: RunFlags, started: Instant, seat: Option<Seat>) -> Result<u8, Failure> {
     crate::heap::share_between_threads();
     let json = flags.json;
-    let attempt = flags.attempt.as_deref().map(Attempt::enter).transpose()?;
+    let attempt = flags.attempt.as_deref().map(Attempt::enter).transpose().inspect_err(|failure| {
+        if let Some(seat) = &seat {
+            seat.finish(&monitor::never_ran(failure));
+        }
+    })?;
     let interrupter = Interrupter::default();
     let monitor = seat.map(|seat| Monitor::new(seat, interrupter.clone())).transpose()?;
     if let (Some(attempt), Some(monitor)) = (&attempt, &monitor) {

@@ -21,7 +21,7 @@ use signal_hook::consts::SIGINT;
 
 use crate::attempt;
 use crate::config::{CommandConfig, RunConfig};
-use crate::exit::Failure;
+use crate::exit::{Failure, no_stream};
 use crate::files::{self, FileTrouble, FilesConfig, Outputs};
 use crate::monitor::Monitor;
 use crate::report::CapturedOutput;
@@ -391,8 +391,8 @@ fn open_streams(config: &RunConfig, tty: bool, run: &mut Run<'_>) -> Result<Stdi
         stdio.stderr = Box::new(FdOutput::new(file.into()));
     } else if tty {
         let watch = InterruptWatch::default();
-        let stdin = io::stdin().as_fd().try_clone_to_owned()?;
-        let stdout = io::stdout().as_fd().try_clone_to_owned()?;
+        let stdin = io::stdin().as_fd().try_clone_to_owned().map_err(no_stream)?;
+        let stdout = io::stdout().as_fd().try_clone_to_owned().map_err(no_stream)?;
         stdio.stdin = Stdin::Reader(Box::new(WatchedInput {
             source: stdin.into(),
             watch: watch.clone(),

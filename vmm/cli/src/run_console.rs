@@ -10,7 +10,7 @@ use harrier_machine::MachineEnd;
 use signal_hook::consts::SIGINT;
 
 use crate::config::RunConfig;
-use crate::exit::Failure;
+use crate::exit::{Failure, no_stream};
 use crate::monitor::Monitor;
 use crate::report::CapturedOutput;
 use crate::run::{Run, ended, guest_exit, interrupted, prepare, start};
@@ -30,16 +30,16 @@ pub(crate) fn run(
     let interrupter = run.interrupter.clone();
     let log = run.monitor.and_then(|monitor| monitor.output(Stream::Stdout));
     let interactive = terminal::is_interactive() && !config.output.json && log.is_none();
-    let stdin = io::stdin().as_fd().try_clone_to_owned()?;
+    let stdin = io::stdin().as_fd().try_clone_to_owned().map_err(no_stream)?;
     let (input, keys) = if log.is_some() {
         // A console that is detached reads what whoever attaches sends, or nothing.
         (run.monitor.map(|monitor| monitor.open_input(config)).transpose()?.flatten(), None)
     } else if interactive {
         let (reader, writer) =
-            rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(io::Error::from)?;
+            rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(|err| no_stream(err.into()))?;
         (Some(reader), Some(writer))
     } else {
-        (Some(stdin.try_clone()?), None)
+        (Some(stdin.try_clone().map_err(no_stream)?), None)
     };
     let output: Box<dyn Write + Send> = if config.output.json {
         let captured = CapturedOutput::default();
@@ -48,7 +48,7 @@ pub(crate) fn run(
     } else if let Some(log) = log {
         Box::new(log)
     } else {
-        let stdout = FdOutput::new(io::stdout().as_fd().try_clone_to_owned()?);
+        let stdout = FdOutput::new(io::stdout().as_fd().try_clone_to_owned().map_err(no_stream)?);
         Box::new(ConsoleOutput { stdout, interrupter: interrupter.clone() })
     };
     let mut prepared = prepare(config, engine, model, Some(output), input)?;

@@ -116,7 +116,10 @@ impl Seat {
         match (self.say(&Word::Ready), started) {
             (Ok(()), Ok(())) => Ok(()),
             (Ok(()), Err(err)) => {
-                log::error!("machine '{}': its start cannot be noted: {err}", self.record.name);
+                log::error!(
+                    "machine '{}': its start cannot be noted ({err}), it runs all the same",
+                    self.record.name
+                );
                 Ok(())
             }
             (Err(_), _) => Err(Abandoned),

@@ -57,13 +57,26 @@ pub enum EngineError {
         reason: String,
     },
     /// The host refused something.
-    #[error("{what}: {source}")]
+    #[error("the host refused to {what} ({source}): {}", remedy(.source))]
     Host {
-        /// What was being done.
+        /// What was being done, as a verb in the infinitive.
         what: &'static str,
         /// The host's answer.
         source: std::io::Error,
     },
+}
+
+/// What helps against an answer of the host, as far as its number says.
+fn remedy(source: &std::io::Error) -> &'static str {
+    // errno(3) on x86-64.
+    const ENOMEM: i32 = 12;
+    const ENFILE: i32 = 23;
+    const EMFILE: i32 = 24;
+    match source.raw_os_error() {
+        Some(ENOMEM) => "free memory on the host, or give the guest less",
+        Some(ENFILE | EMFILE) => "raise the limit of open files",
+        _ => "use a newer kernel on the host, or the other engine",
+    }
 }
 
 /// What every virtual machine of an engine is created with.

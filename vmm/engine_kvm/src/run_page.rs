@@ -50,6 +50,24 @@ impl RunPage {
         Ok(RunPage { start, len })
     }
 
+    /// Memory that no kernel shares, for tests of what is read from a page.
+    #[cfg(test)]
+    pub(crate) fn without_kernel(len: usize) -> RunPage {
+        // SAFETY: a new private mapping at an address that the kernel chooses.
+        let start = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            )
+        };
+        assert_ne!(start, libc::MAP_FAILED);
+        RunPage { start: NonNull::new(start.cast()).unwrap(), len }
+    }
+
     fn slice(&self) -> VolatileSlice<'_> {
         // SAFETY: the mapping has `len` bytes and lives as long as `self`.
         unsafe { VolatileSlice::new(self.start.as_ptr(), self.len) }

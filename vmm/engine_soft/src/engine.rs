@@ -11,7 +11,12 @@ use crate::native::thunk;
 use crate::vm::SoftVm;
 
 /// Why there is no engine where executable memory is forbidden.
-const NO_THUNKS: &str = "floating-point and vector instructions need executable memory: allow memfd_create and executable mappings";
+fn no_thunks(answer: &str) -> String {
+    format!(
+        "floating-point and vector instructions need executable memory, which the host refused ({answer}): allow \
+         memfd_create and executable mappings, and leave it memory and open files"
+    )
+}
 
 /// The software engine.
 #[derive(Debug, Default, Clone, Copy)]
@@ -55,11 +60,8 @@ fn check(config: &VmConfig) -> Result<(), EngineError> {
     }
     crate::cpuid::check_model(config.cpu_model)?;
     // This also maps the memory before system calls are filtered.
-    if thunk::available() {
-        Ok(())
-    } else {
-        Err(EngineError::Unavailable { engine: "soft", reason: NO_THUNKS.to_owned() })
-    }
+    thunk::available()
+        .map_err(|answer| EngineError::Unavailable { engine: "soft", reason: no_thunks(answer) })
 }
 
 impl Engine for SoftEngine {
@@ -68,8 +70,8 @@ impl Engine for SoftEngine {
     }
 
     fn probe(&self) -> Probe {
-        if !thunk::available() {
-            return Probe::Unavailable { reason: NO_THUNKS.to_owned() };
+        if let Err(answer) = thunk::available() {
+            return Probe::Unavailable { reason: no_thunks(answer) };
         }
         Probe::Available { detail: "software processor, on any host, slower than hardware".to_owned() }
     }

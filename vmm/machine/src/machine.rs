@@ -67,7 +67,7 @@ impl Parts {
 /// Why a machine's threads do not start.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "the host has no thread for {what} ({source}): use fewer processors, or raise the limit of processes"
+    "the host has no thread for {what} ({source}): use fewer processors, or raise the limits of processes and open files"
 )]
 pub struct StartError {
     /// What it was for.

@@ -72,7 +72,9 @@ pub enum MemoryError {
         host: ByteSize,
     },
     /// The host refused.
-    #[error("guest memory of {size}: the host refused ({reason}): give less, or free memory")]
+    #[error(
+        "guest memory of {size}: the host refused ({reason}): give less, free memory, or raise the limit that says so"
+    )]
     Refused {
         /// What was asked for.
         size: ByteSize,

@@ -12,7 +12,7 @@ use std::io::{IsTerminal, Write};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use harrier_engine::{Engine, Probe};
+use harrier_engine::{Engine, EngineError, Probe};
 use harrier_engine_kvm::KvmEngine;
 use harrier_engine_soft::SoftEngine;
 use harrier_guest_checks::{GUESTS, Guest};
@@ -37,9 +37,17 @@ struct Subject {
     name: &'static str,
     engine: Arc<dyn Engine>,
     /// Why it cannot run here.
-    missing: Option<String>,
+    unusable: Option<Unusable>,
     /// Nothing but these guests, if it is not everything.
     guests: Option<&'static [&'static str]>,
+}
+
+/// Why an engine cannot be used.
+enum Unusable {
+    /// The host does not have it.
+    Missing(String),
+    /// It is there, and does not do what it should.
+    Faulty(String),
 }
 
 /// What is tried on each engine.
@@ -82,8 +90,9 @@ pub(crate) fn run(flags: &SelftestFlags) -> Result<u8, Failure> {
         for check in checks.iter().filter(|check| subject.takes(**check)) {
             progress.show(subject.name, check.name());
             let started = Instant::now();
-            let outcome = match (&subject.missing, &stuck) {
-                (Some(reason), _) => Outcome::skipped(reason),
+            let outcome = match (&subject.unusable, &stuck) {
+                (Some(Unusable::Missing(reason)), _) => Outcome::skipped(reason),
+                (Some(Unusable::Faulty(reason)), _) => Outcome::failed(reason),
                 (None, Some(name)) => Outcome::skipped(&format!("'{name}' could not be stopped")),
                 (None, None) => match (check, &programs) {
                     (Check::Guest(guest), Some(folder)) => {
@@ -113,33 +122,32 @@ fn subjects(choice: Option<EngineChoice>) -> Result<Vec<Subject>, EngineChoiceEr
     let wants = |own| matches!(choice, None | Some(EngineChoice::Auto)) || choice == Some(own);
     let mut subjects = Vec::new();
     if wants(EngineChoice::Soft) {
-        let missing = missing(&SoftEngine);
-        subjects.push(Subject { name: "soft", engine: Arc::new(SoftEngine), missing, guests: None });
+        let unusable = match SoftEngine.probe() {
+            Probe::Available { .. } => None,
+            Probe::Unavailable { reason } => Some(Unusable::Missing(reason)),
+        };
+        subjects.push(Subject { name: "soft", engine: Arc::new(SoftEngine), unusable, guests: None });
     }
     if wants(EngineChoice::Kvm) {
         let kvm = KvmEngine::default().with_software(Arc::new(SoftEngine));
-        let missing = missing(&kvm);
-        if let Some(reason) = &missing
-            && choice == Some(EngineChoice::Kvm)
-        {
-            return Err(EngineChoiceError::NoKvm(reason.clone()));
-        }
-        let emulates = kvm.calibrate().is_ok_and(|found| !found.kernel_mode_in_hardware);
-        subjects.push(Subject { name: "kvm", engine: Arc::new(kvm), missing, guests: None });
+        let found = kvm.runs_kernel_mode();
+        let emulates = matches!(found, Ok(false));
+        let unusable = match found {
+            Ok(_) => None,
+            Err(EngineError::Unavailable { reason, .. }) if choice == Some(EngineChoice::Kvm) => {
+                return Err(EngineChoiceError::NoKvm(reason));
+            }
+            Err(EngineError::Unavailable { reason, .. }) => Some(Unusable::Missing(reason)),
+            Err(err) => Some(Unusable::Faulty(err.to_string())),
+        };
+        subjects.push(Subject { name: "kvm", engine: Arc::new(kvm), unusable, guests: None });
         if emulates {
             let alone = KvmEngine::default().with_assistant(Arc::new(SoftEngine));
             let guests = Some(ON_KVM_ALONE);
-            subjects.push(Subject { name: "kvm-alone", engine: Arc::new(alone), missing: None, guests });
+            subjects.push(Subject { name: "kvm-alone", engine: Arc::new(alone), unusable: None, guests });
         }
     }
     Ok(subjects)
-}
-
-fn missing(engine: &dyn Engine) -> Option<String> {
-    match engine.probe() {
-        Probe::Available { .. } => None,
-        Probe::Unavailable { reason } => Some(reason),
-    }
 }
 
 /// The checks whose names are, or begin with, one of `only`; all of them if there is none.

@@ -1,6 +1,7 @@
 //! The `harrier` program as a user runs it: bad input, plain boots of tiny guests, commands in real guests.
 
 mod attempt;
+mod bad_hosts;
 mod bad_input;
 mod files;
 mod fork;

@@ -77,13 +77,8 @@ type ThunkFn = unsafe extern "sysv64" fn(*mut u8, *mut u8, *mut u8, *mut u8, *mu
 
 /// Base address of the arena, once it is mapped.
 static BASE: AtomicU64 = AtomicU64::new(0);
-static ARENA: LazyLock<Option<Mutex<Arena>>> = LazyLock::new(|| match Arena::new() {
-    Ok(arena) => Some(Mutex::new(arena)),
-    Err(error) => {
-        log::error!("no executable memory for SIMD and x87 instructions: {error}");
-        None
-    }
-});
+static ARENA: LazyLock<Result<Mutex<Arena>, String>> =
+    LazyLock::new(|| Arena::new().map(Mutex::new).map_err(|error| error.to_string()));
 
 struct Arena {
     file: File,
@@ -173,13 +168,13 @@ fn key(instruction: &Instruction) -> u64 {
 /// Makes the thunk for this instruction, or finds the one that is there; answers its number, for [`call`].
 /// `None` when the instruction is not one that may run on the host.
 pub(crate) fn prepare(instruction: &Instruction) -> Option<u64> {
-    let arena = ARENA.as_ref()?;
+    let arena = ARENA.as_ref().ok()?;
     arena.lock().unwrap_or_else(PoisonError::into_inner).thunk(instruction).map(u64::from)
 }
 
-/// True when executable memory can be had, without which there is neither SIMD nor x87.
-pub(crate) fn available() -> bool {
-    ARENA.is_some()
+/// Whether executable memory can be had, without which there is neither SIMD nor x87; the error is the host's answer.
+pub(crate) fn available() -> Result<(), &'static str> {
+    ARENA.as_ref().map(drop).map_err(String::as_str)
 }
 
 /// Features whose instructions may become thunks.
