@@ -4,7 +4,10 @@
 
 use std::process::ExitCode;
 
+use harrier_agent_protocol::PROGRESS_MAX;
+
 use crate::identity;
+use crate::progress;
 use crate::sys::{self, Device, Identity};
 
 /// The name that makes the agent's binary this program.
@@ -18,6 +21,7 @@ What a job can ask of the machine that it runs in.
                                      or migrated, HARRIER_GENERATION, HARRIER_CLONE_INDEX
   harrier-guest identity [--wait]    say the same of this machine; --wait: once it is another one than now
   harrier-guest mark NAME [VALUE]    note a moment, which `harrier run --timings` and --json show
+  harrier-guest progress TEXT        say how far the job has come, which `harrier status` shows within seconds
   harrier-guest exit CODE [MESSAGE]  synchronise the disks and end the machine with this exit code, 0 to 255
   harrier-guest features             the bits of what the monitor offers, in hexadecimal
 ";
@@ -31,6 +35,7 @@ enum Request {
     Checkpoint,
     Identity { wait: bool },
     Mark { name: [u8; TEXT_BYTES], value: u64 },
+    Progress { text: String },
     Exit { code: u32, message: [u8; TEXT_BYTES] },
     Features,
     Help,
@@ -63,6 +68,7 @@ fn parse(arguments: &[String]) -> Result<Request, String> {
                 .map_err(|_| format!("'{value}' is not a value for a mark: give a number below 2^64"))?;
             Request::Mark { name: text("name", name)?, value }
         }
+        ["progress", text] => Request::Progress { text: line(text)? },
         ["exit", code] => Request::Exit { code: exit_code(code)?, message: [0; TEXT_BYTES] },
         ["exit", code, message] => {
             Request::Exit { code: exit_code(code)?, message: text("message", message)? }
@@ -91,9 +97,24 @@ fn text(what: &str, word: &str) -> Result<[u8; TEXT_BYTES], String> {
     Ok(bytes)
 }
 
+/// One line that is not cut off.
+fn line(word: &str) -> Result<String, String> {
+    if word.trim().is_empty() || word.contains(['\n', '\r', '\0']) || word.len() > PROGRESS_MAX {
+        return Err(format!(
+            "{word:?} is not what status can show: give one line of 1 to {PROGRESS_MAX} bytes"
+        ));
+    }
+    Ok(word.to_owned())
+}
+
 fn serve(request: Request) -> Result<String, String> {
     if request == Request::Help {
         return Ok(USAGE.to_owned());
+    }
+    if let Request::Progress { text } = &request {
+        return progress::say(text).map(|()| String::new()).map_err(|error| {
+            format!("the progress cannot be said: {error}; a job of 'harrier submit' has {}", progress::PATH)
+        });
     }
     let device = Device::open().map_err(|error| {
         format!(
@@ -128,7 +149,7 @@ fn serve(request: Request) -> Result<String, String> {
         Request::Features => {
             device.features().map(|bits| format!("{bits:#x}\n")).map_err(|error| failed("features", error))
         }
-        Request::Help => Ok(USAGE.to_owned()),
+        Request::Progress { .. } | Request::Help => Ok(USAGE.to_owned()),
     }
 }
 
@@ -150,6 +171,7 @@ mod tests {
         let mut name = [0; TEXT_BYTES];
         name[..8].copy_from_slice(b"half way");
         assert_eq!(parsed(&["mark", "half way", "77"]), Ok(Request::Mark { name, value: 77 }));
+        assert_eq!(parsed(&["progress", "3 of 4"]), Ok(Request::Progress { text: "3 of 4".to_owned() }));
         assert_eq!(parsed(&["identity", "--wait"]), Ok(Request::Identity { wait: true }));
         assert_eq!(parsed(&["exit", "255"]), Ok(Request::Exit { code: 255, message: [0; TEXT_BYTES] }));
         for (words, named) in [
@@ -159,6 +181,9 @@ mod tests {
             (&["mark", "\u{e9}"], "name"),
             (&["mark", "x", "-1"], "'-1'"),
             (&["mark", "123456789012345678901234567890123"], "32"),
+            (&["progress", " "], "one line"),
+            (&["progress", "a\nb"], "one line"),
+            (&["progress"], "'progress'"),
             (&["restart"], "'restart'"),
             (&[], "--help"),
         ] {

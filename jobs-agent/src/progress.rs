@@ -1,12 +1,16 @@
 //! How far a command says it has come: the last line of `/run/harrier/progress`, which anybody in the machine may write.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::PathBuf;
 
 use harrier_agent_protocol::PROGRESS_MAX;
 
+/// The file in every machine of a job.
+pub(crate) const PATH: &str = "/run/harrier/progress";
+/// How long the file becomes by what is said with [`say`].
+const LONGEST: u64 = 64 << 10;
 const FOLDER: &str = "/run/harrier";
 const NAME: &str = "progress";
 
@@ -16,6 +20,21 @@ pub(crate) struct ProgressFile {
     path: PathBuf,
     /// Inode, change time and size.
     seen: Option<(u64, i64, i64, u64)>,
+}
+
+/// Says how far a command has come. The file has to be there: only a job's machine has it.
+pub(crate) fn say(text: &str) -> io::Result<()> {
+    say_in(PATH.as_ref(), text)
+}
+
+fn say_in(path: &std::path::Path, text: &str) -> io::Result<()> {
+    let mut file = OpenOptions::new().append(true).open(path)?;
+    // It lies in the guest's memory.
+    if file.metadata()?.len() > LONGEST {
+        file.set_len(0)?;
+    }
+    // One write: whoever reads beside it sees the line whole, or the line before as well.
+    file.write_all(format!("{text}\n").as_bytes())
 }
 
 impl ProgressFile {
@@ -73,6 +92,14 @@ mod tests {
         fs::write(&path, "one\n two \n\n").unwrap();
         assert_eq!(file.news().as_deref(), Some(b"two".as_slice()));
         assert_eq!(file.news(), None);
+        say_in(&path, "three").unwrap();
+        assert_eq!(file.news().as_deref(), Some(b"three".as_slice()));
+        for number in 0..10_000 {
+            say_in(&path, &format!("number {number}")).unwrap();
+        }
+        assert!(fs::metadata(&path).unwrap().len() <= LONGEST + 16);
+        assert_eq!(file.news().as_deref(), Some(b"number 9999".as_slice()));
+        fs::write(&path, "one\n two \n\n").unwrap();
         file.forget();
         assert_eq!(file.news().as_deref(), Some(b"two".as_slice()));
         fs::write(&path, vec![b'x'; 1 << 20]).unwrap();

@@ -110,7 +110,7 @@ pub(crate) struct SubmitFlags {
     /// A file that becomes the command's stdin; else it is empty.
     #[arg(long, value_name = "FILE")]
     pub(crate) stdin: Option<PathBuf>,
-    /// A file of this host that the job is given: by default in its working directory, under its own name. It is copied into
+    /// A file or directory of this host that the job is given: by default in its working directory, under its own name. It is copied into
     /// the queue now. Repeatable.
     #[arg(long, value_name = "HOST[:GUEST]")]
     pub(crate) input: Vec<String>,

@@ -133,8 +133,59 @@ fn job(flags: &SubmitFlags) -> Result<NewJob, Failure> {
         job.array = Some(harrier_jobs::queue::parse_range(text).map_err(|err| flag("array")(&err))?);
     }
     job.hold |= flags.hold;
+    expand_inputs(&mut job)?;
     job.check()?;
     Ok(job)
+}
+
+/// Names the files of every directory among the inputs, each at its place below where that is to be.
+fn expand_inputs(job: &mut NewJob) -> Result<(), Failure> {
+    let mut inputs = Vec::new();
+    for input in std::mem::take(&mut job.spec.inputs) {
+        let root = Path::new(&input.host);
+        if !root.is_dir() {
+            inputs.push(input);
+            continue;
+        }
+        let before = inputs.len();
+        let mut folders = vec![root.to_owned()];
+        while let Some(folder) = folders.pop() {
+            let unreadable = |err: std::io::Error| {
+                Failure::new(format!("input '{}' cannot be read ({err}): check its rights", folder.display()))
+            };
+            let mut entries: Vec<_> =
+                std::fs::read_dir(&folder).and_then(|entries| entries.collect()).map_err(unreadable)?;
+            entries.sort_by_key(std::fs::DirEntry::path);
+            for entry in entries {
+                let (path, kind) = (entry.path(), entry.file_type().map_err(unreadable)?);
+                let within = path.strip_prefix(root).ok().and_then(Path::to_str);
+                match (within, path.to_str()) {
+                    _ if kind.is_dir() => folders.push(path),
+                    (Some(within), Some(host)) if kind.is_file() => inputs.push(InputFile {
+                        host: host.to_owned(),
+                        guest: format!("{}/{within}", input.guest.trim_end_matches('/')),
+                        facts: None,
+                    }),
+                    (None, _) | (_, None) => {
+                        let name = path.display();
+                        return Err(Failure::new(format!("input '{name}' is not UTF-8: rename it")));
+                    }
+                    _ => {
+                        return Err(Failure::new(format!(
+                            "input '{}' is neither a file nor a directory: remove it, or pack the directory with tar",
+                            path.display()
+                        )));
+                    }
+                }
+            }
+        }
+        if inputs.len() == before {
+            let name = root.display();
+            return Err(Failure::new(format!("input '{name}' is a directory without files: leave it out")));
+        }
+    }
+    job.spec.inputs = inputs;
+    Ok(())
 }
 
 /// Copies a job's input files into the queue.

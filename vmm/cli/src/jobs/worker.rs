@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use harrier_engine::{CpuModel, Engine};
+use harrier_jobs::files::Sha256Digest;
 use harrier_jobs::worker::{self, Config, Policy};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -141,7 +142,21 @@ fn engines() -> Vec<Box<dyn Engine>> {
 fn models(engines: &[Box<dyn Engine>]) -> Vec<String> {
     let offered = |model: &CpuModel| engines.iter().all(|engine| engine.cpu_models().contains(model));
     let all = engines.first().map(|engine| engine.cpu_models()).unwrap_or_default();
-    all.iter().filter(|model| offered(model)).map(ToString::to_string).collect()
+    let mut models: Vec<String> =
+        all.iter().filter(|model| offered(model)).map(ToString::to_string).collect();
+    if all.contains(&CpuModel::Host) && offered(&CpuModel::Host) {
+        models.push(host_model(&std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default()));
+    }
+    models
+}
+
+/// The host's own processor as a CPU model that no unlike host offers: what decides which instructions there are, as the
+/// kernel shows it (proc_cpuinfo(5)).
+fn host_model(cpuinfo: &str) -> String {
+    let keys = ["vendor_id", "cpu family", "model\t", "flags"];
+    let line = |key: &str| cpuinfo.lines().find(|line| line.starts_with(key)).unwrap_or_default();
+    let digest = Sha256Digest::of(keys.map(line).join("\n").as_bytes()).to_string();
+    format!("host:{}", digest.chars().take(12).collect::<String>())
 }
 
 /// `MemAvailable` of /proc/meminfo, see proc_meminfo(5).
@@ -150,4 +165,20 @@ fn available_memory() -> u64 {
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
     let kib: u64 = line.and_then(|rest| rest.trim().trim_end_matches("kB").trim().parse().ok()).unwrap_or(0);
     kib << 10
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hosts_are_told_apart_by_what_their_processors_can_do_and_by_nothing_else() {
+        let text = |speed: &str, flags: &str| {
+            format!("vendor_id\t: X\ncpu family\t: 6\nmodel\t\t: 9\ncpu MHz\t: {speed}\nflags\t\t: {flags}\n")
+        };
+        let one = host_model(&text("1000", "sse avx"));
+        assert!(one.starts_with("host:") && one.len() == 17, "{one}");
+        assert_eq!(one, host_model(&text("2000", "sse avx")));
+        assert_ne!(one, host_model(&text("1000", "sse avx avx2")));
+    }
 }

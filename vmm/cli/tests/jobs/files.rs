@@ -139,3 +139,42 @@ fn a_command_that_saves_its_state_is_started_again_with_it() {
     drain(&pool);
     assert_eq!(pool.good(&["logs", "--stdout", &id.to_string()]), "attempt 6 made 3\n");
 }
+
+#[test]
+fn a_directory_stands_for_the_files_in_it() {
+    let pool = Pool::new();
+    let tree = pool.path("tree");
+    fs::create_dir_all(tree.join("deep/er")).unwrap();
+    fs::write(tree.join("top"), "one").unwrap();
+    fs::write(tree.join("deep/er/leaf"), "two").unwrap();
+    let text = pool.text("tree");
+    let script = "cat /data/top /data/deep/er/leaf tree/top";
+    let id =
+        submit(&pool, &["--workdir", "/tmp", "--input", &format!("{text}:/data"), "--input", &text], script);
+    // What was submitted counts.
+    fs::remove_dir_all(tree.join("deep")).unwrap();
+    drain(&pool);
+    assert_eq!((pool.exit_code(id), pool.logs(id).as_str()), (0, "onetwoone"), "{}", pool.history(id));
+    std::os::unix::fs::symlink("top", tree.join("link")).unwrap();
+    let refused = |what: &str| {
+        let (code, _, stderr) = pool.run(&["submit", "--input", &text, "--", "true"]);
+        assert!(code == 125 && stderr.contains(what) && stderr.lines().count() == 1, "{stderr}");
+    };
+    refused("neither a file nor a directory");
+    fs::remove_file(tree.join("link")).unwrap();
+    fs::remove_file(tree.join("top")).unwrap();
+    refused("a directory without files");
+    for number in 0..1001 {
+        fs::write(tree.join(number.to_string()), "").unwrap();
+    }
+    refused("1001 are too many: 1000 at most");
+}
+
+#[test]
+fn a_job_says_how_far_it_has_come_from_inside() {
+    let pool = Pool::new();
+    let _worker = pool.worker("w", &[]);
+    let id = submit(&pool, &[], "harrier-guest progress 'step 3 of 10' && sleep 100");
+    eventually("status shows it", || pool.job(id)["progress"] == "step 3 of 10");
+    pool.good(&["cancel", &id.to_string()]);
+}

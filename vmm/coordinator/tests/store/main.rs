@@ -39,6 +39,7 @@ on_every_store! {
     an_array_has_an_index_for_each_job,
     output_goes_on_at_a_checkpoint_and_nothing_is_doubled,
     a_bad_checkpoint_is_not_offered_again,
+    a_checkpoint_goes_only_to_hosts_that_offer_its_processor,
     checkpoints_come_in_pieces_and_only_from_who_has_the_job,
     files_are_there_before_their_job_and_after_its_end,
     a_job_that_saves_its_state_is_given_it_again,

@@ -471,7 +471,31 @@ fn checkpoint(number: u32, output: u64, work_ms: u64) -> Report {
         output: [output, 0],
         work_ms,
         at_ms: 0,
+        cpu_model: None,
     })
+}
+
+pub(crate) fn a_checkpoint_goes_only_to_hosts_that_offer_its_processor(f: &Fixture) {
+    f.host("old", |_| {});
+    f.host("new", |ad| ad.cpu_models.push("v3".to_owned()));
+    let id = f.plain();
+    let first = f.claim_one("new");
+    f.start(&first.key);
+    let Report::Checkpointed(taken) = checkpoint(1, 0, 100) else { panic!() };
+    let taken = Checkpoint { cpu_model: Some("v3".to_owned()), ..taken };
+    f.store.report(&first.key, &Report::Checkpointed(taken.clone())).unwrap();
+    f.end(&first.key, Reason::Evicted, None);
+    assert_eq!(f.store.job(id).unwrap().checkpoint_cpu_model.as_deref(), Some("v3"));
+    assert!(f.claim("old", 1).is_empty(), "it could not restore it");
+    let why = harrier_jobs::store::why(f.store.as_ref(), id, 0).unwrap();
+    let old = why.hosts.iter().find(|host| host.host == "old").unwrap();
+    assert!(!old.suits && old.reasons[0].contains("its checkpoint needs cpu model 'v3'"), "{old:?}");
+    let second = f.claim_one("new");
+    assert_eq!(second.checkpoints, [Checkpoint { epoch: 1, at_ms: second.checkpoints[0].at_ms, ..taken }]);
+    // One that begins anew may go anywhere.
+    act(f, Action::Requeue, id);
+    f.end(&second.key, Reason::Requeued, None);
+    assert!(f.claim_one("old").checkpoints.is_empty());
 }
 
 pub(crate) fn output_goes_on_at_a_checkpoint_and_nothing_is_doubled(f: &Fixture) {

@@ -60,6 +60,9 @@ pub struct Job {
     pub retries_used: u32,
     /// System failures since it last made progress.
     pub failures: u32,
+    /// The processor that its latest checkpoint needs.
+    #[serde(default)]
+    pub checkpoint_cpu_model: Option<String>,
     /// How far its command says it has come.
     #[serde(default)]
     pub progress: Option<String>,
@@ -268,6 +271,9 @@ pub struct Checkpoint {
     pub work_ms: u64,
     /// When it was written.
     pub at_ms: u64,
+    /// The processor that its machine sees: only hosts that offer it can go on with it.
+    #[serde(default)]
+    pub cpu_model: Option<String>,
 }
 
 /// What a host offers, as requirements and rank see it.

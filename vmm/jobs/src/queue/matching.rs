@@ -22,7 +22,15 @@ pub(super) const NAMES: &[&str] = &[
 /// What keeps a job from a host for good; nothing if the host suits it.
 pub fn unsuitable_for(ad: &HostAd, job: &Job) -> Vec<String> {
     let spec = &job.spec;
-    let mut reasons = unsuitable(ad, &spec.engine, spec.cpu_model.as_deref(), spec.requirements.as_deref());
+    let mut reasons = unsuitable(
+        ad,
+        &Needs {
+            engine: &spec.engine,
+            cpu_model: spec.cpu_model.as_deref(),
+            checkpoint_cpu_model: job.checkpoint_cpu_model.as_deref(),
+            requirements: spec.requirements.as_deref(),
+        },
+    );
     if spec.cpus > ad.cpus {
         reasons.push(format!("it wants {} cpus, the host gives {} to jobs", spec.cpus, ad.cpus));
     }
@@ -37,13 +45,22 @@ pub fn unsuitable_for(ad: &HostAd, job: &Job) -> Vec<String> {
     reasons
 }
 
-/// What keeps a job with these wishes from a host for good; nothing if the host suits it.
-pub fn unsuitable(
-    ad: &HostAd,
-    engine: &str,
-    cpu_model: Option<&str>,
-    requirements: Option<&str>,
-) -> Vec<String> {
+/// What a job needs of a host, besides room.
+#[derive(Clone, Copy, Debug)]
+pub struct Needs<'a> {
+    /// auto, or a name.
+    pub engine: &'a str,
+    /// What its user wants.
+    pub cpu_model: Option<&'a str>,
+    /// What its latest checkpoint was taken on.
+    pub checkpoint_cpu_model: Option<&'a str>,
+    /// An expression.
+    pub requirements: Option<&'a str>,
+}
+
+/// What keeps a job with these needs from a host for good; nothing if the host suits it.
+pub fn unsuitable(ad: &HostAd, needs: &Needs<'_>) -> Vec<String> {
+    let Needs { engine, cpu_model, checkpoint_cpu_model, requirements } = *needs;
     let mut reasons = Vec::new();
     if engine != "auto" && !ad.engines.iter().any(|offered| offered == engine) {
         reasons.push(format!("engine '{engine}' is not one of {}", ad.engines.join(", ")));
@@ -52,6 +69,14 @@ pub fn unsuitable(
         && !ad.cpu_models.iter().any(|offered| offered == model)
     {
         reasons.push(format!("cpu model '{model}' is not one of {}", ad.cpu_models.join(", ")));
+    }
+    if let Some(model) = checkpoint_cpu_model
+        && !ad.cpu_models.iter().any(|offered| offered == model)
+    {
+        reasons.push(format!(
+            "its checkpoint needs cpu model '{model}', which is not one of {} ('harrier requeue' begins anew)",
+            ad.cpu_models.join(", ")
+        ));
     }
     if let Some(text) = requirements {
         match Expr::parse(text) {
@@ -78,7 +103,7 @@ impl Scope for AdScope<'_> {
             "kvm" => Value::Bool(ad.engines.iter().any(|engine| engine == "kvm")),
             // The best of the models that are the same everywhere.
             "cpu_model" => {
-                let best = ad.cpu_models.iter().filter(|model| model.as_str() != "host").max();
+                let best = ad.cpu_models.iter().filter(|model| !model.starts_with("host")).max();
                 best.cloned().map_or(Value::Undefined, Value::Text)
             }
             "version" => Value::Text(ad.version.clone()),

@@ -17,6 +17,6 @@ pub use job::{
     Wanted,
 };
 pub use job_file::{JobFile, JobFileError, parse_interval, parse_range};
-pub use matching::{AdScope, unsuitable, unsuitable_for};
+pub use matching::{AdScope, Needs, unsuitable, unsuitable_for};
 pub use spec::{Dependency, DependencyKind, JobSpec, MAX_ARRAY, NewJob, SpecProblem};
 pub use state::{Activity, Reason, ReasonKind, State};

@@ -80,6 +80,8 @@ pub(super) struct Surroundings {
     /// The registry of this worker's machines.
     pub(super) machines: PathBuf,
     pub(super) run_flags: Vec<OsString>,
+    /// What `host` is on this host, as a CPU model.
+    pub(super) host_model: Option<String>,
     pub(super) transfers: Arc<Transfers>,
     pub(super) warm: Arc<Warm>,
     pub(super) reuse: Arc<Machines>,

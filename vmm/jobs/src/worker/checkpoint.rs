@@ -18,6 +18,8 @@ use crate::session::{SECTION, SessionState};
 use crate::store::checkpoints::{MAX_PIECE, check_name, next_data};
 use crate::store::{CheckpointPiece, CheckpointQuery, Store, StoreError};
 
+/// Where a snapshot says which processor its machine sees.
+const MACHINE_SECTION: &str = "machine";
 /// How long a monitor may take for a snapshot.
 const TIMEOUT: Duration = Duration::from_secs(24 * 3600);
 /// The wait between two tries to reach the store.
@@ -95,6 +97,7 @@ impl Way<'_> {
         let taken = client.clone().with_timeout(TIMEOUT).snapshot(&request).map_err(|err| err.to_string())?;
         let snapshot = Snapshot::open(&target).map_err(|err| err.to_string())?;
         let output = command(&snapshot)?.output;
+        let cpu_model = cpu_model(&snapshot)?;
         let size_bytes = stored_bytes(&target);
         let sending = Instant::now();
         if local.is_none() {
@@ -112,6 +115,7 @@ impl Way<'_> {
             output,
             work_ms,
             at_ms: 0,
+            cpu_model: Some(cpu_model),
         };
         let sent = if local.is_none() { sending.elapsed() } else { Duration::ZERO };
         Ok(Written { checkpoint, stood: Duration::from_micros(taken.pause_us), sent, took: begin.elapsed() })
@@ -254,6 +258,19 @@ fn command(snapshot: &Snapshot) -> Result<CommandPlace, String> {
         .map_err(|err| format!("section '{SECTION}' cannot be read: {err}"))?;
     let command = state.commands.first().ok_or("no command runs in it")?;
     Ok(CommandPlace { stdin: command.stdin.end(), output: [command.stdout.offset, command.stderr.offset] })
+}
+
+/// The processor that a snapshot's machine sees; the rest of that section is the machine's business.
+#[derive(Deserialize)]
+struct MachineModel {
+    cpu_model: String,
+}
+
+fn cpu_model(snapshot: &Snapshot) -> Result<String, String> {
+    let section = snapshot.section(MACHINE_SECTION).map_err(|err| err.to_string())?;
+    let machine: MachineModel = serde_json::from_slice(&section.bytes)
+        .map_err(|err| format!("section '{MACHINE_SECTION}' cannot be read: {err}"))?;
+    Ok(machine.cpu_model)
 }
 
 /// What a folder's files take on the disk.

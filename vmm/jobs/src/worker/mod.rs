@@ -52,7 +52,7 @@ const RENEWALS: u32 = 6;
 /// How often the host says what it offers.
 const ADVERTISEMENT: Duration = Duration::from_secs(10);
 /// How long an idle worker waits between two looks at the queue: at first and at most.
-const LOOKS: (Duration, Duration) = (Duration::from_millis(50), Duration::from_millis(500));
+const LOOKS: (Duration, Duration) = (Duration::from_millis(50), Duration::from_millis(200));
 
 /// Where a worker can be made to die, for tests: right before or after something that others see.
 pub const POINTS: &[&str] = &[
@@ -90,7 +90,7 @@ pub struct Config {
     pub memory_bytes: u64,
     /// Engines that can run here, best first.
     pub engines: Vec<String>,
-    /// CPU models that they offer.
+    /// CPU models that they offer; `host` also as `host:DIGEST`, which tells unlike hosts apart.
     pub cpu_models: Vec<String>,
     /// Words that requirements can ask for.
     pub labels: BTreeMap<String, String>,
@@ -157,6 +157,7 @@ pub fn run(store: Arc<dyn Store>, config: &Config, say: Say, stop: &Stop) -> Res
         warm,
         reuse,
         run_flags: config.run_flags.clone(),
+        host_model: config.cpu_models.iter().find(|model| model.starts_with("host:")).cloned(),
         transfers: Transfers::new(config.transfers),
         die_at: config.die_at.clone(),
         say,

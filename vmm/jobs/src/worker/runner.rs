@@ -496,8 +496,14 @@ impl Runner {
             let scratch = around.folder(&key);
             let way = Way { store: around.store.as_ref(), key: &key, scratch: &scratch, given_up: &given_up };
             if let Some(_turn) = around.transfers.begin(&given_up) {
+                let mut result = way.write(&client, number, work_ms);
+                if let Ok(written) = &mut result
+                    && written.checkpoint.cpu_model.as_deref() == Some("host")
+                {
+                    written.checkpoint.cpu_model.clone_from(&around.host_model);
+                }
                 // Nobody listens any more when the monitor has ended.
-                let _ = sender.send(way.write(&client, number, work_ms));
+                let _ = sender.send(result);
             }
         };
         match thread::Builder::new().name("checkpoint".to_owned()).spawn(write) {

@@ -14,7 +14,7 @@ use super::ends::decayed;
 use super::rows::{add_event, find_job};
 use super::{Moment, Refusal, lease};
 use crate::queue::expr::Expr;
-use crate::queue::{AdScope, Free, HostAd, JobId, LeaseKey, Reason, State, unsuitable};
+use crate::queue::{AdScope, Free, HostAd, JobId, LeaseKey, Needs, Reason, State, unsuitable};
 use crate::store::{Claim, ClaimRequest, StoreError};
 
 /// One claim in so many takes the oldest job that fits.
@@ -110,14 +110,17 @@ struct Candidate {
     memory_bytes: u64,
     engine: String,
     cpu_model: Option<String>,
+    /// What its latest checkpoint needs.
+    checkpoint_cpu_model: Option<String>,
     requirements: Option<String>,
     not_before_ms: Option<u64>,
     rank: Option<String>,
     submitted_ms: u64,
 }
 
-const CANDIDATE: &str =
-    "id, user, cpus, memory_bytes, engine, cpu_model, requirements, not_before_ms, rank, submitted_ms";
+const CANDIDATE: &str = "id, user, cpus, memory_bytes, engine, jobs.cpu_model, requirements, not_before_ms, rank, submitted_ms, (SELECT \
+    cpu_model FROM snapshots WHERE snapshots.job = jobs.id AND usable = 1 ORDER BY snapshots.epoch DESC, number DESC \
+    LIMIT 1)";
 
 fn candidate(row: &Row<'_>) -> Result<Candidate> {
     Ok(Candidate {
@@ -131,6 +134,7 @@ fn candidate(row: &Row<'_>) -> Result<Candidate> {
         not_before_ms: row.get(7)?,
         rank: row.get(8)?,
         submitted_ms: row.get(9)?,
+        checkpoint_cpu_model: row.get(10)?,
     })
 }
 
@@ -163,21 +167,25 @@ struct Chooser<'a> {
     taken: Vec<JobId>,
 }
 
-type Wishes = (u32, u64, String, Option<String>, Option<String>);
+type Wishes = (u32, u64, String, [Option<String>; 3]);
 
 fn wishes(candidate: &Candidate) -> Wishes {
     (
         candidate.cpus,
         candidate.memory_bytes,
         candidate.engine.clone(),
-        candidate.cpu_model.clone(),
-        candidate.requirements.clone(),
+        [candidate.cpu_model.clone(), candidate.checkpoint_cpu_model.clone(), candidate.requirements.clone()],
     )
 }
 
 fn suits(ad: &HostAd, candidate: &Candidate) -> bool {
-    let (model, requirements) = (candidate.cpu_model.as_deref(), candidate.requirements.as_deref());
-    unsuitable(ad, &candidate.engine, model, requirements).is_empty()
+    let needs = Needs {
+        engine: &candidate.engine,
+        cpu_model: candidate.cpu_model.as_deref(),
+        checkpoint_cpu_model: candidate.checkpoint_cpu_model.as_deref(),
+        requirements: candidate.requirements.as_deref(),
+    };
+    unsuitable(ad, &needs).is_empty()
 }
 
 impl Chooser<'_> {

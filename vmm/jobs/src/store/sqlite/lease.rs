@@ -149,7 +149,7 @@ pub(super) fn report(
         Report::Checkpointed(checkpoint) => {
             tx.execute(
                 "INSERT OR REPLACE INTO snapshots (job, epoch, number, host, place, size_bytes, stdout_offset, \
-                 stderr_offset, work_ms, at_ms) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                 stderr_offset, work_ms, at_ms, cpu_model) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 params![
                     job.id,
                     job.epoch,
@@ -161,6 +161,7 @@ pub(super) fn report(
                     checkpoint.output[1],
                     checkpoint.work_ms,
                     moment.now_ms,
+                    checkpoint.cpu_model,
                 ],
             )?;
             // Two are enough: the latest, and the one before should that be damaged.

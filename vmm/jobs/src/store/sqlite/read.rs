@@ -105,7 +105,8 @@ pub(super) fn dependencies(tx: &Transaction<'_>, job: JobId) -> Result<Vec<Depen
 
 pub(super) fn checkpoints(tx: &Transaction<'_>, job: JobId) -> Result<Vec<Checkpoint>> {
     tx.prepare_cached(&format!(
-        "SELECT epoch, number, place, host, size_bytes, stdout_offset, stderr_offset, work_ms, at_ms FROM snapshots \
+        "SELECT epoch, number, place, host, size_bytes, stdout_offset, stderr_offset, work_ms, at_ms, cpu_model \
+         FROM snapshots \
          WHERE job = ? AND usable = 1 ORDER BY epoch DESC, number DESC LIMIT {OFFERED}"
     ))?
     .query_map([job], |row| {
@@ -118,6 +119,7 @@ pub(super) fn checkpoints(tx: &Transaction<'_>, job: JobId) -> Result<Vec<Checkp
             output: [row.get(5)?, row.get(6)?],
             work_ms: row.get(7)?,
             at_ms: row.get(8)?,
+            cpu_model: row.get(9)?,
         })
     })?
     .collect()

@@ -10,7 +10,8 @@ use crate::queue::{ArrayPlace, Attempt, Event, Job, JobId, Reason, State, Stored
 /// The columns that [`job`] reads.
 pub(super) const JOB: &str = "id, user, spec, state, activity, reason, detail, priority, submitted_ms, not_before_ms, \
      epoch, retries_used, failures, array_first, array_index, open_dependencies, host, lease_until_ms, wanted, \
-     started_ms, ended_ms, exit_code, progress, saved";
+     started_ms, ended_ms, exit_code, progress, saved, (SELECT cpu_model FROM snapshots WHERE snapshots.job = jobs.id AND \
+     usable = 1 ORDER BY snapshots.epoch DESC, number DESC LIMIT 1)";
 
 /// The columns that [`attempt`] reads.
 pub(super) const ATTEMPT: &str = "job, epoch, host, claimed_ms, started_ms, ended_ms, reason, detail, exit_code, \
@@ -77,6 +78,7 @@ pub(super) fn job(row: &Row<'_>) -> Result<Job> {
         exit_code: row.get(21)?,
         progress: row.get(22)?,
         saved: stored_files(row, 23)?,
+        checkpoint_cpu_model: row.get(24)?,
     })
 }
 

@@ -131,6 +131,8 @@ INSERT INTO counters VALUES ('claims', 0);
 ALTER TABLE jobs ADD COLUMN progress TEXT;
 ALTER TABLE jobs ADD COLUMN saved TEXT;
 ALTER TABLE attempts ADD COLUMN files TEXT;
+", "
+ALTER TABLE snapshots ADD COLUMN cpu_model TEXT;
 "];
 
 fn number(connection: &Connection, pragma: &str) -> rusqlite::Result<i64> {
