@@ -12,6 +12,10 @@ use crate::pool::{Pool, Process};
 
 /// Steps of a job: one in ten is long enough to be written down and moved.
 const STEPS: [u32; 10] = [1, 2, 3, 5, 8, 2, 3, 1, 5, 60];
+/// The next misfortune waits for a job's end, but no longer than this.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Which of these follow each other in one machine.
+const REUSED: [usize; 3] = [1, 4, 7];
 const LEASE: &str = "5s";
 
 /// How much.
@@ -114,7 +118,9 @@ pub(crate) fn run(harrier: &Path, arguments: &SoakArguments) -> Result<()> {
     let mut steps = Vec::new();
     while (steps.len() as u64) < arguments.jobs {
         let kind = STEPS.get(steps.len() % STEPS.len()).copied().unwrap_or(1);
-        soak.pool.submit(&["--memory", "128M"], &["sh", "-c", &script(kind)])?;
+        // Some follow each other in one machine.
+        let reuse: &[&str] = if REUSED.contains(&(steps.len() % STEPS.len())) { &["--reuse"] } else { &[] };
+        soak.pool.submit(&[&["--memory", "128M"][..], reuse].concat(), &["sh", "-c", &script(kind)])?;
         steps.push(kind);
     }
     let ended = soak.suffer(arguments.jobs, begin, limit)?;
@@ -140,12 +146,19 @@ impl Soak {
     /// Lets misfortunes happen until all jobs have ended; answers how many have.
     fn suffer(&mut self, jobs: u64, begin: Instant, limit: Duration) -> Result<u64> {
         let mut told = Instant::now();
+        // When the last misfortune came, and how many had ended by then.
+        let mut last = (Instant::now(), 0);
+        let mut ended = 0;
         loop {
             std::thread::sleep(Duration::from_millis(300 + self.dice.roll(1500)));
-            self.misfortune()?;
+            // On a host that has other work nothing would come to its end else.
+            if ended > last.1 || last.0.elapsed() > PATIENCE {
+                self.misfortune()?;
+                last = (Instant::now(), ended);
+            }
             let stats = self.pool.json(&["stats"])?;
             let states = stats["states"].as_array().context("no states")?;
-            let ended: u64 = states
+            ended = states
                 .iter()
                 .filter(|pair| matches!(pair[0].as_str(), Some("succeeded" | "failed" | "cancelled")))
                 .filter_map(|pair| pair[1].as_u64())

@@ -5,9 +5,39 @@ use std::os::unix::fs::PermissionsExt;
 
 use crate::pool::{Pool, eventually};
 
+/// Each test on each engine that can run here.
+macro_rules! on_engines {
+    ($($name:ident,)*) => {
+        mod soft {
+            $(#[test] fn $name() { super::$name("soft"); })*
+        }
+        mod kvm {
+            $(
+                #[test]
+                fn $name() {
+                    match std::path::Path::new("/dev/kvm").exists() {
+                        true => super::$name("kvm"),
+                        false => eprintln!("skipped: nothing runs on KVM, there is no /dev/kvm"),
+                    }
+                }
+            )*
+        }
+    };
+}
+
+on_engines! {
+    files_go_with_a_job_and_come_back,
+    files_go_through_a_coordinator,
+    a_job_that_does_not_leave_what_it_was_to_leave_has_not_succeeded,
+    limits_end_a_job_with_their_reason_and_its_machine_lives_to_say_so,
+    a_command_that_saves_its_state_is_started_again_with_it,
+    a_directory_stands_for_the_files_in_it,
+    a_job_says_how_far_it_has_come_from_inside,
+}
+
 /// Submits and answers the job's number.
-fn submit(pool: &Pool, flags: &[&str], script: &str) -> u64 {
-    let words = [&["submit"], flags, &["--engine", "soft", "--", "sh", "-c", script]].concat();
+fn submit(pool: &Pool, engine: &str, flags: &[&str], script: &str) -> u64 {
+    let words = [&["submit"], flags, &["--engine", engine, "--", "sh", "-c", script]].concat();
     pool.good(&words).trim().parse().unwrap()
 }
 
@@ -16,7 +46,7 @@ fn drain(pool: &Pool) {
     assert_eq!(worker.wait(), 0, "{}", worker.said());
 }
 
-fn goes_through(pool: &Pool) {
+fn goes_through(pool: &Pool, engine: &str) {
     let data: Vec<u8> = (0..3_000_000u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
     let (input, program) = (pool.text("in put"), pool.text("program"));
     fs::write(&input, &data).unwrap();
@@ -35,7 +65,7 @@ fn goes_through(pool: &Pool) {
         "--output",
         "/where",
     ];
-    let id = submit(pool, &flags, "program");
+    let id = submit(pool, engine, &flags, "program");
     // What was submitted counts.
     fs::write(&input, "changed").unwrap();
     fs::remove_file(&program).unwrap();
@@ -58,25 +88,23 @@ fn goes_through(pool: &Pool) {
     assert!(env.contains(&format!("HARRIER_IDEMPOTENCY_KEY={id}-")), "{env}");
 }
 
-#[test]
-fn files_go_with_a_job_and_come_back() {
-    goes_through(&Pool::new());
+fn files_go_with_a_job_and_come_back(engine: &str) {
+    goes_through(&Pool::new(), engine);
 }
 
-#[test]
-fn files_go_through_a_coordinator() {
+fn files_go_through_a_coordinator(engine: &str) {
     let pool = Pool::new();
     let socket = format!("unix:{}", pool.text("socket"));
     let (_coordinator, address) = pool.coordinator(&["--listen", &socket]);
     pool.use_place(&["--queue", &address]);
-    goes_through(&pool);
+    goes_through(&pool, engine);
 }
 
-#[test]
-fn a_job_that_does_not_leave_what_it_was_to_leave_has_not_succeeded() {
+fn a_job_that_does_not_leave_what_it_was_to_leave_has_not_succeeded(engine: &str) {
     let pool = Pool::new();
-    let missing = submit(&pool, &["--output", "/there", "--output", "/missing"], "echo x > /there");
-    let failed = submit(&pool, &["--output", "/there", "--output", "/missing"], "echo x > /there; exit 4");
+    let missing = submit(&pool, engine, &["--output", "/there", "--output", "/missing"], "echo x > /there");
+    let failed =
+        submit(&pool, engine, &["--output", "/there", "--output", "/missing"], "echo x > /there; exit 4");
     drain(&pool);
     let job = pool.job(missing);
     assert_eq!((&job["state"], &job["reason"]), (&"failed".into(), &"missing_output".into()), "{job}");
@@ -92,12 +120,12 @@ fn a_job_that_does_not_leave_what_it_was_to_leave_has_not_succeeded() {
     assert_eq!(pool.json(&["queue", "--all"]).as_array().unwrap().len(), 2, "nothing was submitted");
 }
 
-#[test]
-fn limits_end_a_job_with_their_reason_and_its_machine_lives_to_say_so() {
+fn limits_end_a_job_with_their_reason_and_its_machine_lives_to_say_so(engine: &str) {
     let pool = Pool::new();
-    let bomb = submit(&pool, &["--process-limit", "64"], "f() { f | f & }; f; while :; do sleep 1; done");
-    let memory = submit(&pool, &["--memory-limit", "12M"], "tail /dev/zero");
-    let user = submit(&pool, &["--user", "nobody", "--isolate"], "id -u; ls -d /proc/[0-9]* | wc -l");
+    let bomb =
+        submit(&pool, engine, &["--process-limit", "64"], "f() { f | f & }; f; while :; do sleep 1; done");
+    let memory = submit(&pool, engine, &["--memory-limit", "12M"], "tail /dev/zero");
+    let user = submit(&pool, engine, &["--user", "nobody", "--isolate"], "id -u; ls -d /proc/[0-9]* | wc -l");
     drain(&pool);
     for (id, reason) in [(bomb, "process_limit"), (memory, "out_of_memory")] {
         let job = pool.job(id);
@@ -108,17 +136,17 @@ fn limits_end_a_job_with_their_reason_and_its_machine_lives_to_say_so() {
     assert!(said.starts_with("65534\n") && said.lines().nth(1).unwrap().trim().len() == 1, "{said}");
 }
 
-#[test]
-fn a_command_that_saves_its_state_is_started_again_with_it() {
+fn a_command_that_saves_its_state_is_started_again_with_it(engine: &str) {
     let pool = Pool::new();
     let state = pool.text("state");
     fs::write(&state, "0\n").unwrap();
     let script = "n=$(cat /data/state); n=$((n + 1)); echo $n > /data/state; echo attempt $HARRIER_ATTEMPT made $n; \
                   [ $n -lt 3 ] && exit 85; exit 0";
     let input = format!("{state}:/data/state");
-    let id = submit(&pool, &["--input", &input, "--output", "/data/state", "--checkpoint-exit"], script);
+    let id =
+        submit(&pool, engine, &["--input", &input, "--output", "/data/state", "--checkpoint-exit"], script);
     // An exit code that stands for nothing here is a failure.
-    let other = submit(&pool, &[], "exit 85");
+    let other = submit(&pool, engine, &[], "exit 85");
     drain(&pool);
     assert_eq!(pool.exit_code(id), 0);
     assert_eq!(pool.good(&["logs", "--stdout", &id.to_string()]), "attempt 3 made 3\n");
@@ -140,8 +168,7 @@ fn a_command_that_saves_its_state_is_started_again_with_it() {
     assert_eq!(pool.good(&["logs", "--stdout", &id.to_string()]), "attempt 6 made 3\n");
 }
 
-#[test]
-fn a_directory_stands_for_the_files_in_it() {
+fn a_directory_stands_for_the_files_in_it(engine: &str) {
     let pool = Pool::new();
     let tree = pool.path("tree");
     fs::create_dir_all(tree.join("deep/er")).unwrap();
@@ -149,8 +176,12 @@ fn a_directory_stands_for_the_files_in_it() {
     fs::write(tree.join("deep/er/leaf"), "two").unwrap();
     let text = pool.text("tree");
     let script = "cat /data/top /data/deep/er/leaf tree/top";
-    let id =
-        submit(&pool, &["--workdir", "/tmp", "--input", &format!("{text}:/data"), "--input", &text], script);
+    let id = submit(
+        &pool,
+        engine,
+        &["--workdir", "/tmp", "--input", &format!("{text}:/data"), "--input", &text],
+        script,
+    );
     // What was submitted counts.
     fs::remove_dir_all(tree.join("deep")).unwrap();
     drain(&pool);
@@ -170,11 +201,10 @@ fn a_directory_stands_for_the_files_in_it() {
     refused("1001 are too many: 1000 at most");
 }
 
-#[test]
-fn a_job_says_how_far_it_has_come_from_inside() {
+fn a_job_says_how_far_it_has_come_from_inside(engine: &str) {
     let pool = Pool::new();
     let _worker = pool.worker("w", &[]);
-    let id = submit(&pool, &[], "harrier-guest progress 'step 3 of 10' && sleep 100");
+    let id = submit(&pool, engine, &[], "harrier-guest progress 'step 3 of 10' && sleep 100");
     eventually("status shows it", || pool.job(id)["progress"] == "step 3 of 10");
     pool.good(&["cancel", &id.to_string()]);
 }
