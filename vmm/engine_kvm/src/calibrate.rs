@@ -3,8 +3,6 @@
 //! There are hosts whose KVM runs only user mode on the processor and emulates kernel mode instruction by
 //! instruction; a few thousand instructions at privilege level 0 tell.
 
-use std::path::Path;
-
 use harrier_engine::EngineError;
 use harrier_engine::calibrate::Loop;
 
@@ -25,25 +23,25 @@ pub struct Calibration {
 /// No emulator of single instructions comes near this, and no processor falls below it.
 const SLOWEST_HARDWARE_MIPS: f64 = 100.0;
 
-/// Measures both levels on the KVM at `path`.
-pub(crate) fn measure(path: &Path) -> Result<Calibration, EngineError> {
-    with_loop(path, |guest| {
+/// Measures both levels on this KVM.
+pub(crate) fn measure(kvm: &KvmEngine) -> Result<Calibration, EngineError> {
+    with_loop(kvm, |guest| {
         let kernel_mips = guest.mips(0)?;
         let kernel_mode_in_hardware = kernel_mips >= SLOWEST_HARDWARE_MIPS;
         Ok(Calibration { kernel_mips, user_mips: guest.mips(3)?, kernel_mode_in_hardware })
     })
 }
 
-/// Whether the KVM at `path` runs kernel mode on the processor.
-pub(crate) fn kernel_mode_in_hardware(path: &Path) -> Result<bool, EngineError> {
-    with_loop(path, |guest| Ok(guest.mips(0)? >= SLOWEST_HARDWARE_MIPS))
+/// Whether this KVM runs kernel mode on the processor.
+pub(crate) fn kernel_mode_in_hardware(kvm: &KvmEngine) -> Result<bool, EngineError> {
+    with_loop(kvm, |guest| guest.reaches(0, SLOWEST_HARDWARE_MIPS))
 }
 
 fn with_loop<T>(
-    path: &Path,
+    kvm: &KvmEngine,
     ask: impl FnOnce(&mut Loop) -> Result<T, EngineError>,
 ) -> Result<T, EngineError> {
-    let mut guest = Loop::new(&KvmEngine::with_device(path.to_owned()))?;
+    let mut guest = Loop::new(&kvm.without_software())?;
     let answer = ask(&mut guest);
     // Taking a VM down takes the kernel some milliseconds, for which nobody should wait. Without a thread it
     // happens here.
@@ -68,8 +66,21 @@ mod tests {
     }
 
     #[test]
+    fn the_short_question_has_the_same_answer_as_the_measurement() {
+        let kvm = KvmEngine::default();
+        match kvm.calibrate() {
+            Ok(found) => {
+                assert_eq!(kernel_mode_in_hardware(&kvm).unwrap(), found.kernel_mode_in_hardware);
+                let user = with_loop(&kvm, |guest| guest.reaches(3, SLOWEST_HARDWARE_MIPS));
+                assert!(user.unwrap(), "{found:?}");
+            }
+            Err(err) => println!("skipped: calibration: {err}"),
+        }
+    }
+
+    #[test]
     fn a_host_without_kvm_is_told_so() {
-        let error = measure(Path::new("/nonexistent/kvm")).unwrap_err().to_string();
+        let error = measure(&KvmEngine::with_device("/nonexistent/kvm".into())).unwrap_err().to_string();
         assert!(
             error.starts_with("the kvm engine is not available: /nonexistent/kvm does not exist"),
             "{error}"

@@ -7,6 +7,7 @@ use std::sync::{Arc, OnceLock};
 use harrier_engine::assist::SoftwareEngine;
 use harrier_engine::user_mode::UserMode;
 use harrier_engine::{CpuModel, Engine, EngineError, Probe, Vm, VmConfig};
+use kvm_bindings::CpuId;
 
 use crate::probe::{self, Host};
 use crate::user::KvmUserMode;
@@ -27,6 +28,8 @@ pub struct KvmEngine {
     in_hardware: Arc<OnceLock<bool>>,
     /// A VM could be created.
     usable: Arc<OnceLock<()>>,
+    /// What KVM can show a guest, once it was asked: it executes CPUID for each leaf, which inside a virtual machine is slow.
+    supported: Arc<OnceLock<CpuId>>,
 }
 
 impl Default for KvmEngine {
@@ -45,6 +48,7 @@ impl KvmEngine {
             kvm_alone: false,
             in_hardware: Arc::default(),
             usable: Arc::default(),
+            supported: Arc::default(),
         }
     }
 
@@ -70,7 +74,7 @@ impl KvmEngine {
     /// # Errors
     /// [`EngineError::Unavailable`] if KVM is not usable; any other if it is faulty.
     pub fn calibrate(&self) -> Result<Calibration, EngineError> {
-        let found = calibrate::measure(&self.path)?;
+        let found = calibrate::measure(self)?;
         // Whoever was first has measured the same.
         let _ = self.in_hardware.set(found.kernel_mode_in_hardware);
         let _ = self.usable.set(());
@@ -82,7 +86,7 @@ impl KvmEngine {
     /// # Errors
     /// [`EngineError::Unavailable`] if KVM is not usable; any other if it is faulty.
     pub fn runs_kernel_mode(&self) -> Result<bool, EngineError> {
-        let found = calibrate::kernel_mode_in_hardware(&self.path)?;
+        let found = calibrate::kernel_mode_in_hardware(self)?;
         let _ = self.usable.set(());
         Ok(*self.in_hardware.get_or_init(|| found))
     }
@@ -117,7 +121,22 @@ impl KvmEngine {
     /// # Errors
     /// [`EngineError`] if KVM is not usable.
     pub fn create_user_mode(&self, model: CpuModel) -> Result<Arc<dyn UserMode>, EngineError> {
-        Ok(Arc::new(KvmUserMode::new(&self.open()?, model)?))
+        let host = self.open()?;
+        let supported = self.supported(&host)?;
+        Ok(Arc::new(KvmUserMode::new(&host, supported, model)?))
+    }
+
+    /// The same KVM with nothing but KVM.
+    pub(crate) fn without_software(&self) -> KvmEngine {
+        KvmEngine { software: None, kvm_alone: false, ..self.clone() }
+    }
+
+    fn supported(&self, host: &Host) -> Result<CpuId, EngineError> {
+        if let Some(known) = self.supported.get() {
+            return Ok(known.clone());
+        }
+        let found = cpuid::supported(&host.kvm).map_err(host::refused("ask KVM for its CPUID"))?;
+        Ok(self.supported.get_or_init(|| found).clone())
     }
 
     fn open(&self) -> Result<Host, EngineError> {
@@ -148,7 +167,10 @@ impl Engine for KvmEngine {
     }
 
     fn cpu_models(&self) -> Vec<CpuModel> {
-        let supported = probe::open(&self.path).ok().and_then(|host| cpuid::supported(&host.kvm).ok());
+        let supported = match self.supported.get() {
+            Some(known) => Some(known.clone()),
+            None => self.open().and_then(|host| self.supported(&host)).ok(),
+        };
         let Some(supported) = supported else { return Vec::new() };
         match self.kernel_mode() {
             Some(software) => software.cpu_models(),
@@ -176,7 +198,7 @@ impl Engine for KvmEngine {
                 ),
             });
         }
-        let supported = cpuid::supported(&opened.kvm).map_err(host::refused("ask KVM for its CPUID"))?;
+        let supported = self.supported(&opened)?;
         cpuid::check_model(config.cpu_model, &supported)?;
         Ok(Box::new(KvmVm::new(&opened, config, supported, self.software.as_deref())?))
     }

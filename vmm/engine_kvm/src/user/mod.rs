@@ -60,13 +60,12 @@ impl Shared {
 }
 
 impl KvmUserMode {
-    /// Creates the VM for a machine of this model.
-    pub(crate) fn new(host: &Host, model: CpuModel) -> Result<KvmUserMode, EngineError> {
+    /// Creates the VM for a machine of this model; `supported` is what KVM can show a guest.
+    pub(crate) fn new(host: &Host, supported: CpuId, model: CpuModel) -> Result<KvmUserMode, EngineError> {
         kick::install_handler()?;
         let fd = host
             .create_vm()
             .map_err(|missing| EngineError::Unavailable { engine: "kvm", reason: missing.to_string() })?;
-        let supported = cpuid::supported(&host.kvm).map_err(refused("ask KVM for its CPUID"))?;
         let run_page_bytes = host.kvm.get_vcpu_mmap_size().map_err(refused("ask for the size of kvm_run"))?;
         let limit = usize::try_from(fd.check_extension_int(Cap::NrMemslots)).unwrap_or(0).max(32);
         let slots = Slots::new(limit, fd.check_extension(Cap::ReadonlyMem));
