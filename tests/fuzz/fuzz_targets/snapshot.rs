@@ -34,12 +34,15 @@ struct Place {
     handles: [File; 4],
     /// Which of them differ on the disk now.
     changed: [bool; 4],
+    /// Where memory's trailer begins.
+    trailer: usize,
     /// Where numbers are in the table of contents.
     numbers: Vec<std::ops::Range<usize>>,
 }
 
-fn write(target: &Path, parent: Option<&Snapshot>, value: u8) -> Snapshot {
-    let mut writer = SnapshotWriter::create(target, parent, "fuzz").expect("a writer");
+fn write(target: &Path, parent: Option<&Snapshot>, value: u8, compressed: bool) -> Snapshot {
+    let writer = SnapshotWriter::create(target, parent, "fuzz").expect("a writer");
+    let mut writer = writer.compressed(compressed);
     let mut memory = writer.memory(PAGES).expect("memory");
     for page in [0, u64::from(value), PAGES - 1] {
         memory.write(page, &[value; PAGE_BYTES]).expect("a page");
@@ -60,15 +63,15 @@ fn write(target: &Path, parent: Option<&Snapshot>, value: u8) -> Snapshot {
 }
 
 impl Place {
-    fn new() -> Self {
+    fn new(compressed: bool) -> Self {
         let memory = Path::new("/dev/shm");
         let base = if memory.is_dir() { memory.to_owned() } else { std::env::temp_dir() };
-        let folder = base.join(format!("harrier-fuzz-snapshot-{}", std::process::id()));
+        let folder = base.join(format!("harrier-fuzz-snapshot-{}-{compressed}", std::process::id()));
         // A process of this number may have left one.
         let _ = std::fs::remove_dir_all(&folder);
         std::fs::create_dir(&folder).expect("a folder");
-        let first = write(&folder.join("first"), None, 1);
-        let second = write(&folder.join("second"), Some(&first), 2);
+        let first = write(&folder.join("first"), None, 1, compressed);
+        let second = write(&folder.join("second"), Some(&first), 2, compressed);
         let files = FILES.map(|name| std::fs::read(second.path().join(name)).expect("a file"));
         let handles = FILES.map(|name| {
             let path = second.path().join(name);
@@ -80,7 +83,8 @@ impl Place {
             .filter(|at| manifest[*at].is_ascii_digit() && manifest[at - 1] == b':')
             .map(|at| at..at + manifest[at..].iter().position(|byte| !byte.is_ascii_digit()).expect("an end"))
             .collect();
-        Place { folder, files, handles, changed: [false; 4], numbers }
+        let trailer = files[MEMORY].len() - second.manifest().memory.trailer_bytes as usize;
+        Place { folder, files, handles, changed: [false; 4], trailer, numbers }
     }
 
     /// The table of contents with other numbers in it, each changed once at most.
@@ -144,8 +148,8 @@ fn set_checksum(manifest: &mut [u8], key: &[u8], of: &[u8]) {
 const LAYER_NAME: &[u8] = b"\"disk-0.layer\"";
 
 /// Makes checksums right again.
-fn forge(files: &mut Files<'_>) {
-    let trailer = files[MEMORY].get(PAGES as usize * PAGE_BYTES..).unwrap_or_default().to_vec();
+fn forge(files: &mut Files<'_>, trailer: usize) {
+    let trailer = files[MEMORY].get(trailer..).unwrap_or_default().to_vec();
     let manifest = files[MANIFEST].to_mut();
     set_checksum(manifest, b"\"trailer_sha256\":\"", &trailer);
     let layer = files[LAYER].to_vec();
@@ -167,7 +171,7 @@ fn overwrite(file: &mut Vec<u8>, at: usize, bytes: &[u8]) {
     }
 }
 
-fn change(input: &mut Input<'_>, files: &mut Files<'_>) {
+fn change(input: &mut Input<'_>, files: &mut Files<'_>, trailer: usize) {
     let which = usize::from(input.u8()) % 4;
     match input.u8() % 6 {
         0 => {
@@ -197,21 +201,22 @@ fn change(input: &mut Input<'_>, files: &mut Files<'_>) {
         }
         _ => {
             // The trailer is where the numbers are.
-            let at = PAGES as usize * PAGE_BYTES + usize::from(input.u8());
+            let at = trailer + usize::from(input.u8());
             overwrite(files[MEMORY].to_mut(), at, input.take(8));
         }
     }
 }
 
 thread_local! {
-    static PLACE: RefCell<Place> = RefCell::new(Place::new());
+    static PLACES: RefCell<[Place; 2]> = RefCell::new([Place::new(false), Place::new(true)]);
 }
 
 fuzz_target!(|bytes: &[u8]| {
     let mut input = Input::new(bytes);
-    PLACE.with_borrow_mut(|place| {
-        let mut changed = place.changed;
+    PLACES.with_borrow_mut(|places| {
         let how = input.u8();
+        let place = &mut places[usize::from(how >> 1 & 1)];
+        let mut changed = place.changed;
         let is_forged = how & 1 != 0;
         // What looks at the whole folder, or makes new files, is tried more seldom: the time is in it.
         let is_thorough = how & 0xf0 == 0;
@@ -222,10 +227,10 @@ fuzz_target!(|bytes: &[u8]| {
             Cow::Borrowed(&place.files[3]),
         ];
         while !input.is_empty() {
-            change(&mut input, &mut files);
+            change(&mut input, &mut files, place.trailer);
         }
         if is_forged {
-            forge(&mut files);
+            forge(&mut files, place.trailer);
         }
         let is_pristine = place.put(&mut changed, &files);
         let has_right_manifest = !is_forged && !changed[MANIFEST];

@@ -136,6 +136,8 @@ pub(crate) enum ConfigError {
     Timeout(UnitError),
     #[error("--hang-limit: {0}")]
     HangLimit(UnitError),
+    #[error("--log-limit: {0}")]
+    LogLimit(UnitError),
     #[error("--cpu-model: {0}")]
     CpuModel(#[from] UnknownCpuModel),
     #[error("--env '{0}' has no name: write NAME=VALUE")]
@@ -252,6 +254,12 @@ pub(crate) fn parse_checkpoints(text: &str) -> Result<usize, ConfigError> {
 pub(crate) fn hang_limit(text: Option<&str>) -> Result<Duration, ConfigError> {
     let limit = text.map(parse_time).transpose().map_err(ConfigError::HangLimit)?;
     Ok(limit.unwrap_or(crate::attempt::HANG_LIMIT).max(crate::attempt::HEARTBEAT * 2))
+}
+
+/// A size, or the default.
+pub(crate) fn log_limit(text: Option<&str>) -> Result<u64, ConfigError> {
+    const DEFAULT: u64 = 16 << 30;
+    Ok(text.map(parse_size).transpose().map_err(ConfigError::LogLimit)?.unwrap_or(DEFAULT))
 }
 
 fn lossy(text: &OsStr) -> String {

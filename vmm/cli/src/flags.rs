@@ -211,6 +211,10 @@ pub(crate) struct FileFlags {
     /// The longest output file that is taken; suffixes K, M, G. The default is 16G.
     #[arg(long, value_name = "SIZE")]
     pub(crate) output_limit: Option<String>,
+    /// How much of what a detached machine prints is kept for 'harrier logs'; suffixes K, M, G. What comes later is lost, and told
+    /// to be. The default is 16G.
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) log_limit: Option<String>,
 }
 
 /// What the command may do in its machine.

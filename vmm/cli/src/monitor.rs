@@ -50,6 +50,7 @@ pub(crate) fn start_detached(flags: RunFlags, registry: &Registry) -> Result<u8,
     let new = new_machine(&flags)?;
     let json = flags.json;
     // What can be seen to be wrong from here is said at once.
+    crate::config::log_limit(flags.files.log_limit.as_deref())?;
     match flags.restore.clone() {
         Some(folder) => drop(crate::snapshots::restored_config(flags, &folder, false)?),
         None => drop(RunConfig::from_flags(flags, |name| std::env::var_os(name), false)?),
@@ -176,15 +177,16 @@ pub(crate) struct Monitor {
 }
 
 impl Monitor {
-    /// If it fails, the machine has ended, and nothing of it is left that would not be left of another.
-    pub(crate) fn new(seat: Seat, interrupter: Interrupter) -> Result<Self, Failure> {
+    /// Of what a detached machine prints, `log_limit` bytes are kept. If it fails, the machine has ended, and nothing of it is
+    /// left that would not be left of another.
+    pub(crate) fn new(seat: Seat, interrupter: Interrupter, log_limit: u64) -> Result<Self, Failure> {
         let seat = Arc::new(seat);
-        Self::in_seat(&seat, interrupter).inspect_err(|failure| seat.finish(&never_ran(failure)))
+        Self::in_seat(&seat, interrupter, log_limit).inspect_err(|failure| seat.finish(&never_ran(failure)))
     }
 
-    fn in_seat(seat: &Arc<Seat>, interrupter: Interrupter) -> Result<Self, Failure> {
+    fn in_seat(seat: &Arc<Seat>, interrupter: Interrupter, log_limit: u64) -> Result<Self, Failure> {
         let record = seat.record().clone();
-        let output = if record.detached { Some(OutputLog::create(seat.folder())) } else { None };
+        let output = if record.detached { Some(OutputLog::create(seat.folder(), log_limit)) } else { None };
         let output = output
             .transpose()
             .map_err(|err| Failure::new(format!("the machine's output cannot be kept ({err}): make room")))?;

@@ -94,7 +94,13 @@ fn run_in(flags: RunFlags, started: Instant, seat: Option<Seat>) -> Result<u8, F
         }
     })?;
     let interrupter = Interrupter::default();
-    let monitor = seat.map(|seat| Monitor::new(seat, interrupter.clone())).transpose()?;
+    let monitor = match seat {
+        Some(seat) => {
+            let log_limit = crate::config::log_limit(flags.files.log_limit.as_deref())?;
+            Some(Monitor::new(seat, interrupter.clone(), log_limit)?)
+        }
+        None => None,
+    };
     if let (Some(attempt), Some(monitor)) = (&attempt, &monitor) {
         attempt.stand_by(monitor.holder());
     }

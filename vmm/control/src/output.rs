@@ -19,6 +19,8 @@ use crate::registry::MachineFolder;
 use crate::time::unix_ns;
 
 const TIMES: &str = "times.log";
+/// Longest line about a piece, in bytes.
+const LINE_MAX: u64 = 80;
 /// Longest piece that a reader gives at once, in bytes.
 const PIECE_MAX: u64 = 256 << 10;
 
@@ -51,7 +53,8 @@ impl Stream {
     }
 }
 
-/// The writing side. A disk that is full costs output, and nothing else.
+/// The writing side. A disk that is full costs output, and nothing else; so does output beyond a limit, of which the first part
+/// is kept and the rest is told as lost.
 #[derive(Debug)]
 pub struct OutputLog {
     files: Mutex<Files>,
@@ -62,8 +65,12 @@ struct Files {
     streams: [StreamFile; 2],
     times: File,
     times_len: u64,
+    /// Bytes of all three files at most, but for what is told of losses.
+    limit: u64,
     /// Bytes that `times.log` does not know to be lost yet.
     untold_loss: u64,
+    /// Those that it knows of.
+    told_loss: u64,
     lost: u64,
     error: Option<String>,
 }
@@ -76,11 +83,11 @@ struct StreamFile {
 }
 
 impl OutputLog {
-    /// Makes the files.
+    /// Makes the files, which may hold `limit_bytes` together.
     ///
     /// # Errors
     /// The host's.
-    pub fn create(folder: &MachineFolder) -> io::Result<Arc<Self>> {
+    pub fn create(folder: &MachineFolder, limit_bytes: u64) -> io::Result<Arc<Self>> {
         let create = |name: &str| {
             File::options().write(true).create_new(true).mode(0o600).open(folder.path().join(name))
         };
@@ -91,7 +98,9 @@ impl OutputLog {
             streams: [stream(Stream::Stdout)?, stream(Stream::Stderr)?],
             times: create(TIMES)?,
             times_len: 0,
+            limit: limit_bytes,
             untold_loss: 0,
+            told_loss: 0,
             lost: 0,
             error: None,
         };
@@ -131,15 +140,34 @@ impl OutputLog {
     }
 }
 
+impl Drop for OutputLog {
+    fn drop(&mut self) {
+        self.files.get_mut().unwrap_or_else(PoisonError::into_inner).tell_loss(unix_ns());
+    }
+}
+
 impl Files {
     /// Keeps a piece; otherwise says how much of it was kept.
     fn keep(&mut self, stream: Stream, bytes: &[u8]) -> Result<(), (usize, io::Error)> {
         let now = unix_ns();
-        self.tell_loss(now);
+        let used = self.times_len + self.streams.iter().map(|stream| stream.len).sum::<u64>();
+        let room = self.limit.saturating_sub(used + LINE_MAX);
+        // Behind the limit nothing may come as often as pieces do, not even what is told of them.
+        if room > 0 || self.untold_loss > self.told_loss {
+            self.tell_loss(now);
+        }
         let [stdout, stderr] = &mut self.streams;
         let target = if stream == Stream::Stdout { stdout } else { stderr };
         target.came += bytes.len() as u64;
-        let (kept, result) = write_at(&target.file, target.len, bytes);
+        let fits = usize::try_from(room).unwrap_or(usize::MAX).min(bytes.len());
+        let (kept, result) = write_at(&target.file, target.len, bytes.get(..fits).unwrap_or(bytes));
+        let result = if fits < bytes.len() && result.is_ok() {
+            // From here on all is lost: a later piece that would fit would look as if nothing was missing before it.
+            self.limit = 0;
+            Err(io::Error::other("as much is kept as may be: give more with --log-limit"))
+        } else {
+            result
+        };
         let line = format!("{now} {} {} {kept}\n", stream.as_str(), target.len);
         if kept > 0 {
             let (told, told_result) = write_at(&self.times, self.times_len, line.as_bytes());
@@ -164,7 +192,7 @@ impl Files {
         match write_at(&self.times, self.times_len, line.as_bytes()) {
             (told, Ok(())) => {
                 self.times_len += told as u64;
-                self.untold_loss = 0;
+                self.told_loss += std::mem::take(&mut self.untold_loss);
             }
             // The next piece tries again.
             (_, Err(_)) => drop(self.times.set_len(self.times_len)),

@@ -148,6 +148,40 @@ fn a_command_goes_on_where_it_was_with_its_output_and_its_exit_code() {
 }
 
 #[test]
+fn a_stream_in_the_middle_of_a_hand_over_between_engines_loses_and_doubles_nothing() {
+    const LAST: u32 = 2_000_000;
+    let machines = Machines::new();
+    let kept = tempfile::tempdir().unwrap();
+    let path = |name: &str| kept.path().join(name);
+    let whole: String = (1..=LAST).map(|number| format!("{number}\n")).collect();
+    let other = if kvm_is_there(&machines) { "kvm" } else { "soft" };
+    let args = ["run", "-d", "--name", "first", "--engine", "soft", "--memory", "128M", "--cpu-model", "v1"];
+    machines.good(&[&args[..], &["--", "seq", &LAST.to_string()]].concat());
+    // What a machine has printed when a snapshot of it was taken in the middle, and it was killed.
+    let flows_until_kept = |name: &str, target: &str| {
+        crate::machines::eventually(&format!("{name} prints"), || {
+            machines.inspect(name)["output"]["stdout_bytes"].as_u64().is_some_and(|bytes| bytes > 300_000)
+        });
+        machines.good(&["snapshot", name, "--to", text(&path(target))]);
+        machines.run(&["kill", name]);
+        machines.run(&["wait", name]);
+        machines.good(&["logs", name])
+    };
+    let first = flows_until_kept("first", "a");
+    machines.good(&["restore", text(&path("a")), "-d", "--name", "second", "--engine", other]);
+    let second = flows_until_kept("second", "b");
+    let (code, third, err) =
+        machines.run(&["restore", text(&path("b")), "--engine", "soft", "--timeout", "120s"]);
+    assert_eq!(code, 0, "{err}");
+    assert!(whole.starts_with(&first), "the first one's is from the beginning on");
+    let begins = whole.find(&second).expect("a piece of the stream");
+    assert!(begins > 0 && begins <= first.len(), "{begins} after {}", first.len());
+    assert!(whole.ends_with(&third) && !third.is_empty());
+    let rest = whole.len() - third.len();
+    assert!(rest > begins && rest <= begins + second.len(), "{rest} after {}", begins + second.len());
+}
+
+#[test]
 fn two_processors_go_on_together() {
     let machines = Machines::new();
     let kept = tempfile::tempdir().unwrap();

@@ -82,3 +82,40 @@ fn more_connections_than_there_may_be_are_turned_away_and_the_others_are_served(
     assert_eq!(statuses, [408; CONNECTIONS_MAX]);
     assert_eq!(served.raw(GET).0, 200);
 }
+
+#[test]
+fn another_user_is_refused_even_where_the_folder_would_let_him_in() {
+    use std::os::unix::fs::PermissionsExt as _;
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: only root can be somebody else for a moment");
+        return;
+    }
+    let served = served();
+    let mut path = served.seat.folder().socket();
+    loop {
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o777)).unwrap();
+        if !path.pop() || path == std::env::temp_dir() {
+            break;
+        }
+    }
+    let socket = served.seat.folder().socket();
+    // Credentials are a thread's own, and go with it.
+    let ask = move |uid: Option<u32>| {
+        let socket = socket.clone();
+        std::thread::spawn(move || {
+            if let Some(uid) = uid.map(rustix::process::Uid::from_raw) {
+                rustix::thread::set_thread_res_uid(uid, uid, uid).unwrap();
+            }
+            let mut stream = UnixStream::connect(socket).unwrap();
+            let _ = stream.write_all(b"POST /v1/machine/pause HTTP/1.1\r\nHost: x\r\n\r\n");
+            answer(&mut stream)
+        })
+        .join()
+        .unwrap()
+    };
+    let (status, body) = ask(Some(65_534));
+    assert_eq!(status, 403, "{body}");
+    assert!(body.contains("only the owner"), "{body}");
+    assert_eq!(*served.machine.state.lock().unwrap(), harrier_control::api::MachineState::Starting);
+    assert_eq!(ask(None).0, 200);
+}

@@ -24,7 +24,7 @@ fn both_streams_come_back_in_their_order_also_after_the_folder_is_gone() {
     let (_folder, registry) = registry();
     let seat = claim(&registry, "a").sit_down().unwrap();
     assert!(OutputReader::open(seat.folder()).unwrap().is_none());
-    let log = OutputLog::create(seat.folder()).unwrap();
+    let log = OutputLog::create(seat.folder(), u64::MAX).unwrap();
     let (mut stdout, mut stderr) = (log.writer(Stream::Stdout), log.writer(Stream::Stderr));
     let mut reader = OutputReader::open(seat.folder()).unwrap().unwrap();
     assert_eq!(drain(&mut reader), []);
@@ -46,7 +46,7 @@ fn both_streams_come_back_in_their_order_also_after_the_folder_is_gone() {
 fn long_pieces_are_read_in_parts_and_a_reader_is_woken() {
     let (_folder, registry) = registry();
     let seat = claim(&registry, "a").sit_down().unwrap();
-    let log = OutputLog::create(seat.folder()).unwrap();
+    let log = OutputLog::create(seat.folder(), u64::MAX).unwrap();
     let mut reader = OutputReader::open(seat.folder()).unwrap().unwrap();
     let writer = std::thread::spawn(move || {
         let bytes: Vec<u8> = (0..1_000_000_u32).map(|i| (i / 7) as u8).collect();
@@ -69,7 +69,7 @@ fn long_pieces_are_read_in_parts_and_a_reader_is_woken() {
 fn damaged_times_cost_no_more_than_themselves() {
     let (_folder, registry) = registry();
     let seat = claim(&registry, "a").sit_down().unwrap();
-    let log = OutputLog::create(seat.folder()).unwrap();
+    let log = OutputLog::create(seat.folder(), u64::MAX).unwrap();
     log.writer(Stream::Stdout).write_all(b"told\n").unwrap();
     let append = |name: &str, bytes: &[u8]| {
         let path = seat.folder().path().join(name);
@@ -87,11 +87,59 @@ fn damaged_times_cost_no_more_than_themselves() {
 fn what_a_killed_monitor_wrote_without_a_time_is_read_at_the_end() {
     let (_folder, registry) = registry();
     let seat = claim(&registry, "a").sit_down().unwrap();
-    let log = OutputLog::create(seat.folder()).unwrap();
+    let log = OutputLog::create(seat.folder(), u64::MAX).unwrap();
     log.writer(Stream::Stdout).write_all(b"told\n").unwrap();
     let path = seat.folder().path().join("stdout.log");
     std::fs::File::options().append(true).open(path).unwrap().write_all(b"untold\n").unwrap();
     let mut reader = OutputReader::open(seat.folder()).unwrap().unwrap();
     assert_eq!(text(&drain(&mut reader)), [(Stream::Stdout, "told\n".to_owned())]);
     assert_eq!(text(&reader.rest().unwrap()), [(Stream::Stdout, "untold\n".to_owned())]);
+}
+
+#[test]
+fn output_beyond_its_limit_is_told_as_lost_and_takes_no_room() {
+    const LIMIT: u64 = 10_000;
+    let (_folder, registry) = registry();
+    let seat = claim(&registry, "a").sit_down().unwrap();
+    let log = OutputLog::create(seat.folder(), LIMIT).unwrap();
+    let mut reader = OutputReader::open(seat.folder()).unwrap().unwrap();
+    let (mut stdout, mut stderr) = (log.writer(Stream::Stdout), log.writer(Stream::Stderr));
+    let mut sent = 0;
+    for index in 0..20_000 {
+        let line = format!("line {index}\n");
+        sent += line.len() as u64;
+        stdout.write_all(line.as_bytes()).unwrap();
+        stderr.write_all(b"e").unwrap();
+    }
+    let info = log.info();
+    assert_eq!((info.stdout_bytes, info.stderr_bytes), (sent, 20_000));
+    assert!(info.error.unwrap().contains("--log-limit"));
+    let size = || {
+        let files = std::fs::read_dir(seat.folder().path()).unwrap();
+        let len = |entry: std::fs::DirEntry| entry.metadata().unwrap().len();
+        files
+            .map(Result::unwrap)
+            .filter(|entry| {
+                entry.file_name().to_str().unwrap().ends_with("s.log")
+                    || entry.file_name().to_str().unwrap().starts_with("std")
+            })
+            .map(len)
+            .sum::<u64>()
+    };
+    // A few lines tell of what is lost, however many pieces it were.
+    assert!(size() < LIMIT + 1000, "{}", size());
+    drop((log, stdout, stderr));
+    let (mut printed, mut lost) = (0, 0);
+    for piece in drain(&mut reader) {
+        match piece {
+            Piece::Printed { bytes, .. } => {
+                assert_eq!(lost, 0, "what comes after a loss is lost");
+                printed += bytes.len() as u64;
+            }
+            Piece::Lost { bytes, .. } => lost += bytes,
+        }
+    }
+    assert_eq!((lost, printed + lost), (info.lost_bytes, sent + 20_000));
+    // Most of the room went to the lines about such short pieces.
+    assert!(printed > LIMIT / 10 && printed < LIMIT, "{printed}");
 }
