@@ -108,3 +108,19 @@ fn a_worker_that_dies_leaves_no_machine_and_no_job_in_one() {
     pool.wait_for_event(id, "worker_lost");
     pool.good(&["cancel", &id.to_string()]);
 }
+
+#[test]
+fn a_job_that_has_to_leave_while_its_machine_starts_has_not_failed() {
+    let pool = Pool::new();
+    std::fs::write(pool.path("policy.toml"), "evict = 'suspended_for >= 0s'\n").unwrap();
+    let worker = pool.worker("w", &["--slots", "1", "--policy", &pool.text("policy.toml")]);
+    let id = pool.submit(&["--reuse"], "sleep 100");
+    for round in 1..=6 {
+        eventually("it is claimed", || pool.job(id)["epoch"] == round);
+        pool.owner("busy", "w");
+        pool.wait_for_event(id, &format!("attempt {round}     queued     evicted"));
+        pool.owner("idle", "w");
+    }
+    assert_eq!(pool.job(id)["failures"], 0, "{}\n{}", worker.said(), pool.history(id));
+    pool.good(&["cancel", &id.to_string()]);
+}

@@ -140,9 +140,15 @@ impl Runner {
             Some(monitor) => self.take_over(monitor),
             None => match self.start() {
                 Ok(monitor) => monitor,
-                Err(ended) => {
-                    self.say(&format!("cannot start: {}", ended.detail.clone().unwrap_or_default()));
-                    self.report_end(ended);
+                Err(failed) => {
+                    self.say(&format!("cannot start: {}", failed.detail.clone().unwrap_or_default()));
+                    // What was given up while it started has not failed.
+                    let desired = lock(&self.control).desired;
+                    self.report_end(match desired {
+                        Desired::Cancel => ended(Reason::Cancelled, None, None),
+                        Desired::Return(reason) | Desired::Drop(reason) => ended(reason, None, None),
+                        Desired::Run | Desired::Pause(_) | Desired::Abandon => failed,
+                    });
                     // Whatever there is of it.
                     let _ = std::fs::remove_dir_all(self.around.folder(&self.record.key));
                     return;
