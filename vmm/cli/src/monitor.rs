@@ -37,6 +37,8 @@ const LAST_ANSWERS: Duration = Duration::from_millis(500);
 
 /// The registry's view of a run that is to be.
 fn new_machine(flags: &RunFlags) -> Result<NewMachine, Failure> {
+    // Before there is anything that would be left.
+    crate::config::log_limit(flags.files.log_limit.as_deref())?;
     let name: Option<MachineName> = flags.name.as_deref().map(str::parse).transpose()?;
     let command = match &flags.restore {
         Some(folder) => crate::snapshots::command_words(&harrier_snapshot::Snapshot::open(folder)?),
@@ -50,7 +52,6 @@ pub(crate) fn start_detached(flags: RunFlags, registry: &Registry) -> Result<u8,
     let new = new_machine(&flags)?;
     let json = flags.json;
     // What can be seen to be wrong from here is said at once.
-    crate::config::log_limit(flags.files.log_limit.as_deref())?;
     match flags.restore.clone() {
         Some(folder) => drop(crate::snapshots::restored_config(flags, &folder, false)?),
         None => drop(RunConfig::from_flags(flags, |name| std::env::var_os(name), false)?),

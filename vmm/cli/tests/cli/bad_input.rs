@@ -135,6 +135,21 @@ fn kernels_that_cannot_be() {
 }
 
 #[test]
+fn a_log_limit_that_is_none_is_refused_before_there_is_a_machine() {
+    let root = tempfile::tempdir().unwrap();
+    let folder = root.path().join("machines");
+    let begin = ["--runtime-dir", folder.to_str().unwrap(), "run"];
+    for how in [["-d", "--rm"], ["--name", "x"]] {
+        refused(
+            &[&begin[..], &how, &["--log-limit", "much", "--", "true"]].concat(),
+            "--log-limit: 'much' is not a size",
+        );
+    }
+    let left: Vec<_> = std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert!(left.iter().all(|name| name.to_str().unwrap().len() != 12), "no machine's folder: {left:?}");
+}
+
+#[test]
 fn memory_and_cpus_that_cannot_be() {
     let files = Files::new();
     let kernel = files.kernel();
