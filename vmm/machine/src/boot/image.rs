@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use harrier_engine::GuestMemory;
+use harrier_engine::memory::PAGE_SIZE;
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
@@ -183,7 +184,8 @@ pub(super) fn copy(
 }
 
 /// Writes to the file behind guest memory where there is one: the host then allocates the pages in one go, where a
-/// write to the mapping would fault for each of them.
+/// write to the mapping would fault for each of them. Zeros are left out where memory has not been written yet: a kernel is
+/// a fifth of pages without anything, which the host then need not allocate.
 fn write_through_file(memory: &GuestMemory, gpa: u64, bytes: &[u8]) -> io::Result<()> {
     let region = memory.to_region_addr(GuestAddress(gpa));
     if let Some((region, offset)) = region
@@ -191,11 +193,42 @@ fn write_through_file(memory: &GuestMemory, gpa: u64, bytes: &[u8]) -> io::Resul
         && let Ok(start) = usize::try_from(offset.0)
         && offset.0.saturating_add(bytes.len() as u64) <= region.len()
     {
-        file.file().write_all_at(bytes, file.start().saturating_add(offset.0))?;
-        region.bitmap().mark_dirty(start, bytes.len());
+        let mut rest = bytes;
+        let mut at = start;
+        while !rest.is_empty() {
+            let run = run_of_pages(rest, at, |at| region.bitmap().dirty_at(at));
+            let (pages, behind) = rest.split_at_checked(run.len).unwrap_or((rest, &[]));
+            if run.is_needed {
+                file.file().write_all_at(pages, file.start().saturating_add(at as u64))?;
+                region.bitmap().mark_dirty(at, pages.len());
+            }
+            at = at.saturating_add(pages.len());
+            rest = behind;
+        }
         return Ok(());
     }
     memory.write_slice(bytes, GuestAddress(gpa)).map_err(io::Error::other)
+}
+
+/// Pages in a row that have to be written, or that need not be.
+struct PageRun {
+    len: usize,
+    is_needed: bool,
+}
+
+/// The run that `bytes`, which are not empty, begin with; they go to `at`.
+fn run_of_pages(bytes: &[u8], at: usize, is_written: impl Fn(usize) -> bool) -> PageRun {
+    let mut run = PageRun { len: 0, is_needed: false };
+    while let Some(rest) = bytes.get(run.len..).filter(|rest| !rest.is_empty()) {
+        let to = at.saturating_add(run.len);
+        let page = rest.get(..PAGE_SIZE - to % PAGE_SIZE).unwrap_or(rest);
+        let is_needed = page.iter().any(|byte| *byte != 0) || is_written(to);
+        if run.len > 0 && is_needed != run.is_needed {
+            break;
+        }
+        run = PageRun { len: run.len + page.len(), is_needed };
+    }
+    run
 }
 
 #[cfg(test)]
@@ -225,6 +258,37 @@ mod tests {
         let log = ram.regions[0].bitmap();
         let dirty = [0x1f_ffff, 0x20_0000, 0x20_1000, 0x20_2000, 0x20_3000].map(|at| log.dirty_at(at));
         assert_eq!(dirty, [false, true, true, true, false]);
+    }
+
+    #[test]
+    fn zeros_are_copied_only_over_what_was_written() {
+        let ram = crate::memory::GuestRam::new(4 << 20).unwrap();
+        let log = ram.regions[0].bitmap();
+        ram.memory.write_slice(&[7; 0x800], GuestAddress(0x10_2000)).unwrap();
+        // Something, nothing, nothing over something, nothing, something: five pages from the middle of a page on.
+        let mut bytes = vec![0; 0x5000];
+        bytes[0x400] = 1;
+        bytes[0x4fff] = 2;
+        copy(&BytesImage::new("x", &bytes), 0, 0x5000, &ram.memory, 0x10_0800).unwrap();
+        let mut seen = vec![9; 0x5000];
+        ram.memory.read_slice(&mut seen, GuestAddress(0x10_0800)).unwrap();
+        assert!(seen == bytes);
+        let dirty: Vec<bool> = (0x100..0x107).map(|page| log.dirty_at(page << 12)).collect();
+        assert_eq!(dirty, [true, false, true, false, false, true, false]);
+    }
+
+    #[test]
+    fn a_kernel_of_zeros_takes_no_pages_of_the_host() {
+        let ram = crate::memory::GuestRam::new(64 << 20).unwrap();
+        let mut bytes = vec![0; 40 << 20];
+        bytes[20 << 20] = 1;
+        copy(&BytesImage::new("x", &bytes), 0, 40 << 20, &ram.memory, 1 << 20).unwrap();
+        use std::os::unix::fs::MetadataExt;
+        let file = ram.regions[0].file_offset().unwrap().file().metadata().unwrap();
+        assert!(file.blocks() * 512 <= 64 << 10, "{} blocks", file.blocks());
+        let mut one = [0];
+        ram.memory.read_slice(&mut one, GuestAddress(21 << 20)).unwrap();
+        assert_eq!(one, [1]);
     }
 
     #[test]
