@@ -326,3 +326,30 @@ fn a_queue_whose_file_somebody_keeps_lets_jobs_stand_still_in_time_and_go_on_aft
     eventually("it goes on", || stdout.metadata().unwrap().len() > size + 50);
     assert_eq!(pool.job(id)["epoch"], 1, "{}\n{}", first.said(), pool.history(id));
 }
+
+#[test]
+fn a_worker_that_is_started_again_before_its_coordinator_waits_for_it_and_goes_on_with_its_job() {
+    let pool = Pool::new();
+    let listen = format!("unix:{}", pool.text("socket"));
+    let flags = ["--listen", &listen, "--lease", "30s"];
+    let (mut coordinator, url) = pool.coordinator(&flags);
+    pool.use_place(&["--queue", &url]);
+    let mut first = pool.worker("first", &["--jobs", "1"]);
+    let id = pool.submit(&["--checkpoint-interval", "never"], &chain(60, 50_000));
+    eventually("it has begun", || pool.logs(id).lines().count() > 5);
+    first.kill();
+    coordinator.kill();
+    let again = pool.worker("first", &["--jobs", "1"]);
+    eventually("it misses the coordinator", || again.said().contains("the queue does not answer"));
+    let _coordinator = pool.coordinator(&flags);
+    assert_eq!(pool.exit_code(id), 0, "{}", again.said());
+    assert_eq!(pool.logs(id), chain_output(60), "{}", pool.history(id));
+    assert_eq!(pool.job(id)["epoch"], 1, "{}\n{}", again.said(), pool.history(id));
+    // One that has nothing to wait for says at once that nobody is there.
+    let mut stranger = {
+        pool.use_place(&["--queue", "unix:/nowhere/socket"]);
+        pool.worker("second", &[])
+    };
+    assert_eq!(stranger.wait(), 125);
+    assert!(stranger.said().contains("cannot be reached"), "{}", stranger.said());
+}

@@ -51,6 +51,8 @@ const RENEWAL: Duration = Duration::from_secs(1);
 const RENEWALS: u32 = 6;
 /// How often the host says what it offers.
 const ADVERTISEMENT: Duration = Duration::from_secs(10);
+/// How long a worker that finds attempts of its own at its start waits for a store that does not answer.
+const PATIENCE: Duration = Duration::from_secs(60);
 /// How long an idle worker waits between two looks at the queue: at first and at most.
 const LOOKS: (Duration, Duration) = (Duration::from_millis(50), Duration::from_millis(200));
 
@@ -215,8 +217,13 @@ struct Worker<'a> {
 
 impl Worker<'_> {
     fn run(&mut self, stop: &Stop) -> Result<u64, WorkerError> {
-        self.advertise()?;
-        self.adopt()?;
+        let has_attempts =
+            fs::read_dir(&self.around.attempts).is_ok_and(|mut entries| entries.next().is_some());
+        // Who has nothing yet learns at once that the address is wrong.
+        let patience = if has_attempts { PATIENCE } else { Duration::ZERO };
+        let until = Instant::now() + patience;
+        self.patiently(until, stop, Self::advertise)?;
+        self.adopt(until, stop)?;
         self.say(&format!("worker {} takes up to {} jobs at a time", self.config.name, self.config.slots));
         loop {
             let stopping = stop.load(Ordering::Relaxed);
@@ -254,6 +261,26 @@ impl Worker<'_> {
         }
         self.say(&format!("worker {} has run {} jobs", self.config.name, self.ended));
         Ok(self.ended)
+    }
+
+    /// Asks the store again and again until it answers, at most until then.
+    fn patiently<T>(
+        &mut self,
+        until: Instant,
+        stop: &Stop,
+        ask: impl Fn(&mut Self) -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
+        loop {
+            let answer = ask(self);
+            let again = answer.as_ref().is_err_and(StoreError::is_passing)
+                && Instant::now() < until
+                && stop.load(Ordering::Relaxed) == 0;
+            if !again {
+                return answer;
+            }
+            self.heard(&answer);
+            std::thread::sleep(LOOKS.1);
+        }
     }
 
     /// Notes whether the store answers, and says so when that changes.
@@ -303,7 +330,7 @@ impl Worker<'_> {
     }
 
     /// Goes on with what an earlier worker has left, or ends it.
-    fn adopt(&mut self) -> Result<(), WorkerError> {
+    fn adopt(&mut self, until: Instant, stop: &Stop) -> Result<(), WorkerError> {
         let state_error = |err| WorkerError::State(self.config.state.display().to_string(), err);
         for entry in fs::read_dir(&self.around.attempts).map_err(state_error)? {
             let folder = entry.map_err(state_error)?.path();
@@ -311,8 +338,11 @@ impl Worker<'_> {
                 attempt::remove_leftover(&folder);
                 continue;
             };
-            let asked = now_ns();
-            let renewals = self.around.store.renew(&self.config.name, std::slice::from_ref(&record.key))?;
+            let (asked, renewals) = self.patiently(until, stop, |worker| {
+                let asked = now_ns();
+                let keys = std::slice::from_ref(&record.key);
+                worker.around.store.renew(&worker.config.name, keys).map(|renewals| (asked, renewals))
+            })?;
             match renewals.first().and_then(|renewal| renewal.lease) {
                 Some(lease) => {
                     self.say(&format!("{}: found again", record.key));
