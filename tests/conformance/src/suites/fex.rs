@@ -294,12 +294,16 @@ fn execute(engine: &dyn Engine, program: &[u8], config: &Config) -> Result<CpuSt
     for (at, bytes) in &config.data {
         space.write(*at, bytes)?;
     }
+    // The kernel's code and data; user mode's as Linux has them, which tests name; the task.
     let descriptors = [
         0,
         0x00af_9b00_0000_ffff,
         0x00cf_9300_0000_ffff,
+        0,
+        0x00cf_fb00_0000_ffff,
         0x00cf_f300_0000_ffff,
         0x00af_fb00_0000_ffff,
+        0,
         0x0000_8b00_0000_0067 | TSS << 16,
     ];
     for (slot, descriptor) in descriptors.into_iter().enumerate() {
@@ -336,19 +340,19 @@ fn execute(engine: &dyn Engine, program: &[u8], config: &Config) -> Result<CpuSt
         granularity: true,
         ..Segment::default()
     };
-    let data = flat(0x1b, 3, false);
+    let data = flat(0x2b, 3, false);
     let segments = &mut state.segments;
-    segments.cs = flat(0x23, 0xb, true);
+    segments.cs = flat(0x33, 0xb, true);
     (segments.ss, segments.ds, segments.es, segments.fs, segments.gs) = (data, data, data, data, data);
     segments.tr = Segment {
-        selector: 0x28,
+        selector: 0x40,
         base: HIGH + TSS,
         limit: 0x67,
         kind: 0xb,
         present: true,
         ..Segment::default()
     };
-    segments.gdtr = DescriptorTable { base: HIGH + GDT, limit: 0x37 };
+    segments.gdtr = DescriptorTable { base: HIGH + GDT, limit: 0x4f };
     segments.idtr = DescriptorTable { base: HIGH + IDT, limit: 0x1ff };
     state.control.cr0 = 0x8005_0033;
     state.control.cr3 = TABLE;
