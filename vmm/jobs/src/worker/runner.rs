@@ -565,6 +565,13 @@ impl Runner {
 
     /// The machine has ended while a checkpoint was written: what is whole is told all the same, for as long as it takes.
     fn finish_writing(&mut self) {
+        // Whoever writes it has to be done before the store tidies up after the job.
+        if let Some(writing) = &mut self.writing
+            && writing.written.is_none()
+            && let Ok(Ok(written)) = writing.result.recv_timeout(TERMINATION)
+        {
+            writing.written = Some(written);
+        }
         while self.writing.as_ref().is_some_and(|writing| writing.written.is_some()) && !self.is_abandoned() {
             self.send_output(SEND_AT_ONCE);
             self.see_checkpoint();
