@@ -30,7 +30,7 @@ pub(crate) fn run(cache: &Cache, root: &Path) -> Result<()> {
     if has_nextest() {
         // nextest leaves examples in documentation out. Its summary is the last thing that a reader sees.
         step(root, "documentation examples", &["test", "--quiet", "--workspace", "--doc"])?;
-        step(root, "tests", &["nextest", "run", "--workspace"])?;
+        step(root, "tests", &["nextest", "run", "--workspace", "--no-fail-fast"])?;
     } else {
         step(root, "tests", &["test", "--quiet", "--workspace"])?;
     }

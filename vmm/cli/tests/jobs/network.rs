@@ -137,7 +137,7 @@ fn a_worker_that_is_cut_off_pauses_goes_on_if_it_is_back_in_time_and_is_fenced_i
 
     cable.cut(true);
     eventually("the lease is over", || pool.history(id).contains("worker_lost"));
-    eventually("its holder has noticed", || first.said().contains("given up: its lease is over"));
+    eventually("its holder has noticed", || first.said().contains("its lease is over"));
     let second = pool.worker("second", &["--jobs", "1"]);
     eventually("another has it", || pool.job(id)["host"] == "second");
     cable.cut(false);
@@ -220,7 +220,7 @@ fn cut_at_a_call(method: &'static str, lost: Lost) {
     let last = last_sign(since, sent_from(&pool, "first"));
     assert_stood_in_time(&format!("{method}, {lost:?} lost: {}", first.said()), since, last);
     pool.wait_for_event(id, "worker_lost");
-    eventually("its holder has noticed", || first.said().contains("given up: its lease is over"));
+    eventually("its holder has noticed", || first.said().contains("its lease is over"));
     assert!(pool.path("first").join("attempts").read_dir().unwrap().next().is_none());
     assert_eq!(pool.job(id)["epoch"], 1);
 }
@@ -280,7 +280,7 @@ fn a_machine_whose_worker_hangs_stands_still_in_time_and_ends_by_itself() {
     pool.wait_for_event(id, "worker_lost");
     drop(lease);
     first.signal("CONT");
-    eventually("its worker has noticed", || first.said().contains("given up: its lease is over"));
+    eventually("its worker has noticed", || first.said().contains("its lease is over"));
 }
 
 #[test]
@@ -296,7 +296,7 @@ fn a_coordinator_that_hangs_lets_jobs_stand_still_in_time() {
     coordinator.signal("STOP");
     let last = last_sign(since, sent_from(&pool, "first"));
     assert_stood_in_time("a coordinator that hangs", since, last);
-    eventually("its holder has noticed", || first.said().contains("given up: its lease is over"));
+    eventually("its holder has noticed", || first.said().contains("its lease is over"));
     coordinator.signal("CONT");
     pool.wait_for_event(id, "worker_lost");
 }
