@@ -91,16 +91,16 @@ fn copy(mut from: TcpStream, mut to: TcpStream, state: &State, is_request: bool)
     let cut = &state.cut;
     let mut buffer = vec![0; 64 << 10];
     while let Ok(count) = from.read(&mut buffer) {
-        let lost = if is_request { state.look(&buffer[..count]) } else { None };
-        if lost == Some(Lost::Request) {
-            cut.store(true, Ordering::SeqCst);
-        }
-        // What was sent into a cut cable is lost, and with it the connection.
+        // What was sent into a cut cable is lost, and with it the connection; no trap is sprung by it.
         if count == 0 || cut.load(Ordering::SeqCst) {
             break;
         }
-        if lost == Some(Lost::Answer) {
+        let lost = if is_request { state.look(&buffer[..count]) } else { None };
+        if lost.is_some() {
             cut.store(true, Ordering::SeqCst);
+        }
+        if lost == Some(Lost::Request) {
+            break;
         }
         if to.write_all(&buffer[..count]).is_err() {
             break;
