@@ -250,6 +250,8 @@ fn a_claim_whose_answer_is_lost_runs_nowhere_and_its_job_once() {
     pool.use_place(&["--queue", &url]);
     eventually("it is there", || worker.said().contains("takes up to"));
     cable.cut(true);
+    // A claim that was on its way must not find the job.
+    std::thread::sleep(Duration::from_millis(500));
     let id = pool.submit(&[], "echo attempt $HARRIER_ATTEMPT");
     cable.cut_at("claim", Lost::Answer);
     cable.cut(false);
