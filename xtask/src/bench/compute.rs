@@ -30,7 +30,7 @@ const DEBIAN_SCRIPTS: &[Script] = &[
     Script::on_disk("python3, start", "chroot /disk python3 -c pass"),
     Script::on_disk(
         "python3, 200,000 turns",
-        "chroot /disk python3 -c 's = 0\nfor i in range(200000): s = (s * 31 + i) % 1000003'",
+        "chroot /disk python3 -c 'from functools import reduce; reduce(lambda s, i: (s * 31 + i) % 1000003, range(200000))'",
     ),
 ];
 

@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 
 use super::boot::ms;
-use super::measure::{self, Mark};
+use super::measure::{self, Mark, last_words};
 use super::monitors::{Guest, Monitors, Sides};
 use super::report::{Figure, Unit};
 use super::statistics::Samples;
@@ -121,7 +121,9 @@ pub(crate) fn run(
     for _ in 0..runs {
         for side in monitors.sides() {
             let ended = monitors.run(side, &guest, LIMIT)?;
-            for (name, taken) in times(&ended.marks, Clock::Monitor)? {
+            let times = times(&ended.marks, Clock::Monitor)
+                .with_context(|| format!("under {side:?}, which said:\n{}", last_words(&ended.stdout)))?;
+            for (name, taken) in times {
                 let measured = all.entry(name).or_default();
                 measured.sides.of(side).push(ms(taken.time));
                 measured.work = taken.work;
@@ -158,7 +160,11 @@ impl Programs<'_> {
 
 /// The commands as the program takes them.
 fn commands<'a>(scripts: impl Iterator<Item = &'a Script>) -> String {
-    scripts.map(|script| format!("{}\t{}\n", script.name, script.command)).collect()
+    let line = |script: &Script| {
+        assert!(!script.command.contains('\n'), "'{}' has more than a line", script.name);
+        format!("{}\t{}\n", script.name, script.command)
+    };
+    scripts.map(line).collect()
 }
 
 /// Words in lines, with the repetitions that text has.
