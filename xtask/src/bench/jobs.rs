@@ -41,7 +41,7 @@ pub(crate) fn run(monitors: &Monitors, root: &Path, runs: u32) -> Result<GroupRe
     figures.extend(no_ops(monitors, runs)?);
     figures.extend(checkpoints(monitors.harrier())?);
     figures.extend(day(monitors.harrier())?);
-    Ok(GroupReport { name: "Jobs", figures, remarks: Vec::new() })
+    Ok(GroupReport { name: "jobs", figures, remarks: Vec::new() })
 }
 
 /// The SQLite store alone.
