@@ -378,7 +378,8 @@ impl MachineBuilder {
     /// # Errors
     /// [`BuildError`] if another device is there or the host refuses a timer.
     pub fn add_doorbell(&mut self) -> Result<(), BuildError> {
-        let park = ParkTimer::new(Arc::clone(&self.vm))
+        let vm = Arc::clone(&self.vm);
+        let park = ParkTimer::new(move |msi| vm.send_msi(msi))
             .map_err(|source| BuildError::Device { device: "doorbell", source })?;
         self.add_subscriber(park.subscriber());
         let memory = self.ram.memory.clone();

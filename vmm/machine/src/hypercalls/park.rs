@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
-use harrier_engine::{Msi, Vm};
+use harrier_engine::{EngineError, Msi};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::timerfd::TimerFd;
 
@@ -67,20 +67,26 @@ impl Wakes {
     }
 }
 
+/// Delivers a message to a local APIC.
+type Send = dyn Fn(Msi) -> Result<(), EngineError> + std::marker::Send + Sync;
+
 /// The timer; clones share it.
 #[derive(Clone)]
 pub(crate) struct ParkTimer {
-    vm: Arc<dyn Vm>,
+    send: Arc<Send>,
     fd: RawFd,
     wakes: Arc<Mutex<Wakes>>,
 }
 
 impl ParkTimer {
-    pub(crate) fn new(vm: Arc<dyn Vm>) -> io::Result<Self> {
+    /// A timer that wakes by `send`.
+    pub(crate) fn new(
+        send: impl Fn(Msi) -> Result<(), EngineError> + std::marker::Send + Sync + 'static,
+    ) -> io::Result<Self> {
         let timer = TimerFd::new().map_err(io::Error::from)?;
         let fd = timer.as_raw_fd();
         Ok(ParkTimer {
-            vm,
+            send: Arc::new(send),
             fd,
             wakes: Arc::new(Mutex::new(Wakes { due: BTreeMap::new(), timer, armed: None })),
         })
@@ -125,7 +131,7 @@ impl ParkTimer {
 
     fn wake(&self, apic_id: u32, vector: u8) {
         let msi = Msi { address: MSI_ADDRESS | u64::from(apic_id & 0xff) << 12, data: vector.into() };
-        if let Err(err) = self.vm.send_msi(msi) {
+        if let Err(err) = (self.send)(msi) {
             log::warn!("a parked processor's wake-up {msi:x?} is lost: {err}");
         }
     }
@@ -166,65 +172,29 @@ impl MutEventSubscriber for ParkTimer {
 
 #[cfg(test)]
 mod tests {
-    use harrier_engine::{EngineError, GsiRoute, GuestRegion, Vcpu};
-
     use super::*;
-
-    /// Notes the messages that it is sent.
-    #[derive(Default)]
-    struct Noting(Mutex<Vec<Msi>>);
-
-    impl Vm for Noting {
-        fn map_memory(&self, _region: Arc<GuestRegion>, _read_only: bool) -> Result<(), EngineError> {
-            Ok(())
-        }
-        fn unmap_memory(&self, _gpa: u64) -> Result<(), EngineError> {
-            Ok(())
-        }
-        fn sync_dirty_pages(&self) -> Result<(), EngineError> {
-            Ok(())
-        }
-        fn create_vcpu(&self, _index: u32) -> Result<Box<dyn Vcpu>, EngineError> {
-            Err(EngineError::State { field: "vcpu", reason: "there is none".to_owned() })
-        }
-        fn send_msi(&self, msi: Msi) -> Result<(), EngineError> {
-            self.0.lock().unwrap().push(msi);
-            Ok(())
-        }
-        fn set_gsi_routes(&self, _routes: &[GsiRoute]) -> Result<(), EngineError> {
-            Ok(())
-        }
-        fn clock_ns(&self) -> Result<u64, EngineError> {
-            Ok(0)
-        }
-        fn set_clock_ns(&self, _clock_ns: u64) -> Result<(), EngineError> {
-            Ok(())
-        }
-        fn stop_time(&self) -> Result<(), EngineError> {
-            Ok(())
-        }
-        fn start_time(&self) -> Result<(), EngineError> {
-            Ok(())
-        }
-        fn tsc_khz(&self) -> u32 {
-            1_000_000
-        }
-    }
 
     #[test]
     fn a_wake_up_that_was_due_in_a_snapshot_is_sent_when_the_machine_runs_and_not_before() {
-        let vm = Arc::new(Noting::default());
-        let timer = ParkTimer::new(Arc::clone(&vm) as Arc<dyn Vm>).unwrap();
-        timer.wake_after(0, 0x51, 1);
+        let sent = Arc::new(Mutex::new(Vec::new()));
+        let timer = || {
+            let sent = Arc::clone(&sent);
+            ParkTimer::new(move |msi| {
+                sent.lock().unwrap().push(msi);
+                Ok(())
+            })
+        };
+        let before = timer().unwrap();
+        before.wake_after(0, 0x51, 1);
         std::thread::sleep(Duration::from_millis(1));
-        let saved = timer.save();
+        let saved = before.save();
         assert_eq!(saved, [(0, 0, 0x51)]);
 
-        let timer = ParkTimer::new(Arc::clone(&vm) as Arc<dyn Vm>).unwrap();
+        let timer = timer().unwrap();
         timer.restore(saved);
-        assert!(vm.0.lock().unwrap().is_empty(), "the processors' state would overwrite it");
+        assert!(sent.lock().unwrap().is_empty(), "the processors' state would overwrite it");
         timer.send_due();
-        assert_eq!(*vm.0.lock().unwrap(), [Msi { address: MSI_ADDRESS, data: 0x51 }]);
+        assert_eq!(*sent.lock().unwrap(), [Msi { address: MSI_ADDRESS, data: 0x51 }]);
         assert!(timer.save().is_empty());
     }
 }
