@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use harrier_jobs::worker::lease_file::LeaseFile;
 
-use crate::pool::{PATIENCE, Pool, chain, chain_output, eventually};
+use crate::pool::{PATIENCE, Pool, Process, chain, chain_output, eventually};
 
 /// Passes connections on, or swallows everything as a cut cable does.
 struct Cable {
@@ -113,14 +113,20 @@ fn copy(mut from: TcpStream, mut to: TcpStream, state: &State, is_request: bool)
     let _ = to.shutdown(std::net::Shutdown::Both);
 }
 
-#[test]
-fn a_worker_that_is_cut_off_pauses_goes_on_if_it_is_back_in_time_and_is_fenced_if_not() {
+/// A pool that everybody reaches by its coordinator, and a worker `first` for one job that has a cable to it.
+fn behind_a_cable(lease: &str) -> (Pool, Process, Cable, Process) {
     let pool = Pool::new();
-    let (_coordinator, url) = pool.coordinator(&["--listen", "127.0.0.1:0", "--lease", "12s"]);
+    let (coordinator, url) = pool.coordinator(&["--listen", "127.0.0.1:0", "--lease", lease]);
     let cable = Cable::to(&url);
     pool.use_place(&["--queue", &cable.address]);
     let first = pool.worker("first", &["--jobs", "1"]);
     pool.use_place(&["--queue", &url]);
+    (pool, coordinator, cable, first)
+}
+
+#[test]
+fn a_worker_that_is_cut_off_pauses_goes_on_if_it_is_back_in_time_and_is_fenced_if_not() {
+    let (pool, _coordinator, cable, first) = behind_a_cable("12s");
     // Its first attempt takes longer than all of this on any engine.
     let script = chain(150, 50_000).replace("usleep 50000", "usleep $((HARRIER_ATTEMPT > 1 ? 0 : 200000))");
     let id = pool.submit(&["--checkpoint-interval", "never"], &script);
@@ -148,12 +154,7 @@ fn a_worker_that_is_cut_off_pauses_goes_on_if_it_is_back_in_time_and_is_fenced_i
 
 #[test]
 fn a_result_that_comes_after_its_lease_counts_for_nothing() {
-    let pool = Pool::new();
-    let (_coordinator, url) = pool.coordinator(&["--listen", "127.0.0.1:0", "--lease", "6s"]);
-    let cable = Cable::to(&url);
-    pool.use_place(&["--queue", &cable.address]);
-    let first = pool.worker("first", &["--jobs", "1"]);
-    pool.use_place(&["--queue", &url]);
+    let (pool, _coordinator, cable, first) = behind_a_cable("6s");
     let id = pool.submit(&[], "echo begun; sleep 2; echo $HARRIER_ATTEMPT; exit $((HARRIER_ATTEMPT + 2))");
     eventually("it has begun", || pool.logs(id).contains("begun"));
     cable.cut(true);
@@ -201,12 +202,7 @@ fn assert_stood_in_time(what: &str, since: Instant, last: Instant) {
 }
 
 fn cut_at_a_call(method: &'static str, lost: Lost) {
-    let pool = Pool::new();
-    let (_coordinator, url) = pool.coordinator(&["--listen", "127.0.0.1:0", "--lease", "6s"]);
-    let cable = Cable::to(&url);
-    pool.use_place(&["--queue", &cable.address]);
-    let first = pool.worker("first", &["--jobs", "1"]);
-    pool.use_place(&["--queue", &url]);
+    let (pool, _coordinator, cable, first) = behind_a_cable("6s");
     if method == "report" {
         // The first one says that the guest is up.
         cable.cut_at(method, lost);
@@ -242,12 +238,7 @@ fn a_worker_whose_renewal_is_not_answered_pauses_in_time() {
 
 #[test]
 fn a_claim_whose_answer_is_lost_runs_nowhere_and_its_job_once() {
-    let pool = Pool::new();
-    let (_coordinator, url) = pool.coordinator(&["--listen", "127.0.0.1:0", "--lease", "3s"]);
-    let cable = Cable::to(&url);
-    pool.use_place(&["--queue", &cable.address]);
-    let worker = pool.worker("first", &["--jobs", "1"]);
-    pool.use_place(&["--queue", &url]);
+    let (pool, _coordinator, cable, worker) = behind_a_cable("3s");
     eventually("it is there", || worker.said().contains("takes up to"));
     cable.cut(true);
     // A claim that was on its way must not find the job.

@@ -530,6 +530,15 @@ impl Worker<'_> {
     }
 }
 
+/// An empty folder: whatever an earlier worker left there is gone.
+fn empty_folder(folder: PathBuf) -> io::Result<PathBuf> {
+    if folder.exists() {
+        fs::remove_dir_all(&folder)?;
+    }
+    fs::create_dir_all(&folder)?;
+    Ok(folder)
+}
+
 /// What users' wishes mean for a job here.
 fn desired(wanted: Wanted) -> Option<Desired> {
     if wanted.has(Wanted::CANCEL) {

@@ -110,12 +110,8 @@ impl Machines {
         run_flags: &[OsString],
         warm: &Arc<Warm>,
     ) -> io::Result<Arc<Self>> {
-        let folder = state.join("reuse");
         // Those of an earlier worker have ended with it.
-        if folder.exists() {
-            fs::remove_dir_all(&folder)?;
-        }
-        fs::create_dir_all(&folder)?;
+        let folder = super::empty_folder(state.join("reuse"))?;
         Ok(Arc::new(Self {
             program: program.to_owned(),
             run_flags: run_flags.to_owned(),

@@ -86,11 +86,7 @@ impl Warm {
         run_flags: &[OsString],
         limit_bytes: u64,
     ) -> std::io::Result<Arc<Self>> {
-        let folder = state.join("warm");
-        if folder.exists() {
-            fs::remove_dir_all(&folder)?;
-        }
-        fs::create_dir_all(&folder)?;
+        let folder = super::empty_folder(state.join("warm"))?;
         Ok(Arc::new(Self {
             program: program.to_owned(),
             run_flags: run_flags.to_owned(),
