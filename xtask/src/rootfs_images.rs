@@ -76,21 +76,35 @@ pub(crate) fn build_debian(cache: &Cache) -> Result<PathBuf> {
 
 /// Builds `<cache>/rootfs-programs/current` with `debian.ext4`: the same with Python's tests, a C compiler, openssl and perl.
 pub(crate) fn build_debian_programs(cache: &Cache) -> Result<PathBuf> {
-    let include = "python3,libpython3.11-testsuite,gcc,libc6-dev,openssl,perl";
-    debian(cache, &Debian { name: "rootfs-programs", include, size: "2G" })
+    let include = format!("python3,{},gcc,libc6-dev,openssl,perl", python_tests()?);
+    debian(cache, &Debian { name: "rootfs-programs", include: &include, size: "2G" })
 }
 
 /// An image of a Debian.
-struct Debian {
+struct Debian<'a> {
     /// Of its folder in the cache.
     name: &'static str,
     /// Packages besides the essential ones.
-    include: &'static str,
+    include: &'a str,
     /// Of the file system.
     size: &'static str,
 }
 
-fn debian(cache: &Cache, image: &Debian) -> Result<PathBuf> {
+/// The package with the test modules of this release's Python.
+fn python_tests() -> Result<String> {
+    let shown = process::output(Command::new("apt-cache").args(["show", "--no-all-versions", "python3"]))?;
+    let shown = String::from_utf8_lossy(&shown);
+    let version = shown.lines().find_map(|line| {
+        let depends = line.strip_prefix("Depends: ")?;
+        depends
+            .split([',', ' '])
+            .find_map(|word| word.strip_prefix("python").filter(|rest| rest.starts_with("3.")))
+    });
+    let version = version.context("apt does not say which version python3 has: run `apt-get update`")?;
+    Ok(format!("libpython{version}-testsuite"))
+}
+
+fn debian(cache: &Cache, image: &Debian<'_>) -> Result<PathBuf> {
     packages::require(&[packages::IMAGES, packages::DEBOOTSTRAP])?;
     let (suite, mirror) = debian_archive()?;
     let key = Key::new(image.name, RECIPE).text("suite", &suite).finish();

@@ -24,6 +24,27 @@ pub enum EngineName {
     Kvm,
 }
 
+impl EngineName {
+    /// The name, as `harrier run --engine` takes it.
+    fn word(self) -> &'static str {
+        match self {
+            EngineName::Soft => "soft",
+            EngineName::Kvm => "kvm",
+        }
+    }
+}
+
+/// What programs of a Debian root run in.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Debian {
+    /// The `harrier` program
+    #[arg(long, value_name = "FILE")]
+    pub harrier: PathBuf,
+    /// An ext4 image of a Debian, which stays as it is
+    #[arg(long, value_name = "FILE")]
+    pub rootfs: PathBuf,
+}
+
 /// Why a suite cannot be run at all.
 #[derive(Debug, thiserror::Error)]
 #[expect(missing_docs, reason = "the messages say what the fields are")]

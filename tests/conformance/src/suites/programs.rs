@@ -1,21 +1,17 @@
 //! Programs of a Debian root in a guest: Python's own test modules, a C compiler and what it makes, openssl, perl, threads
 //! on two processors. Every entry judges itself and is a machine of its own.
 
-use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use super::report::{Row, Table, Verdict};
-use super::{EngineName, SuiteError};
+use super::{Debian, EngineName, SuiteError};
 
 /// What the programs run in.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Guest {
-    /// The `harrier` program
-    #[arg(long, value_name = "FILE")]
-    pub harrier: PathBuf,
-    /// An ext4 image of a Debian with python3 and its tests, gcc, openssl and perl
-    #[arg(long, value_name = "FILE")]
-    pub rootfs: PathBuf,
+    /// A Debian with python3 and its tests, gcc, openssl and perl
+    #[command(flatten)]
+    pub debian: Debian,
     /// Run only entries whose name contains this
     #[arg(long, value_name = "NAME")]
     pub only: Option<String>,
@@ -226,10 +222,7 @@ fn entries() -> Vec<Entry> {
 /// # Errors
 /// [`SuiteError`] if `harrier` cannot be run at all, or nothing has that name.
 pub fn run(engine: EngineName, guest: &Guest) -> Result<Table, SuiteError> {
-    let engine = match engine {
-        EngineName::Soft => "soft",
-        EngineName::Kvm => "kvm",
-    };
+    let engine = engine.word();
     let mut entries = entries();
     if let Some(part) = &guest.only {
         entries.retain(|entry| entry.name.contains(part.as_str()));
@@ -239,10 +232,10 @@ pub fn run(engine: EngineName, guest: &Guest) -> Result<Table, SuiteError> {
     }
     let mut table = Table::new(vec![engine.to_owned()]);
     for entry in entries {
-        let output = Command::new(&guest.harrier)
+        let output = Command::new(&guest.debian.harrier)
             .args(["run", "--quiet", "--engine", engine, "--memory", "1500M", "--timeout", PATIENCE])
             .args(["--cpus", &entry.cpus.to_string(), "--workdir", "/tmp", "--rootfs"])
-            .arg(&guest.rootfs)
+            .arg(&guest.debian.rootfs)
             .args(["--", "sh", "-c", &entry.script])
             .stdin(Stdio::null())
             .output()

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use super::report::{Row, Table, Verdict};
-use super::{EngineName, SuiteError};
+use super::{Debian, EngineName, SuiteError};
 
 /// Where the programs lie in the guest.
 const FOLDER: &str = "/root";
@@ -25,12 +25,9 @@ const TIMED_OUT: i32 = 124;
 /// What the programs run in.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Guest {
-    /// The `harrier` program
-    #[arg(long, value_name = "FILE")]
-    pub harrier: PathBuf,
-    /// An ext4 image with a C library, which is copied
-    #[arg(long, value_name = "FILE")]
-    pub rootfs: PathBuf,
+    /// A Debian, of which a copy gets the programs
+    #[command(flatten)]
+    pub debian: Debian,
     /// The guest's kernel: one with every interface that the programs test
     #[arg(long, value_name = "FILE")]
     pub kernel: PathBuf,
@@ -45,13 +42,10 @@ pub struct Guest {
 /// [`SuiteError`] if nothing was built there, or the guest cannot be made.
 pub fn run(dir: &Path, engine: EngineName, guest: &Guest) -> Result<Table, SuiteError> {
     let programs = programs(dir)?;
-    let engine = match engine {
-        EngineName::Soft => "soft",
-        EngineName::Kvm => "kvm",
-    };
+    let engine = engine.word();
     let folder = tempfile::tempdir().map_err(SuiteError::Temporary)?;
     let image = folder.path().join("root.ext4");
-    fill(&guest.rootfs, &image, dir, &programs)?;
+    fill(&guest.debian.rootfs, &image, dir, &programs)?;
     let mut table = Table::new(vec![engine.to_owned(), "host".to_owned()]);
     let in_guest = ends(&in_guest(engine, guest, &image, &programs)?);
     for name in programs {
@@ -114,7 +108,7 @@ fn in_guest(engine: &str, guest: &Guest, image: &Path, programs: &[String]) -> R
             format!("timeout {PATIENCE} ./{name} >/tmp/said 2>&1 </dev/null; echo \"{MARK}{name} $?\"; tail -n 3 /tmp/said; ")
         })
         .collect();
-    let output = Command::new(&guest.harrier)
+    let output = Command::new(&guest.debian.harrier)
         .args(["run", "--engine", engine, "--memory", "1G"])
         .args(if engine == "soft" { &["--cpu-model", "host"][..] } else { &[] })
         .arg("--kernel")
