@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use harrier_engine::memory::PAGE_SIZE;
 use harrier_engine::{GuestMemory, GuestRegion, PageLog};
-use harrier_snapshot::Chain;
+use harrier_snapshot::{Chain, SnapshotError};
 use rustix::fs::{FallocateFlags, MemfdFlags, memfd_create};
 use vm_memory::bitmap::{Bitmap, NewBitmap};
 use vm_memory::mmap::MmapRegionBuilder;
@@ -81,6 +81,9 @@ pub enum MemoryError {
         /// The host's answer.
         reason: String,
     },
+    /// The snapshot that it is made of.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
 }
 
 /// Why a range was not given back.
@@ -143,10 +146,10 @@ impl GuestRam {
             size: ByteSize(size_bytes),
             reason: err.to_string(),
         };
-        let file = chain.base().file().map_err(|err| refused(&err))?;
+        let file = chain.base().file()?;
         let ram = Self::map(size_bytes, &file, MAP_PRIVATE, Backing::Image(Arc::clone(chain)))?;
         if !chain.is_full() {
-            overlay::apply(chain, &ram).map_err(|err| refused(&err))?;
+            overlay::apply(chain, &file, chain.runs()?, &ram).map_err(|err| refused(&err))?;
             // What was copied is what the snapshot has: nothing was written yet.
             for region in &ram.regions {
                 let mapping: &MmapRegion<PageLog> = region;

@@ -6,10 +6,12 @@
 //! Unsafe, because replacing a mapping is.
 #![expect(unsafe_code, reason = "mmap over a part of a mapping, madvise on one")]
 
+use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::fd::BorrowedFd;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use harrier_engine::GuestRegion;
 use harrier_engine::memory::PAGE_SIZE;
@@ -24,11 +26,11 @@ const MAPPED_RUN_PAGES: u64 = 16;
 /// More mappings are not made; Linux allows 65530 in a process (Documentation/admin-guide/sysctl/vm.rst).
 const MAX_MAPPINGS: usize = 16_384;
 
-pub(super) fn apply(chain: &Chain, ram: &GuestRam) -> io::Result<()> {
-    let base = &chain.base().file().map_err(io::Error::other)?;
+/// Lays the runs of a chain, but those of `base`, which is mapped already, over memory.
+pub(super) fn apply(chain: &Chain, base: &Arc<File>, runs: Vec<Run>, ram: &GuestRam) -> io::Result<()> {
     let mut mappings = 0;
-    for run in chain.runs().map_err(io::Error::other)? {
-        if matches!(&run.source, Source::File(file) if std::sync::Arc::ptr_eq(file, base)) {
+    for run in runs {
+        if matches!(&run.source, Source::File(file) if Arc::ptr_eq(file, base)) {
             continue;
         }
         for piece in pieces(ram, &run) {

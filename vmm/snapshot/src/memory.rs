@@ -16,6 +16,7 @@ use sha2::{Digest, Sha256};
 use crate::error::{SnapshotError, host};
 use crate::id::{Checksum, SnapshotId};
 use crate::manifest::{Compression, MemoryEntry};
+use crate::nameless::{nameless_beside, nameless_elsewhere};
 use crate::packed::{self, Packed};
 use crate::{PAGE_BYTES, PageKind, PageMap};
 
@@ -268,7 +269,19 @@ impl MemoryImage {
         if let Some(file) = self.unpacked.get() {
             return Ok(Arc::clone(file));
         }
-        let room = packed::nameless_beside(&self.folder).map_err(host("make room beside", &self.folder))?;
+        let room = nameless_beside(&self.folder).map_err(host("make room beside", &self.folder))?;
+        let room = match self.unpack_into(packed, &room) {
+            Err(SnapshotError::Io { source, .. }) if source.kind() == io::ErrorKind::StorageFull => {
+                let room = nameless_elsewhere().map_err(host("make room for the memory of", &self.folder))?;
+                self.unpack_into(packed, &room)?;
+                room
+            }
+            done => done.map(|()| room)?,
+        };
+        Ok(Arc::clone(self.unpacked.get_or_init(|| Arc::new(room))))
+    }
+
+    fn unpack_into(&self, packed: &Packed, room: &File) -> Result<(), SnapshotError> {
         let unpacked = || host("unpack the memory of", &self.folder);
         room.set_len(self.map.pages().saturating_mul(PAGE)).map_err(unpacked())?;
         for chunk in 0..self.chunks() {
@@ -285,7 +298,7 @@ impl MemoryImage {
                 rest = after;
             }
         }
-        Ok(Arc::clone(self.unpacked.get_or_init(|| Arc::new(room))))
+        Ok(())
     }
 
     /// Whether it is compressed.

@@ -4,12 +4,11 @@
 //! 5.2 MiB at 820 and 2900 with zstd's level 1 and 4.7 MiB at 415 and 2600 with its default (lz4_flex 0.13 with bounds
 //! checks, zstd 1.5, on one core); and because it is read by a program without unsafe code: a snapshot may be a stranger's.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::Path;
+use std::os::unix::fs::FileExt;
 
-use rustix::fs::{FallocateFlags, OFlags, fallocate};
+use rustix::fs::{FallocateFlags, fallocate};
 
 use crate::memory::{CHUNK_PAGES, chunk_data, data_runs};
 use crate::{PAGE_BYTES, PageMap};
@@ -96,14 +95,4 @@ pub(crate) fn pack(from: &File, map: &PageMap, to: &File) -> io::Result<Vec<u32>
         }
     }
     Ok(lengths)
-}
-
-/// A file without a name, on the snapshot's file system where that can be written.
-pub(crate) fn nameless_beside(snapshot: &Path) -> io::Result<File> {
-    let nameless = |folder: &Path| {
-        let flags = OFlags::TMPFILE.bits() as i32;
-        OpenOptions::new().read(true).write(true).custom_flags(flags).mode(0o600).open(folder)
-    };
-    let beside = snapshot.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    nameless(beside).or_else(|_| nameless(&std::env::temp_dir()))
 }

@@ -1,9 +1,8 @@
 //! What the command line keeps in a snapshot beside the machine: which disks it has, with the content of those that the
 //! guest can write, what runs in it, and how far the session with its agent has come.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -13,7 +12,7 @@ use harrier_devices::virtio::disk::{Base, BlockMap, DiskFile, Layer};
 use harrier_jobs::{Session, SessionState};
 use harrier_machine::snapshot::{HOST_PREFIX, Kind};
 use harrier_snapshot::{
-    Chain, DiskLayer, Section, Snapshot, SnapshotId, SnapshotWriter, layer_name, seal_layer,
+    Chain, DiskLayer, Section, Snapshot, SnapshotId, SnapshotWriter, layer_name, nameless_beside, seal_layer,
 };
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -291,13 +290,4 @@ pub(crate) fn open_own_disk(chain: &Chain, index: usize, disk: &DiskConfig) -> R
         DiskFile::over(Base { layers, bottom: kept.base }, own, kept.bytes)
     };
     Ok(Block::from_disk(file.map_err(failed)?, false, &name))
-}
-
-/// A file without a name, on the snapshot's file system where that can be written, so that it may share blocks.
-fn nameless_beside(snapshot: &Path) -> io::Result<File> {
-    let nameless = |folder: &Path| {
-        OpenOptions::new().read(true).write(true).custom_flags(libc::O_TMPFILE).mode(0o600).open(folder)
-    };
-    let beside = snapshot.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    nameless(beside).or_else(|_| nameless(&std::env::temp_dir()))
 }
