@@ -4,7 +4,42 @@
 mod stores;
 mod suite;
 
+use harrier_jobs::store::SqliteStore;
 use stores::{Place, open};
+
+/// Of a queue in a folder: what a process that died in the middle has left goes when the next one works on it.
+#[test]
+fn checkpoints_of_jobs_that_have_ended_go_although_who_recorded_the_end_has_died() {
+    let folder = tempfile::tempdir().unwrap();
+    let queue = folder.path().join("queue");
+    let fixture = stores::open_in(&queue);
+    fixture.host("a", |_| {});
+    let (over, running) = (fixture.plain(), fixture.plain());
+    let claims = fixture.claim("a", 2);
+    let of = |job: u64| queue.join("checkpoints").join(job.to_string()).join("1.1");
+    // As they lay before the end was recorded, and still do after a kill.
+    let put = |job| {
+        std::fs::create_dir_all(of(job)).unwrap();
+        std::fs::write(of(job).join("state"), "x").unwrap();
+    };
+    put(running);
+    let key = &claims.iter().find(|claim| claim.key.job == over).unwrap().key;
+    fixture.end(key, harrier_jobs::queue::Reason::Exited, Some(0));
+    for how in ["served", "worked on", "told again"] {
+        put(over);
+        match how {
+            "served" => drop(SqliteStore::open_with_lease(&queue, stores::LEASE_MS).unwrap()),
+            "worked on" => drop(SqliteStore::open_for_worker(&queue, stores::LEASE_MS).unwrap()),
+            _ => {
+                let told =
+                    fixture.store.report(key, &stores::ended(harrier_jobs::queue::Reason::Exited, Some(0)));
+                assert!(told.is_err(), "it counts once");
+            }
+        }
+        assert!(!of(over).parent().unwrap().exists(), "{how}");
+        assert!(of(running).join("state").exists(), "{how}");
+    }
+}
 
 macro_rules! on_every_store {
     ($($name:ident,)*) => {

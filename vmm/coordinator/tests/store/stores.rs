@@ -61,6 +61,13 @@ pub(crate) fn open(place: Place) -> Fixture {
     Fixture { store, clock, server: Some((stop, thread)), _folder: folder }
 }
 
+/// The queue in a folder that outlives it, by the host's clock: others may open it too.
+pub(crate) fn open_in(queue: &std::path::Path) -> Fixture {
+    let clock = TestClock(Arc::default());
+    let store = Arc::new(SqliteStore::open(queue).unwrap());
+    Fixture { store, clock, server: None, _folder: tempfile::tempdir().unwrap() }
+}
+
 impl Drop for Fixture {
     fn drop(&mut self) {
         if let Some((stop, thread)) = self.server.take() {

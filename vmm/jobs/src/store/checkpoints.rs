@@ -30,6 +30,12 @@ impl CheckpointFiles {
         Self { folder }
     }
 
+    /// The jobs that something lies here for.
+    pub(super) fn jobs(&self) -> Vec<JobId> {
+        let entries = fs::read_dir(&self.folder).into_iter().flatten().flatten();
+        entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
+    }
+
     fn of_job(&self, job: JobId) -> PathBuf {
         self.folder.join(job.to_string())
     }

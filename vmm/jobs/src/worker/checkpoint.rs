@@ -94,7 +94,11 @@ impl Way<'_> {
         let text = target.to_str().ok_or("its folder's name is not UTF-8")?.to_owned();
         let request =
             SnapshotRequest { target: text, diff: false, resume: false, image: false, compress: false };
-        let taken = client.clone().with_timeout(TIMEOUT).snapshot(&request).map_err(|err| err.to_string())?;
+        let taken = client.clone().with_timeout(TIMEOUT).snapshot(&request).map_err(|err| {
+            // The job may have ended meanwhile, and its checkpoints be gone. Only if it is empty.
+            let _ = fs::remove_dir(parent);
+            err.to_string()
+        })?;
         let snapshot = Snapshot::open(&target).map_err(|err| err.to_string())?;
         let output = command(&snapshot)?.output;
         let cpu_model = cpu_model(&snapshot)?;

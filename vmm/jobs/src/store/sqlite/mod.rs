@@ -85,15 +85,19 @@ impl SqliteStore {
         Self::open_with(folder, Arc::new(SystemClock), LEASE_MS)
     }
 
-    /// Opens a queue whose leases last so long.
+    /// Opens a queue whose leases last so long, to serve it.
     pub fn open_with_lease(folder: &Path, lease_ms: u64) -> Result<Self> {
-        Self::open_with(folder, Arc::new(SystemClock), lease_ms)
+        let store = Self::open_with(folder, Arc::new(SystemClock), lease_ms)?;
+        store.sweep()?;
+        Ok(store)
     }
 
     /// The same for a worker, which has its leases to look after while the file is another process's.
     pub fn open_for_worker(folder: &Path, lease_ms: u64) -> Result<Self> {
         let patience = BUSY_TIMEOUT.min(Duration::from_millis(lease_ms / LEASE_SHARE));
-        Self::open_patiently(folder, Arc::new(SystemClock), lease_ms, patience)
+        let store = Self::open_patiently(folder, Arc::new(SystemClock), lease_ms, patience)?;
+        store.sweep()?;
+        Ok(store)
     }
 
     /// Opens a queue with a clock and a lease time of one's own.
@@ -193,6 +197,16 @@ impl SqliteStore {
                     "input '{}' is not in the queue: submit it with the job",
                     file.host
                 )));
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes the checkpoints of jobs that have ended: who recorded an end may have died before it did so.
+    fn sweep(&self) -> Result<()> {
+        for job in self.checkpoints.jobs() {
+            if self.read(|tx, _| Ok(read::is_known_over(tx, job)?))? {
+                self.tidy(job)?;
             }
         }
         Ok(())
@@ -349,7 +363,12 @@ impl Store for SqliteStore {
         };
         if durability == Durability::Synced {
             // What is recorded relies on the output and the checkpoint.
-            self.read(|tx, _| lease::check(tx, key).map(|_| ()))?;
+            let checked = self.read(|tx, _| lease::check(tx, key).map(|_| ()));
+            if let (Err(StoreError::Fenced(_)), Report::Ended(_)) = (&checked, report) {
+                // Whoever recorded this very end may have died before it tidied up.
+                self.tidy(key.job)?;
+            }
+            checked?;
             self.output.sync(key.job, key.epoch)?;
         }
         if let Report::Checkpointed(checkpoint) = report

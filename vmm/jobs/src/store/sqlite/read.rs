@@ -25,6 +25,11 @@ pub(super) fn is_over(tx: &Transaction<'_>, job: JobId) -> Result<bool> {
     Ok(state.is_final())
 }
 
+/// Whether there is such a job, and it has ended.
+pub(super) fn is_known_over(tx: &Transaction<'_>, job: JobId) -> Result<bool> {
+    Ok(rows::find_job(tx, job)?.is_some_and(|job| job.state.is_final()))
+}
+
 pub(super) fn jobs(tx: &Transaction<'_>, filter: &JobFilter) -> Result<Vec<Job>> {
     let mut conditions = vec!["1".to_owned()];
     let mut values: Vec<Value> = Vec::new();
