@@ -83,6 +83,14 @@ pub enum OpenError {
     /// Somebody else writes it, or reads it while we want to write.
     #[error("disk '{}' is in use by another machine: use a copy, or ':ro' in all of them", .0.display())]
     InUse(PathBuf),
+    /// It is larger than a disk that is written may be.
+    #[error("disk '{}' has {bytes} bytes, more than {}: use it read-only (append ':ro')", .path.display(), super::disk::MAX_BYTES)]
+    TooLarge {
+        /// The image.
+        path: PathBuf,
+        /// Its length.
+        bytes: u64,
+    },
     /// Its length cannot be found.
     #[error("disk '{}': {source}", .path.display())]
     Length {
@@ -135,6 +143,10 @@ impl Block {
             .map_err(|source| OpenError::Length { path: path.to_owned(), source })?;
         if disk.sectors == 0 {
             return Err(OpenError::Empty(path.to_owned()));
+        }
+        let bytes = disk.file.len();
+        if !read_only && bytes > super::disk::MAX_BYTES {
+            return Err(OpenError::TooLarge { path: path.to_owned(), bytes });
         }
         Ok(disk)
     }

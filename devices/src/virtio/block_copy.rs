@@ -59,13 +59,13 @@ impl DiskCopies {
 
     /// Takes the blocks that have changed since this was last called: for a snapshot of the disk as it is now, which the next
     /// difference is one to.
-    pub fn take_changed(&self) -> Vec<u64> {
+    pub fn take_changed(&self) -> Vec<(u64, u64)> {
         self.changed.take()
     }
 
     /// There is no such snapshot after all.
-    pub fn put_back_changed(&self, blocks: &[u64]) {
-        self.changed.add_words(blocks);
+    pub fn put_back_changed(&self, blocks: &[(u64, u64)]) {
+        self.changed.add_words(blocks.iter().copied());
     }
 
     /// Begins a copy into the empty file `to`: of all of it, or only of such blocks. The disk stands still: the machine is
@@ -73,17 +73,17 @@ impl DiskCopies {
     ///
     /// # Errors
     /// The host's.
-    pub fn begin(&self, to: File, blocks: Option<&[u64]>) -> io::Result<Arc<DiskCopy>> {
+    pub fn begin(&self, to: File, blocks: Option<&[(u64, u64)]>) -> io::Result<Arc<DiskCopy>> {
         let len = self.file.len();
         to.set_len(len)?;
-        let blocks = blocks.map(BlockMap::from_words);
-        let in_part = PART / BLOCK_BYTES;
-        let is_idle = |part: u64| {
-            blocks
-                .as_ref()
-                .is_some_and(|blocks| !(part * in_part..(part + 1) * in_part).any(|block| blocks.has(block)))
-        };
-        let copied = (0..len.div_ceil(PART)).map(is_idle).collect();
+        let mut copied = vec![blocks.is_some(); len.div_ceil(PART) as usize];
+        for (index, _) in blocks.unwrap_or_default() {
+            // The 64 blocks of a word are one part.
+            if let Some(copied) = copied.get_mut((index * 64 * BLOCK_BYTES / PART) as usize) {
+                *copied = false;
+            }
+        }
+        let blocks = blocks.map(|blocks| BlockMap::from_words(len, blocks.iter().copied()));
         let state = State { copied, buffer: Vec::new(), failed: None };
         let copy = Arc::new(DiskCopy { from: self.file.clone(), to, blocks, state: Mutex::new(state) });
         lock(&self.under_way).push(Arc::downgrade(&copy));
@@ -107,17 +107,35 @@ impl DiskCopies {
 }
 
 impl DiskCopy {
-    /// Copies what is left. May be called from any thread, while the guest runs.
+    /// Copies what is left; of a disk that is mostly a hole that takes the time of what there is. May be called from any
+    /// thread, while the guest runs.
     ///
     /// # Errors
     /// The host's, also for what was copied before.
     pub fn finish(&self) -> io::Result<()> {
-        for part in 0..self.from.len().div_ceil(PART) {
-            if !self.part(part) {
+        let parts = self.from.len().div_ceil(PART);
+        let mut part = 0;
+        while part < parts {
+            part = self.pass_hole(part)?;
+            if part < parts && !self.part(part) {
                 break;
             }
+            part += 1;
         }
         lock(&self.state).failed.take().map_or(Ok(()), Err)
+    }
+
+    /// The first part from this one on that is to be copied. What lies before is a hole, or was copied: nobody changes a
+    /// part that is not, while the lock is held.
+    fn pass_hole(&self, part: u64) -> io::Result<u64> {
+        let mut state = lock(&self.state);
+        let next = match state.copied.get(part as usize) {
+            Some(false) => self.from.next_data(part * PART)? / PART,
+            _ => return Ok(part),
+        };
+        let hole = state.copied.iter_mut().take(next as usize).skip(part as usize);
+        hole.for_each(|copied| *copied = true);
+        Ok(next.max(part))
     }
 
     /// Copies one part, if it is not copied. False if the copy has failed.

@@ -9,8 +9,8 @@
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use vmm_sys_util::fallocate::{FallocateMode, fallocate};
 
@@ -19,51 +19,102 @@ use super::chain::Buffers;
 /// Bytes of a block, the unit of maps: what most file systems in guests write at least.
 pub const BLOCK_BYTES: u64 = 4096;
 
-/// A set of a disk's blocks, that threads may share. Blocks behind its end are never in it.
+/// Words of a piece of a map: a page of them, for 128 MiB of the disk.
+const PIECE_WORDS: u64 = 512;
+/// Most bytes of a disk that can be written: 64 TiB.
+pub const MAX_BYTES: u64 = 1 << 46;
+
+type Piece = [AtomicU64; PIECE_WORDS as usize];
+
+/// A set of a disk's blocks, that threads may share. Blocks behind its end are never in it. What it takes is bounded by the
+/// blocks that have been in it: a disk that is mostly a hole may be of any size.
+///
+/// From outside it is words with their index that have any block, 64 in each, lowest first.
 #[derive(Debug)]
-pub struct BlockMap(Box<[AtomicU64]>);
+pub struct BlockMap(Box<[OnceLock<Box<Piece>>]>);
 
 impl BlockMap {
     /// None of the blocks of so many bytes.
     pub fn empty(disk_bytes: u64) -> Self {
-        let words = disk_bytes.div_ceil(BLOCK_BYTES).div_ceil(64);
-        BlockMap((0..words).map(|_| AtomicU64::new(0)).collect())
+        let pieces = disk_bytes.min(MAX_BYTES).div_ceil(BLOCK_BYTES).div_ceil(64).div_ceil(PIECE_WORDS);
+        BlockMap((0..pieces).map(|_| OnceLock::new()).collect())
     }
 
-    /// The blocks whose bits are set, 64 in each word, lowest first.
-    pub fn from_words(words: &[u64]) -> Self {
-        BlockMap(words.iter().map(|word| AtomicU64::new(*word)).collect())
+    /// Those of a disk of so many bytes whose bits are set.
+    pub fn from_words(disk_bytes: u64, words: impl IntoIterator<Item = (u64, u64)>) -> Self {
+        let map = Self::empty(disk_bytes);
+        map.add_words(words);
+        map
     }
 
-    /// All words.
-    pub fn words(&self) -> Vec<u64> {
-        self.0.iter().map(|word| word.load(Ordering::Acquire)).collect()
+    /// The words that have any.
+    pub fn words(&self) -> Vec<(u64, u64)> {
+        self.each_word(|word| word.load(Ordering::Acquire))
     }
 
-    /// All words; afterwards no block is in it.
-    pub fn take(&self) -> Vec<u64> {
-        self.0.iter().map(|word| word.swap(0, Ordering::AcqRel)).collect()
+    /// The words that have any; afterwards no block is in it.
+    pub fn take(&self) -> Vec<(u64, u64)> {
+        self.each_word(|word| word.swap(0, Ordering::AcqRel))
+    }
+
+    fn each_word(&self, get: impl Fn(&AtomicU64) -> u64) -> Vec<(u64, u64)> {
+        let mut words = Vec::new();
+        for (piece, first) in self.0.iter().zip((0..).step_by(PIECE_WORDS as usize)) {
+            let piece = piece.get().into_iter().flat_map(|piece| piece.iter());
+            words.extend((first..).zip(piece.map(&get)).filter(|(_, word)| *word != 0));
+        }
+        words
     }
 
     /// Adds the blocks of such words.
-    pub fn add_words(&self, words: &[u64]) {
-        for (to, from) in self.0.iter().zip(words) {
-            to.fetch_or(*from, Ordering::AcqRel);
+    pub fn add_words(&self, words: impl IntoIterator<Item = (u64, u64)>) {
+        words.into_iter().for_each(|(index, word)| self.add_word(index, word));
+    }
+
+    fn add_word(&self, index: u64, bits: u64) {
+        let Some(piece) = self.0.get((index / PIECE_WORDS) as usize) else { return };
+        let piece = piece.get_or_init(|| Box::new([const { AtomicU64::new(0) }; PIECE_WORDS as usize]));
+        if let Some(word) = piece.get((index % PIECE_WORDS) as usize) {
+            word.fetch_or(bits, Ordering::AcqRel);
         }
     }
 
     /// Whether a block is in it.
     pub fn has(&self, block: u64) -> bool {
+        let index = block / 64;
         self.0
-            .get((block / 64) as usize)
+            .get((index / PIECE_WORDS) as usize)
+            .and_then(OnceLock::get)
+            .and_then(|piece| piece.get((index % PIECE_WORDS) as usize))
             .is_some_and(|word| word.load(Ordering::Acquire) >> (block % 64) & 1 != 0)
+    }
+
+    /// The first block from this one on that is in it.
+    fn next(&self, block: u64) -> Option<u64> {
+        let mut index = block / 64;
+        let mut mask = u64::MAX << (block % 64);
+        while let Some(piece) = self.0.get((index / PIECE_WORDS) as usize) {
+            let Some(piece) = piece.get() else {
+                (index, mask) = ((index / PIECE_WORDS + 1) * PIECE_WORDS, u64::MAX);
+                continue;
+            };
+            let word = piece.get((index % PIECE_WORDS) as usize)?.load(Ordering::Acquire) & mask;
+            if word != 0 {
+                return Some(index * 64 + u64::from(word.trailing_zeros()));
+            }
+            (index, mask) = (index + 1, u64::MAX);
+        }
+        None
     }
 
     /// Adds blocks.
     pub fn add(&self, first: u64, count: u64) {
-        for block in first..first.saturating_add(count) {
-            let Some(word) = self.0.get((block / 64) as usize) else { return };
-            word.fetch_or(1 << (block % 64), Ordering::AcqRel);
+        let end = first.saturating_add(count);
+        let mut block = first;
+        while block < end && block / 64 / PIECE_WORDS < self.0.len() as u64 {
+            let here = (64 - block % 64).min(end - block);
+            self.add_word(block / 64, u64::MAX >> (64 - here) << (block % 64));
+            block += here;
         }
     }
 
@@ -116,8 +167,12 @@ impl DiskFile {
     /// The empty file `own` over `base`, which has `len` bytes.
     ///
     /// # Errors
-    /// The host's.
+    /// The host's, or it is larger than [`MAX_BYTES`].
     pub fn over(base: Base, own: File, len: u64) -> io::Result<Self> {
+        if len > MAX_BYTES {
+            let text = format!("a disk of {len} bytes is larger than {MAX_BYTES}");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+        }
         own.set_len(len)?;
         Ok(DiskFile { own: Arc::new(own), over: Some(Arc::new((BlockMap::empty(len), base))), len })
     }
@@ -151,6 +206,24 @@ impl DiskFile {
             Some(layer) => base.layers.get(layer).map_or(&base.bottom, |layer| &layer.file),
         };
         (file, count)
+    }
+
+    /// The first byte from `offset` on that may not be zero; the disk's length if there is none.
+    pub(super) fn next_data(&self, offset: u64) -> io::Result<u64> {
+        let in_file = |file: &File| match rustix::fs::seek(file, rustix::fs::SeekFrom::Data(offset)) {
+            Ok(at) => Ok(at.min(self.len)),
+            Err(rustix::io::Errno::NXIO) => Ok(self.len),
+            Err(errno) => Err(io::Error::from(errno)),
+        };
+        let Some(over) = &self.over else { return in_file(&self.own) };
+        let (own, base) = &**over;
+        let mut next = in_file(&base.bottom)?;
+        for blocks in base.layers.iter().map(|layer| &layer.blocks).chain([own]) {
+            if let Some(block) = blocks.next(offset / BLOCK_BYTES) {
+                next = next.min((block * BLOCK_BYTES).max(offset));
+            }
+        }
+        Ok(next)
     }
 
     /// Calls `each` with the pieces of a range that have one file each: file, offset, length.

@@ -57,7 +57,7 @@ fn write(target: &Path, parent: Option<&Snapshot>, value: u8, compressed: bool) 
     disk.set_len(DISK_BYTES).expect("a disk");
     disk.write_all_at(&[value; 512], PAGE_BYTES as u64).expect("a disk's content");
     if parent.is_some() {
-        seal_layer(&disk, writer.id(), DISK_BYTES, &[0b10]).expect("a layer");
+        seal_layer(&disk, writer.id(), DISK_BYTES, [(0, 0b10)]).expect("a layer");
     }
     writer.fleeting().commit().expect("a snapshot")
 }

@@ -27,7 +27,7 @@ pub use chain::{Chain, Run, Source};
 pub use compact::{compact, unpack};
 pub use error::SnapshotError;
 pub use id::SnapshotId;
-pub use layer::{ChainDisk, DiskLayer, layer_name, seal_layer};
+pub use layer::{Blocks, ChainDisk, DiskLayer, layer_name, seal_layer};
 pub use manifest::{Compression, FileEntry, Manifest, MemoryEntry, ParentEntry, SectionEntry};
 pub use memory::{CHUNK_PAGES, MemoryImage, MemoryWriter};
 pub use nameless::nameless_beside;

@@ -15,8 +15,9 @@ pub(crate) const FILE: &str = "manifest.json";
 pub(crate) const MAX_BYTES: u64 = 4 << 20;
 /// Sections and files of a snapshot at most.
 const MAX_ENTRIES: usize = 4096;
-/// Most guest memory, in pages: 64 TiB.
-pub(crate) const MAX_PAGES: u64 = 1 << 34;
+/// Most guest memory, in pages: 1 TiB. What a reader keeps of each page and chunk is then 100 MiB, in a file that may be
+/// a hole but for that.
+pub(crate) const MAX_PAGES: u64 = 1 << 28;
 const FORMAT: &str = "harrier-snapshot";
 
 /// Table of contents of a snapshot.

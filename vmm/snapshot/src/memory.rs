@@ -137,13 +137,22 @@ impl MemoryWriter {
         self.file.write_all_at(&[0; PAGE_BYTES], page * PAGE).map_err(host("write", &self.path))
     }
 
-    /// Adds checksums and trailer, and makes all of it durable if it is to be.
-    pub(crate) fn finish(self, id: SnapshotId, durable: bool) -> Result<MemoryEntry, SnapshotError> {
+    /// Adds checksums, if it is to have them, and trailer, and makes all of it durable if it is to be.
+    pub(crate) fn finish(
+        self,
+        id: SnapshotId,
+        durable: bool,
+        checked: bool,
+    ) -> Result<MemoryEntry, SnapshotError> {
         let failed = host("write", &self.path);
         let pages = self.map.pages();
         let mut trailer = header(id, pages).to_vec();
         trailer.extend_from_slice(self.map.encode());
         for chunk in 0..pages.div_ceil(CHUNK_PAGES) {
+            if !checked {
+                trailer.extend_from_slice(&[0; CHECKSUM_BYTES as usize]);
+                continue;
+            }
             let bytes = chunk_data(&self.file, &self.map, chunk).map_err(host("read", &self.path))?;
             trailer.extend_from_slice(&checksum(&bytes));
         }

@@ -198,7 +198,7 @@ pub(crate) struct BegunCopy {
     disk_bytes: u64,
     copies: DiskCopies,
     /// What had changed before; it counts again if there is no snapshot after all.
-    changed: Option<Vec<u64>>,
+    changed: Option<Vec<(u64, u64)>>,
 }
 
 impl BegunCopy {
@@ -240,7 +240,8 @@ impl BegunCopy {
             self.copy.as_ref().map_or(Ok(()), |copy| copy.finish())?;
             match &self.layer {
                 Some((file, id)) => {
-                    seal_layer(file, *id, self.disk_bytes, self.changed.as_deref().unwrap_or_default())
+                    let changed = self.changed.as_deref().unwrap_or_default();
+                    seal_layer(file, *id, self.disk_bytes, changed.iter().copied())
                 }
                 None => Ok(()),
             }
@@ -284,8 +285,10 @@ pub(crate) fn open_own_disk(chain: &Chain, index: usize, disk: &DiskConfig) -> R
     let file = if is_shared {
         DiskFile::whole(own)
     } else {
-        let layer =
-            |layer: DiskLayer| Layer { file: layer.file, blocks: BlockMap::from_words(&layer.blocks) };
+        let layer = |layer: DiskLayer| {
+            let blocks = BlockMap::from_words(layer.disk_bytes, layer.blocks.words());
+            Layer { file: layer.file, blocks }
+        };
         let layers = kept.layers.into_iter().map(layer).collect();
         DiskFile::over(Base { layers, bottom: kept.base }, own, kept.bytes)
     };
