@@ -65,7 +65,8 @@ struct Output {
     stream: Stream,
     file: Option<File>,
     kept: SendStream,
-    /// After the main process's end: bytes that were in the pipe at that moment and are not read yet.
+    /// After the main process's end, or before the machine's: bytes that were in the pipe at that moment and are not
+    /// read yet.
     owed: u64,
 }
 
@@ -345,6 +346,16 @@ impl Command {
         }
     }
 
+    /// The machine is about to end: what is in the pipes now is owed to the host.
+    pub(crate) fn owe(&mut self) {
+        self.outputs.iter_mut().for_each(Output::owe);
+    }
+
+    /// Whether the host has been sent all that was owed.
+    pub(crate) fn is_square(&self) -> bool {
+        self.outputs.iter().all(|output| output.owed == 0 && output.kept.is_sent())
+    }
+
     /// The main process has ended.
     pub(crate) fn main_ended(&mut self, status: Status, usage: Usage) {
         let at_ns = sys::monotonic_ns();
@@ -357,13 +368,15 @@ impl Command {
             Some(_) | None => Cause::Itself,
         };
         self.end = Some(End { status, cause, usage, at_ns, deadline_ns: at_ns.saturating_add(GRACE_NS) });
-        for output in &mut self.outputs {
-            output.owed = output.file.as_ref().and_then(|file| sys::readable_bytes(file).ok()).unwrap_or(0);
-        }
+        self.owe();
     }
 }
 
 impl Output {
+    fn owe(&mut self) {
+        self.owed = self.file.as_ref().and_then(|file| sys::readable_bytes(file).ok()).unwrap_or(0);
+    }
+
     fn close(&mut self) {
         self.file = None;
         self.owed = 0;

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use harrier_agent_protocol::PROGRESS_MAX;
 
+use crate::exit::{self, Exit};
 use crate::identity;
 use crate::progress;
 use crate::sys::{self, Device, Identity};
@@ -22,7 +23,8 @@ What a job can ask of the machine that it runs in.
   harrier-guest identity [--wait]    say the same of this machine; --wait: once it is another one than now
   harrier-guest mark NAME [VALUE]    note a moment, which `harrier run --timings` and --json show
   harrier-guest progress TEXT        say how far the job has come, which `harrier status` shows within seconds
-  harrier-guest exit CODE [MESSAGE]  synchronise the disks and end the machine with this exit code, 0 to 255
+  harrier-guest exit CODE [MESSAGE]  synchronise the disks and end the machine with this exit code, 0 to 255; what the
+                                     job has written before arrives
   harrier-guest features             the bits of what the monitor offers, in hexadecimal
 ";
 
@@ -142,10 +144,12 @@ fn serve(request: Request) -> Result<String, String> {
                 _ => failed("mark", error),
             })
         }
-        Request::Exit { code, message } => Err(failed(
-            "exit",
-            device.exit(code, message).err().unwrap_or_else(|| std::io::ErrorKind::Other.into()),
-        )),
+        Request::Exit { code, message } => {
+            // Where no agent does it, the machine ends all the same; only what is on its way then may be lost.
+            let _ = exit::ask(exit::PATH.as_ref(), Exit { code, message });
+            let error = device.exit(code, message).err();
+            Err(failed("exit", error.unwrap_or_else(|| std::io::ErrorKind::Other.into())))
+        }
         Request::Features => {
             device.features().map(|bits| format!("{bits:#x}\n")).map_err(|error| failed("features", error))
         }

@@ -21,7 +21,7 @@ use crate::dial::{self, Dialer};
 use crate::root::{self, MachineRoot};
 use crate::session::{Ending, Place, Session};
 use crate::sys;
-use crate::{guest, identity};
+use crate::{exit, guest, identity};
 
 /// The agent has begun, in linux/harrier_hypercall.h.
 const PHASE_AGENT: u32 = 7;
@@ -111,7 +111,23 @@ fn serve(start_ns: u64) -> Result<(), String> {
     let mut session = Session::new(connection, Dialer::Vsock, Place::Machine(MachineRoot::default()), times)
         .map_err(|error| error.to_string())?;
     sys::mark(PHASE_READY);
+    if Path::new(sys::DEVICE).exists() {
+        match exit::listen(exit::PATH.as_ref()) {
+            Ok(exits) => session.take_exits(exits),
+            Err(error) => say(&format!("jobs cannot ask for the end at {}: {error}", exit::PATH)),
+        }
+    }
     let ending = session.run();
+    if let Ok(Ending::Exit(exit)) = ending {
+        // Before: the host does not wait for long for the end of a machine that has hung up.
+        sync();
+        session.hang_up();
+        let ended = sys::Device::open().and_then(|device| device.exit(exit.code, exit.message));
+        say(&format!(
+            "the machine cannot be ended as a job asked: {}",
+            ended.err().unwrap_or_else(|| io::ErrorKind::Other.into())
+        ));
+    }
     end_processes();
     unmount_disks();
     match ending {
@@ -119,6 +135,8 @@ fn serve(start_ns: u64) -> Result<(), String> {
             session.say_synced();
             Ok(())
         }
+        // It was tried, and said that it failed.
+        Ok(Ending::Exit(_)) => Ok(()),
         Ok(Ending::Disconnected) => Err("the host is gone and has not come back".into()),
         Err(error) => Err(error.to_string()),
     }

@@ -16,6 +16,7 @@
 
 mod command;
 mod dial;
+mod exit;
 mod guest;
 mod identity;
 mod init;

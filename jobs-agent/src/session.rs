@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::UnixListener;
 use std::time::Duration;
 
 use harrier_agent_protocol::flow::FlowError;
@@ -17,9 +18,11 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::socket::Shutdown;
 
 use crate::command::{Channel, Command, Interest};
 use crate::dial::{DIAL_LIMIT, Dialer, Redial};
+use crate::exit::{self, Exit};
 use crate::identity;
 use crate::limits::{self, Group};
 use crate::progress::ProgressFile;
@@ -27,6 +30,9 @@ use crate::root::{self, MachineRoot};
 use crate::spawn::{self, StartError};
 use crate::sys;
 use crate::transfer::Transfer;
+
+/// How long the host may take to hang up before the machine ends.
+const HANG_UP_NS: u64 = 1_000_000_000;
 
 /// Where the agent runs.
 pub(crate) enum Place {
@@ -43,6 +49,8 @@ pub(crate) enum Ending {
     Shutdown,
     /// The host is gone and has not come back.
     Disconnected,
+    /// A job has asked for it, and the host has been sent all that was written before.
+    Exit(Exit),
 }
 
 /// Why a session cannot go on.
@@ -107,6 +115,10 @@ struct State {
     /// How long to go on without a host.
     linger: Option<Duration>,
     heart: Option<Heart>,
+    /// Where jobs ask for the machine's end; in a machine with Harrier's own kernel.
+    exits: Option<UnixListener>,
+    /// What one has asked for.
+    exit: Option<Exit>,
     /// No command is begun.
     quiet: Option<Quiet>,
     ending: Option<Ending>,
@@ -147,6 +159,7 @@ enum Source {
     Connection,
     Redial,
     Signals,
+    Exits,
     Command(u32, Channel),
 }
 
@@ -181,12 +194,19 @@ impl Session {
             is_attached: false,
             linger: Some(DIAL_LIMIT),
             heart: None,
+            exits: None,
+            exit: None,
             quiet: None,
             ending: None,
             scratch: vec![0; DATA_MAX].into_boxed_slice(),
         };
         let link = state.connected(connection).map_err(SessionError::Wait)?;
         Ok(Self { link, state })
+    }
+
+    /// Lets jobs ask for the machine's end.
+    pub(crate) fn take_exits(&mut self, exits: UnixListener) {
+        self.state.exits = Some(exits);
     }
 
     /// Serves the host until it ends the machine, or is gone for too long. Commands that still run then are killed.
@@ -239,10 +259,33 @@ impl Session {
         }
     }
 
+    /// Hangs up and waits a moment for the host to do the same: it has taken what was sent then.
+    pub(crate) fn hang_up(&mut self) {
+        let Link::Up { connection, .. } = &mut self.link else { return };
+        let has_hung_up = nix::sys::socket::shutdown(connection.as_raw_fd(), Shutdown::Write);
+        let deadline_ns = sys::monotonic_ns().saturating_add(HANG_UP_NS);
+        let mut discard = Inbox::default();
+        while has_hung_up.is_ok() && sys::monotonic_ns() < deadline_ns {
+            let mut entries = [PollFd::new(connection.as_fd(), PollFlags::POLLIN)];
+            let ready = poll(&mut entries, timeout(Some(deadline_ns), sys::monotonic_ns()));
+            match ready.map(|_| discard.fill(connection)) {
+                Ok(Ok(1..)) | Err(Errno::EINTR) => {
+                    // What it says meanwhile does not matter any more.
+                    while let Ok(Some(_)) = discard.next_frame() {}
+                }
+                Ok(Err(error)) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Ok(_) | Err(_) => return,
+            }
+        }
+    }
+
     /// Waits for events once and handles them.
     fn turn(&mut self) -> Result<Option<Ending>, SessionError> {
         self.state.keep_time()?;
         self.flush();
+        if let Some(exit) = self.state.exit.filter(|_| self.state.is_square()) {
+            return Ok(Some(Ending::Exit(exit)));
+        }
         let mut redial_is_ready = false;
         for (source, flags) in self.wait()? {
             match source {
@@ -253,6 +296,7 @@ impl Session {
                 }
                 Source::Redial => redial_is_ready = true,
                 Source::Signals => self.state.reap()?,
+                Source::Exits => self.state.hear_exit(),
                 Source::Command(id, channel) => self.state.serve(id, channel, flags),
             }
         }
@@ -332,6 +376,10 @@ impl Session {
                 }
                 wake_ns = wake_ns.into_iter().chain(redial.wake_ns(state.linger)).min();
             }
+        }
+        if let Some(exits) = state.exits.as_ref().filter(|_| state.exit.is_none()) {
+            sources.push(Source::Exits);
+            entries.push(PollFd::new(exits.as_fd(), PollFlags::POLLIN));
         }
         for (id, entry) in &state.commands {
             let Entry::Command(command) = entry else { continue };
@@ -483,6 +531,23 @@ impl State {
             HostMessage::Thaw => self.thaw()?,
         }
         Ok(())
+    }
+
+    /// Somebody may ask for the machine's end.
+    fn hear_exit(&mut self) {
+        self.exit = self.exits.as_ref().and_then(exit::take);
+        if self.exit.is_some() {
+            for entry in self.commands.values_mut() {
+                if let Entry::Command(command) = entry {
+                    command.owe();
+                }
+            }
+        }
+    }
+
+    /// Whether the host has been sent all that is owed to it before the machine ends.
+    fn is_square(&self) -> bool {
+        self.is_attached && self.outbox.is_empty() && self.running().all(Command::is_square)
     }
 
     fn say_ready(&mut self) {

@@ -1,7 +1,9 @@
 //! What a job asks of the monitor by `harrier-guest`, and what the guest's kernel does when its machine becomes another.
 
 use std::collections::BTreeSet;
+use std::io::Read as _;
 use std::path::Path;
+use std::process::Stdio;
 use std::time::{Duration, UNIX_EPOCH};
 
 use serde_json::Value;
@@ -29,6 +31,46 @@ fn a_job_marks_a_moment_and_ends_its_machine() {
         let stderr = record["stderr"].as_str().unwrap();
         assert!(stderr.contains("harrier-guest: '300' is not an exit code"), "{engine}: {stderr}");
     }
+}
+
+/// More than is under way at once, to whoever reads slowly, and from a job that was restored.
+#[test]
+fn what_a_job_wrote_before_it_ended_its_machine_arrives() {
+    let all: String = (1..=60_000).map(|number| format!("{number}\n")).collect();
+    for engine in engines() {
+        for _ in 0..3 {
+            let script = "seq 60000; echo last >&2; harrier-guest exit 9 done";
+            let args = ["run", "--quiet", "--engine", engine, "--", "sh", "-c", script];
+            let mut child = harrier(&args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+            std::thread::sleep(Duration::from_secs(1));
+            let mut found = Vec::new();
+            child.stdout.take().unwrap().read_to_end(&mut found).unwrap();
+            let (code, _, stderr) = texts(wait(child));
+            assert_eq!((code, stderr.as_str()), (9, "last\n"), "{engine}");
+            assert!(found == all.as_bytes(), "{engine}: {} of {} bytes", found.len(), all.len());
+        }
+        let machines = Machines::new();
+        let folder = tempfile::tempdir().unwrap();
+        let snapshot = folder.path().join("snapshot");
+        let script = "echo waits; while ! [ -s /run/harrier/identity ]; do usleep 10000; done; seq 60000; \
+                      harrier-guest exit 9";
+        machines.good(&["run", "-d", "--name", "m", "--engine", engine, "--", "sh", "-c", script]);
+        eventually("it waits", || machines.good(&["logs", "m"]) == "waits\n");
+        machines.good(&["snapshot", "m", "--to", snapshot.to_str().unwrap()]);
+        machines.good(&["kill", "m"]);
+        let (code, stdout, stderr) = texts(output(&["restore", snapshot.to_str().unwrap(), "--quiet"]));
+        assert_eq!((code, stderr.as_str()), (9, ""), "{engine}");
+        assert!(stdout == all, "{engine}: {} of {} bytes", stdout.len(), all.len());
+    }
+}
+
+#[test]
+fn only_root_ends_the_machine() {
+    let script = "harrier-guest exit 3; echo $?; exit 4";
+    let args = ["run", "--quiet", "--engine", "soft", "--user", "1000", "--", "sh", "-c", script];
+    let (code, stdout, stderr) = texts(output(&args));
+    assert_eq!((code, stdout.as_str()), (4, "1\n"), "{stderr}");
+    assert!(stderr.starts_with("harrier-guest: "), "{stderr}");
 }
 
 #[test]
@@ -147,20 +189,40 @@ fn marks_beyond_the_cap_are_refused_by_name_and_the_first_ones_kept() {
 #[test]
 fn what_programs_have_written_is_on_the_disks_before_a_snapshot() {
     for engine in engines() {
-        let machines = Machines::new();
-        let folder = tempfile::tempdir().unwrap();
-        let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
-        let disk = path("disk");
-        std::fs::write(&disk, vec![0; 1 << 20]).unwrap();
-        let first_bytes = || std::fs::read(&disk).unwrap()[..5].to_vec();
-        // As long as the file is open nobody has reason to write it through, for half a minute.
-        let script = "exec 3>/dev/vda; echo hello >&3; echo written; sleep 100";
-        let run = ["run", "-d", "--name", "m", "--engine", engine, "--memory", "128M", "--disk", &disk];
-        machines.good(&[run.as_slice(), &["--", "sh", "-c", script]].concat());
-        eventually("it is written", || machines.good(&["logs", "m"]) == "written\n");
-        assert_eq!(first_bytes(), [0; 5], "{engine}: it was on the disk without being asked");
-        machines.good(&["snapshot", "m", "--to", &path("snapshot")]);
-        assert_eq!(first_bytes(), b"hello", "{engine}");
-        machines.good(&["kill", "m"]);
+        is_written_before_a_snapshot(engine, &[]);
     }
+}
+
+/// Such a kernel cannot be asked for quiet: there the agent sees to it.
+#[test]
+fn under_an_unmodified_kernel_it_is_too_and_the_agent_begins_new_commands_afterwards() {
+    let folder = cache().join("debian-kernel/agent-3");
+    let file = |name: &str| folder.join(name).to_str().unwrap().to_owned();
+    is_written_before_a_snapshot(
+        "soft",
+        &["--kernel", &file("vmlinux"), "--initrd", &file("initramfs.cpio")],
+    );
+}
+
+fn is_written_before_a_snapshot(engine: &str, kernel: &[&str]) {
+    let machines = Machines::new();
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let (disk, snapshot) = (path("disk"), path("snapshot"));
+    std::fs::write(&disk, vec![0; 1 << 20]).unwrap();
+    let first_bytes = || std::fs::read(&disk).unwrap()[..5].to_vec();
+    // As long as the file is open nobody has reason to write it through, for half a minute.
+    let script = "exec 3>/dev/vda; echo hello >&3; echo written; sleep 100";
+    let run = ["run", "-d", "--name", "m", "--engine", engine, "--memory", "128M", "--disk", &disk];
+    machines.good(&[run.as_slice(), kernel, &["--", "sh", "-c", script]].concat());
+    eventually("it is written", || machines.good(&["logs", "m"]) == "written\n");
+    assert_eq!(first_bytes(), [0; 5], "{engine}: it was on the disk without being asked");
+    machines.good(&["snapshot", "m", "--to", &snapshot]);
+    assert_eq!(first_bytes(), b"hello", "{engine}");
+    assert_eq!(machines.good(&["exec", "m", "--", "echo", "on"]), "on\n", "{engine}");
+    machines.good(&["kill", "m"]);
+    // Whatever it was asked for is over in the machine that is made of it.
+    machines.good(&["restore", &snapshot, "-d", "--name", "again"]);
+    assert_eq!(machines.good(&["exec", "again", "--", "echo", "on"]), "on\n", "{engine}");
+    machines.good(&["kill", "again"]);
 }
