@@ -86,6 +86,7 @@ fn run(
             stay_paused: true,
             compress: false,
             quiesce_limit: Duration::ZERO,
+            rest: None,
             producer: "relay",
             owner: &mut |_| Ok(()),
             settle: &mut || Ok(()),

@@ -114,6 +114,7 @@ fn take(machine: &Machine, target: &Path, kind: Kind, content: [u8; 6]) {
         stay_paused: false,
         compress: true,
         quiesce_limit: Duration::ZERO,
+        rest: None,
         producer: "harrier fixture",
         owner: &mut |writer| {
             let is_layer = kind == Kind::Difference;

@@ -110,6 +110,7 @@ fn take(machine: &Machine, target: &Path, kind: Kind) -> Snapshot {
         stay_paused: true,
         compress: false,
         quiesce_limit: Duration::ZERO,
+        rest: None,
         producer: "linux",
         owner: &mut |_| Ok(()),
         settle: &mut || Ok(()),

@@ -80,6 +80,7 @@ fn snapshot(handle: &MachineHandle, target: &Path, limit: Duration) -> Result<Re
         stay_paused: false,
         compress: false,
         quiesce_limit: limit,
+        rest: None,
         producer: "lives",
         owner: &mut |_| Ok(()),
         settle: &mut || Ok(()),

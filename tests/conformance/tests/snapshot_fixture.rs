@@ -112,6 +112,7 @@ fn make() {
         stay_paused: false,
         compress: true,
         quiesce_limit: Duration::ZERO,
+        rest: None,
         producer: "harrier fixture",
         owner: &mut |_| Ok(()),
         settle: &mut || Ok(()),

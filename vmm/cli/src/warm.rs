@@ -94,6 +94,7 @@ pub(crate) fn make(
         kind: Kind::Full,
         compress: false,
         quiesce_limit: Duration::from_secs(1),
+        rest: None,
         stay_paused: false,
         producer: PRODUCER,
         owner: &mut |writer| {

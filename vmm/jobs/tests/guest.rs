@@ -1,5 +1,5 @@
-//! The session with the agent of a real guest on the software processor, whose connections are cut: the agent dials again
-//! over vsock, and nothing is lost or comes twice.
+//! The session with the agent of a real guest, on each engine, whose connections are cut: the agent dials again over vsock,
+//! and nothing is lost or comes twice.
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
@@ -10,7 +10,8 @@ use std::thread;
 use std::time::Duration;
 
 use harrier_devices::virtio::vsock::{InProcess, Vsock, VsockListener};
-use harrier_engine::CpuModel;
+use harrier_engine::{CpuModel, Engine, Probe};
+use harrier_engine_kvm::KvmEngine;
 use harrier_engine_soft::SoftEngine;
 use harrier_jobs::protocol::VERSION_TAG;
 use harrier_jobs::{AGENT_PORT, CommandSpec, Session, SessionOptions, Status, Stdin, Stdio};
@@ -27,10 +28,10 @@ fn guest_file(name: &str) -> FileImage {
     FileImage::open(&cache.join("guest").join(VERSION_TAG).join(name)).expect("cargo xtask setup comes first")
 }
 
-fn boot() -> (Machine, VsockListener) {
+fn boot(engine: &dyn Engine) -> (Machine, VsockListener) {
     let (kernel, initrd) = (guest_file("vmlinux"), guest_file("initramfs.cpio"));
     let config = MachineConfig { vcpu_count: 1, memory_bytes: 256 << 20, cpu_model: CpuModel::V1 };
-    let mut builder = MachineBuilder::new(&SoftEngine, &config).unwrap();
+    let mut builder = MachineBuilder::new(engine, &config).unwrap();
     builder.add_platform_devices().unwrap();
     let host = InProcess::new();
     let listener = host.listen(AGENT_PORT).unwrap();
@@ -94,7 +95,20 @@ impl Write for Capture {
 
 #[test]
 fn a_guest_whose_connection_is_cut_dials_again_and_loses_nothing() {
-    let (machine, listener) = boot();
+    cut_connections_of_a_guest_on(&SoftEngine);
+}
+
+#[test]
+fn so_does_one_on_kvm() {
+    let engine = KvmEngine::default().with_software(Arc::new(SoftEngine));
+    match engine.probe() {
+        Probe::Available { .. } => cut_connections_of_a_guest_on(&engine),
+        Probe::Unavailable { reason } => eprintln!("skipped: the kvm engine is not available: {reason}"),
+    }
+}
+
+fn cut_connections_of_a_guest_on(engine: &dyn Engine) {
+    let (machine, listener) = boot(engine);
     let session = Session::new(SessionOptions::default()).unwrap();
     let connections = Arc::new(Mutex::new(0));
     let cuts = vec![5, 60, 400, 20_000, 100_000, 100_000];

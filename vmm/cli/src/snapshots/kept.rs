@@ -154,6 +154,11 @@ impl KeptByHost {
         self.session = Some(session);
     }
 
+    /// The session with the agent, if there is one.
+    pub(crate) fn session(&self) -> Option<Session> {
+        self.session.clone()
+    }
+
     /// Has the content of a disk kept, unless it is read-only.
     pub(crate) fn keep_disk(&mut self, index: usize, block: &Block) {
         if let Some(copies) = block.copies() {

@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use harrier_control::api::{ApiError, MachineState, SnapshotInfo, SnapshotRequest};
 use harrier_control::unix_ms;
-use harrier_machine::snapshot::{self, Kind, Request, TakeError};
+use harrier_jobs::Session;
+use harrier_machine::snapshot::{self, GuestRest, Kind, Quiesced, Request, TakeError};
 use harrier_machine::{Machine, MachineHandle, WorkingSet};
 use harrier_snapshot::Chain;
 
@@ -164,6 +165,19 @@ fn checkpoint(
     }
 }
 
+/// The guest's agent brings it to rest where its kernel knows nothing of that: one that is not Harrier's own.
+struct AgentRest(Session);
+
+impl GuestRest for AgentRest {
+    fn begin(&self, limit: Duration) -> Quiesced {
+        self.0.quiesce(limit).map_or(Quiesced::TooLate, |()| Quiesced::AtRest)
+    }
+
+    fn end(&self) {
+        self.0.thaw();
+    }
+}
+
 fn take_one(machine: &MachineHandle, kept: &mut KeptByHost, request: &SnapshotRequest) -> Answer {
     let target = Path::new(&request.target);
     if !target.is_absolute() {
@@ -179,12 +193,14 @@ fn take_one(machine: &MachineHandle, kept: &mut KeptByHost, request: &SnapshotRe
         (false, false) => Kind::Full,
     };
     let copies = RefCell::new(Vec::new());
+    let rest = kept.session().map(AgentRest);
     let report = machine.snapshot(Request {
         target,
         kind,
         stay_paused: false,
         compress: request.compress,
         quiesce_limit: QUIESCE_LIMIT,
+        rest: rest.as_ref().map(|rest| rest as &dyn GuestRest),
         producer: PRODUCER,
         owner: &mut |writer| {
             *copies.borrow_mut() = kept.add_to(writer, kind)?;

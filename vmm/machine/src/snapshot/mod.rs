@@ -18,10 +18,11 @@ mod take;
 use harrier_engine::EngineError;
 use harrier_snapshot::SnapshotError;
 
+pub use crate::hypercalls::Quiesced;
 pub use identity::{Identity, Restoration, Role};
 pub use restore::RestoreError;
 pub use sections::{HOST_PREFIX, MachineState};
-pub use take::{Kind, OwnerPart, Progress, Report, Request};
+pub use take::{GuestRest, Kind, OwnerPart, Progress, Report, Request};
 
 pub(crate) use pages::Written;
 

@@ -31,8 +31,8 @@ pub enum Kind {
     Full,
     /// Only what was written since the machine's last snapshot.
     Difference,
-    /// All of the machine, to be forked at once and not to be kept: it is not made durable, and later differences do not
-    /// know of it.
+    /// All of the machine, to be forked at once and not to be kept: it is not made durable, has no checksums of pages and
+    /// disks, and later differences do not know of it.
     Image,
 }
 
@@ -48,6 +48,8 @@ pub struct Request<'a> {
     pub stay_paused: bool,
     /// How long a guest that wants to be asked may take to come to rest.
     pub quiesce_limit: Duration,
+    /// Whom to ask where the guest's kernel does not listen.
+    pub rest: Option<&'a dyn GuestRest>,
     /// The program that writes it, for people.
     pub producer: &'a str,
     /// Called while the machine stands still, to add what the owner keeps beside the machine: sections whose names
@@ -58,6 +60,14 @@ pub struct Request<'a> {
     pub settle: &'a mut dyn FnMut() -> Result<(), String>,
     /// Hears of the progress; false cancels.
     pub progress: &'a mut (dyn FnMut(Progress) -> bool + Send),
+}
+
+/// Somebody in the guest who can bring it to rest, other than its kernel.
+pub trait GuestRest {
+    /// Has file systems written back and nothing new begun; within `limit`, or not at all.
+    fn begin(&self, limit: Duration) -> Quiesced;
+    /// The guest need not be at rest any more. Called after [`GuestRest::begin`], whatever its answer.
+    fn end(&self);
 }
 
 /// Adds the owner's part to a snapshot; an error is for people and ends it.
@@ -104,6 +114,9 @@ pub struct Report {
 struct Rest<'a> {
     parts: &'a Parts,
     control: &'a RunControl,
+    other: Option<&'a dyn GuestRest>,
+    /// It was asked.
+    asked_other: bool,
     quiesced: Quiesced,
 }
 
@@ -111,6 +124,10 @@ impl Rest<'_> {
     fn begin(&mut self, limit: Duration) {
         if !limit.is_zero() && !self.control.is_standing() {
             self.quiesced = self.parts.lives.quiesce.begin(limit, || self.control.is_standing());
+            if let Some(other) = self.other.filter(|_| self.quiesced == Quiesced::NotAsked) {
+                self.asked_other = true;
+                self.quiesced = other.begin(limit);
+            }
             if self.quiesced == Quiesced::TooLate {
                 log::warn!(
                     "snapshot: the guest has not come to rest within {limit:?}, and is taken as it is"
@@ -123,6 +140,9 @@ impl Rest<'_> {
 impl Drop for Rest<'_> {
     fn drop(&mut self) {
         self.parts.lives.quiesce.end();
+        if let Some(other) = self.other.filter(|_| self.asked_other) {
+            other.end();
+        }
     }
 }
 
@@ -174,8 +194,18 @@ fn take(
     written: &mut Written,
     request: Request<'_>,
 ) -> Result<Report, TakeError> {
-    let Request { target, kind, compress, stay_paused, quiesce_limit, producer, owner, settle, progress } =
-        request;
+    let Request {
+        target,
+        kind,
+        compress,
+        stay_paused,
+        quiesce_limit,
+        rest,
+        producer,
+        owner,
+        settle,
+        progress,
+    } = request;
     let difference = kind == Kind::Difference;
     let begin = Instant::now();
     let parent = match (difference, &written.parent) {
@@ -185,7 +215,7 @@ fn take(
     };
     let mut writer = SnapshotWriter::create(target, parent.as_ref(), producer)?.compressed(compress);
     if kind == Kind::Image {
-        writer = writer.fleeting();
+        writer = writer.fleeting().unchecked();
     }
     let pages = parts.config.memory_bytes / PAGE_SIZE as u64;
     let mut copy = Copy { ram: &parts.ram, memory: writer.memory(pages)?, copied: 0, buffer: Vec::new() };
@@ -195,7 +225,7 @@ fn take(
     let mut last = written.collect(parts)?;
     drop(pause);
     let mut todo = if difference { written.since_parent.clone() } else { present(&parts.ram, written)? };
-    let mut rest = Rest { parts, control, quiesced: Quiesced::NotAsked };
+    let mut rest = Rest { parts, control, other: rest, asked_other: false, quiesced: Quiesced::NotAsked };
     let mut rounds = 0;
     let mut known = 0;
     let pause = loop {
