@@ -14,7 +14,7 @@ use libfuzzer_sys::fuzz_target;
 use vm_memory::{Bytes as _, MemoryRegionAddress};
 
 /// How often whoever runs without end is stopped.
-const KICKS: Duration = Duration::from_micros(100);
+const KICKS: Duration = Duration::from_micros(300);
 
 struct Processor {
     vcpu: Box<dyn Vcpu>,

@@ -32,7 +32,7 @@ impl Assistant for SoftAssistant {
     }
 
     fn create_vcpu(&self, index: u32) -> Result<Box<dyn AssistantVcpu>, EngineError> {
-        Ok(Box::new(SoftAssistantVcpu(self.vm.vcpu(index)?)))
+        Ok(Box::new(SoftAssistantVcpu(self.vm.vcpu(index)?.for_single_instructions())))
     }
 }
 

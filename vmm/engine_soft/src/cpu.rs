@@ -180,6 +180,9 @@ pub(crate) struct Cpu {
     pub debug_trap: u64,
     /// TF was set when the instruction that runs alone began: a debug trap follows it.
     pub step_trap: bool,
+    /// A repeated string instruction stands between two elements: what is delivered now pushes RF, and the instruction's
+    /// breakpoint has had its turn (Intel SDM volume 3, 17.3.1.1).
+    pub unfinished: bool,
     /// An exception, or an acknowledged external interrupt, that a restored state had not delivered yet.
     pub pending_exception: Option<PendingException>,
     pub pending_interrupt: Option<u8>,

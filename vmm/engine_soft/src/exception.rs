@@ -130,6 +130,7 @@ impl Cpu {
     /// Delivers an event, and what goes wrong on the way.
     pub(crate) fn deliver_event(&mut self, first: Event) {
         let mut event = first;
+        event.resume |= std::mem::take(&mut self.unfinished);
         while self.deliver(event).is_err() {
             if self.unsupported.is_some() {
                 self.attention = true;
@@ -460,7 +461,7 @@ impl Cpu {
         let watching = self.dr7 & 0xff != 0;
         // The shadow of MOV SS holds data breakpoints and single steps back, on AMD's processors not these (APM volume 2,
         // 13.1.4).
-        if watching && self.rflags & rflags::RF == 0 {
+        if watching && self.rflags & rflags::RF == 0 && !self.unfinished {
             let hits = self.code_breakpoints();
             if hits != 0 {
                 self.fault = Fault { vector: vector::DB, address: hits, ..Fault::default() };

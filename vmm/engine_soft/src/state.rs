@@ -78,6 +78,7 @@ impl Cpu {
             nmi_masked: false,
             debug_trap: 0,
             step_trap: false,
+            unfinished: false,
             pending_exception: None,
             pending_interrupt: None,
             triple_fault: false,
@@ -140,6 +141,7 @@ impl Cpu {
         self.nmi_masked = false;
         self.debug_trap = 0;
         self.step_trap = false;
+        self.unfinished = false;
         self.alone = false;
         self.pending_exception = None;
         self.pending_interrupt = None;

@@ -63,6 +63,12 @@ impl SoftVcpu {
         (&mut self.cpu, &mut self.code)
     }
 
+    /// A vCPU that executes single instructions, each in a state of its own.
+    pub(crate) fn for_single_instructions(mut self) -> SoftVcpu {
+        self.code.one_by_one();
+        self
+    }
+
     /// Lends user code to `processor` from now on.
     pub(crate) fn lend_to(&mut self, processor: Box<dyn UserProcessor>) {
         self.mailbox.set_borrower(processor.kicker());

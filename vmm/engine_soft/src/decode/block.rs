@@ -82,6 +82,8 @@ pub(crate) struct CodeCache {
     by_address: AddressMap<u32>,
     by_page: AddressMap<Vec<u32>>,
     jumps: Box<[Jump; 1 << JUMP_BITS]>,
+    /// Operations in a block at most.
+    max_ops: usize,
     /// Blocks thrown away because their code was written.
     pub invalidations: u64,
 }
@@ -94,8 +96,14 @@ impl CodeCache {
             by_address: AddressMap::default(),
             by_page: AddressMap::default(),
             jumps: Box::new([Jump { rip: 0, key: 0, block: 0 }; 1 << JUMP_BITS]),
+            max_ops: MAX_OPS,
             invalidations: 0,
         }
+    }
+
+    /// Decodes no more than one instruction at a time from now on: for who executes one and forgets.
+    pub(crate) fn one_by_one(&mut self) {
+        self.max_ops = 1;
     }
 
     /// What a jump cache entry depends on besides RIP.
@@ -216,7 +224,7 @@ impl CodeCache {
     fn decode_ops(&mut self, cpu: &Cpu, bytes: &[u8], mode: Mode) -> usize {
         let mut decoder = Decoder::with_ip(mode.bits(), bytes, 0, OPTIONS);
         let mut instruction = Instruction::default();
-        for _ in 0..MAX_OPS {
+        for _ in 0..self.max_ops {
             let at = decoder.position();
             if !decoder.can_decode() {
                 break;

@@ -206,8 +206,10 @@ fn repeat(cpu: &mut Cpu, op: &Op, element: Exec) -> Step {
     }
     let mask = address_mask(op);
     let mut left = MAX_ELEMENTS;
+    cpu.unfinished = false;
     while cpu.regs[RCX] & mask != 0 {
         if left == 0 || cpu.leave {
+            cpu.unfinished = true;
             cpu.rip = cpu.op_rip(op);
             return Err(Stop::Block);
         }

@@ -202,6 +202,7 @@ fn repeated<E: Element, W: Word>(cpu: &mut Cpu, op: &Op) -> Step {
     let mut elements = 0u64;
     let mut bytes = 0u64;
     let flags = cpu.flags;
+    cpu.unfinished = false;
     loop {
         let count = cpu.regs[RCX] & mask;
         if count == 0 {
@@ -228,6 +229,7 @@ fn repeated<E: Element, W: Word>(cpu: &mut Cpu, op: &Op) -> Step {
             && cpu.regs[RCX] & mask != 0
         {
             // Not finished: the same instruction again, after whatever waits.
+            cpu.unfinished = true;
             cpu.rip = cpu.op_rip(op);
             return Err(Stop::Block);
         }

@@ -231,3 +231,38 @@ fn a_return_to_compatibility_mode_leaves_nothing_of_the_kernels_stack_pointer() 
     assert_eq!(u64::from(state.segments.cs.selector), COMPATIBILITY);
     assert_eq!(state.regs.gpr[RSP], USER_PAGE + 0x7fc);
 }
+
+/// `rep stosb` of three bytes to [`USER_PAGE`], from `flags` on.
+fn repeated(dr7: u64, flags: u64) -> (Machine, harrier_engine::CpuState) {
+    let machine = Machine::new(1);
+    let mut vcpu = machine.long_mode(0);
+    machine.write(CODE, &[0xf3, 0xaa, 0xe6, 0xf4]);
+    edit(&mut *vcpu, |state| {
+        state.regs.gpr[1] = 3;
+        state.regs.gpr[7] = USER_PAGE;
+        state.regs.rflags = flags;
+        state.debug_addresses[0] = CODE;
+        state.dr7 = dr7;
+    });
+    let (state, _) = run(&mut *vcpu);
+    (machine, state)
+}
+
+#[test]
+fn a_step_between_the_elements_of_a_string_pushes_the_resume_flag() {
+    let (tf, rf) = (1 << 8, 1 << 16);
+    let (machine, state) = repeated(0x400, 2 | tf);
+    assert_eq!((state.regs.gpr[1], state.regs.gpr[7]), (2, USER_PAGE + 1), "one element, then the trap");
+    assert_eq!(frame(&machine, &state), [CODE, u64::from(KERNEL_CODE), 2 | tf | rf]);
+}
+
+#[test]
+fn a_breakpoint_on_a_repeated_string_comes_before_its_first_element_only() {
+    let rf = 1 << 16;
+    let (machine, state) = repeated(0x401, 2);
+    assert_eq!(state.regs.gpr[1], 3);
+    assert_eq!(frame::<1>(&machine, &state), [CODE]);
+    // Resumed, it runs to its end.
+    let (_, state) = repeated(0x401, 2 | rf);
+    assert_eq!((state.regs.gpr[1], state.regs.rip), (0, CODE + 4), "dr6 {:#x}", state.dr6);
+}
