@@ -13,12 +13,13 @@ use std::sync::Arc;
 use harrier_engine::assist::{AssistantVcpu, Assisted, SoftwareEngine as _};
 use harrier_engine::cpu_state::{DescriptorTable, Segment};
 use harrier_engine::cpuid::{EAX, EBX, ECX, EDX, FEATURES};
-use harrier_engine::{CpuModel, CpuState, Engine, Flow, GuestRegion, Io, PageLog, VmConfig};
+use harrier_engine::{CpuModel, CpuState, Engine, GuestRegion, PageLog, VmConfig};
 use harrier_engine_soft::SoftEngine;
 use iced_x86::{Code, CpuidFeature, Instruction, Mnemonic};
 use vm_memory::{Bytes as _, GuestAddress, MemoryRegionAddress, MmapRegion};
 
 use self::encode::Encoded;
+use crate::devices::PortWrites;
 use crate::diff;
 
 /// The models, in the order of the table's columns.
@@ -270,7 +271,7 @@ impl Processor {
             self.prepare(&[0x0f, 0xa2], 64);
             state.regs.gpr[0] = u64::from(row.leaf);
             state.regs.gpr[1] = u64::from(row.subleaf);
-            self.vcpu.execute(&mut state, &mut Silent).map_err(|err| err.to_string())?;
+            self.vcpu.execute(&mut state, &mut PortWrites::unheard()).map_err(|err| err.to_string())?;
             let register = REGISTERS.iter().find(|(part, _)| *part == row.register);
             let answer = register.map_or(0, |(_, number)| state.regs.gpr[*number]);
             if answer >> row.bit & 1 != 0 {
@@ -284,7 +285,7 @@ impl Processor {
     fn executes(&mut self, bytes: &[u8], bits: u32) -> Result<bool, String> {
         let mut state = self.state(bits);
         self.prepare(bytes, bits);
-        match self.vcpu.execute(&mut state, &mut Silent) {
+        match self.vcpu.execute(&mut state, &mut PortWrites::unheard()) {
             Ok(Assisted::Done { .. }) => Ok(state.regs.rip != UNDEFINED),
             Ok(Assisted::TripleFault) => Err("a triple fault".to_owned()),
             Ok(Assisted::Unsupported(reason)) => Err(reason),
@@ -368,29 +369,6 @@ impl Processor {
     }
 }
 
-/// Devices that answer nothing.
-struct Silent;
-
-impl Io for Silent {
-    fn pio_read(&mut self, _port: u16, data: &mut [u8]) -> Flow {
-        data.fill(0xff);
-        Flow::Continue
-    }
-    fn pio_write(&mut self, _port: u16, _data: &[u8]) -> Flow {
-        Flow::Continue
-    }
-    fn mmio_read(&mut self, _gpa: u64, data: &mut [u8]) -> Flow {
-        data.fill(0xff);
-        Flow::Continue
-    }
-    fn mmio_write(&mut self, _gpa: u64, _data: &[u8]) -> Flow {
-        Flow::Continue
-    }
-    fn eoi(&mut self, _vector: u8) -> Flow {
-        Flow::Continue
-    }
-}
-
 /// A row of the table.
 #[derive(Default)]
 struct Group {
@@ -431,7 +409,7 @@ pub fn page(survey: &Survey) -> String {
          Made by `cargo xtask conformance coverage`; a test compares this page with the code. Every encoding that the decoder\n\
          knows was executed once with each CPU model. A model's column counts those that did not raise #UD; *compared* counts those that\n\
          `cargo xtask conformance diff` compares with the processor, random operands, flags and faults; the last column says\n\
-         what tests the others. `host` is everything that engine_soft can offer, on a host that has it all.\n\n\
+         what tests the others (`kernel-diff` is `cargo xtask conformance kernel-diff`, beside KVM). `host` is everything that engine_soft can offer, on a host that has it all.\n\n\
          | group | encodings | v1 | v2 | v3 | host | compared | others are tested by |\n\
          |---|---:|---:|---:|---:|---:|---:|---|\n",
     );
@@ -480,20 +458,22 @@ fn in_models(seen: &Seen) -> [bool; 4] {
 fn tested_apart(seen: &Seen) -> &'static str {
     use Mnemonic::*;
     match seen.code.mnemonic() {
-        _ if seen.bits == 32 => "guests protected_mode and real_mode, kvm-unit-tests",
+        _ if seen.bits == 32 => "kernel-diff, guests protected_mode and real_mode, kvm-unit-tests",
         Fxsave | Fxsave64 | Fxrstor | Fxrstor64 | Xsave | Xsave64 | Xrstor | Xrstor64 | Xsaveopt
         | Xsaveopt64 | Xsavec | Xsavec64 | Fnsave | Fnstenv | Frstor | Fldenv => "guest fpu, unit tests, FEX",
         Syscall | Sysret | Sysretq | Sysenter | Sysexit | Sysexitq | Swapgs | Int | Iret | Iretd | Iretq
-        | Retf | Jmp | Call | Ret => "guests long_mode and protected_mode",
-        Mov | Lmsw | Smsw | Rdmsr | Wrmsr | Cpuid | Sgdt | Sidt | Lgdt | Lidt | Lldt | Sldt | Ltr | Str
-        | Lar | Lsl | Verr | Verw | Lss | Lfs | Lgs | Push | Pop | Rdtsc | Rdtscp | Rdpid | Rdpmc
-        | Xgetbv | Rdfsbase | Rdgsbase | Wrfsbase | Wrgsbase => "guest system_registers, kvm-unit-tests",
-        Invlpg | Invpcid | Clac | Stac => "guest paging, kvm-unit-tests access, pcid and smap",
+        | Retf | Jmp | Call | Ret => "kernel-diff, guests long_mode and protected_mode",
+        Mov | Lmsw | Smsw | Rdmsr | Wrmsr | Sgdt | Sidt | Lgdt | Lidt | Lldt | Sldt | Ltr | Str | Lar
+        | Lsl | Verr | Verw | Lss | Lfs | Lgs | Pop | Xgetbv | Rdfsbase | Rdgsbase | Wrfsbase | Wrgsbase => {
+            "kernel-diff, guest system_registers, kvm-unit-tests"
+        }
+        Push | Cpuid | Rdtsc | Rdtscp | Rdpid | Rdpmc => "guest system_registers, kvm-unit-tests",
+        Invlpg | Invpcid | Clac | Stac => "kernel-diff, guest paging, kvm-unit-tests access, pcid and smap",
         Vmcall | Vmmcall => "kvm-unit-tests hypercall",
         Hlt => "guests apic and smp",
         Rdrand | Rdseed => "unit tests",
-        Xsetbv => "kvm-unit-tests xsave",
-        Int1 | Int3 => "guests long_mode and system_registers",
+        Xsetbv => "kernel-diff, kvm-unit-tests xsave",
+        Int1 | Int3 => "kernel-diff, guests long_mode and system_registers",
         _ => "being executed only",
     }
 }

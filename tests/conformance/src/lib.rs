@@ -4,7 +4,9 @@
 //! matter; here are their programs, which the build of this crate makes. [`suites`] runs the test suites of others.
 
 pub mod coverage;
+mod devices;
 pub mod diff;
+pub mod kernel_diff;
 pub mod relay;
 pub mod suites;
 

@@ -8,7 +8,8 @@ use harrier_conformance::suites::report::Table;
 use harrier_conformance::suites::{
     EngineName, SuiteError, engine, fex, kvm_unit_tests, programs, selftests, test386,
 };
-use harrier_conformance::{coverage, diff};
+use harrier_conformance::{coverage, diff, kernel_diff};
+use harrier_engine_kvm::KvmEngine;
 
 /// Runs a test suite of others, which lies in a directory of its own, and prints what passed.
 #[derive(Parser)]
@@ -24,6 +25,8 @@ enum Suite {
     Coverage,
     /// Random instructions, beside the processor that this runs on
     Diff(DiffArguments),
+    /// Generated cases of kernel mode on the software processor, beside KVM
+    KernelDiff(KernelDiffArguments),
     /// FEX's unittests/ASM in DIR
     Fex(FexArguments),
     /// test386.asm in DIR, a ROM for real and protected mode
@@ -100,6 +103,28 @@ struct DiffArguments {
 }
 
 #[derive(clap::Args)]
+struct KernelDiffArguments {
+    /// Where the random numbers begin
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Cases to compare
+    #[arg(long, default_value_t = 100_000)]
+    count: u64,
+    /// Only this topic
+    #[arg(long, value_name = "TOPIC")]
+    only: Option<String>,
+    /// Only this mode
+    #[arg(long, value_enum)]
+    mode: Option<kernel_diff::Mode>,
+    /// Only the case with this number, and what becomes of it; seed, topic and mode choose too
+    #[arg(long, value_name = "NUMBER")]
+    case: Option<u64>,
+    /// Print JSON instead of text
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(clap::Args)]
 struct How {
     /// Engine to test
     #[arg(long, value_enum, default_value_t = EngineName::Soft)]
@@ -135,6 +160,17 @@ fn run(suite: Suite) -> Result<bool, SuiteError> {
             let options = diff::Options { seed, count, only, bits, progress: 5_000_000 };
             let outcome = diff::run(engine.as_ref(), &options)?;
             if how.json {
+                println!("{}", serde_json::to_string_pretty(&outcome).unwrap_or_default());
+            } else {
+                print!("{outcome}");
+            }
+            Ok(outcome.mismatches.is_empty())
+        }
+        Suite::KernelDiff(KernelDiffArguments { seed, count, only, mode, case, json }) => {
+            let soft = engine(EngineName::Soft)?;
+            let options = kernel_diff::Options { seed, count, only, mode, case, progress: 50_000 };
+            let outcome = kernel_diff::run(soft.as_ref(), &KvmEngine::default(), &options)?;
+            if json {
                 println!("{}", serde_json::to_string_pretty(&outcome).unwrap_or_default());
             } else {
                 print!("{outcome}");

@@ -4,15 +4,14 @@
 use std::sync::Arc;
 
 use harrier_engine::cpu_state::{DescriptorTable, Segment};
-use harrier_engine::{
-    CpuModel, Engine, EngineError, Exit, Flow, GuestRegion, Io, PageLog, Vcpu, Vm, VmConfig,
-};
+use harrier_engine::{CpuModel, Engine, EngineError, Exit, Flow, GuestRegion, PageLog, Vcpu, Vm, VmConfig};
 use vm_memory::{Bytes as _, GuestAddress, MemoryRegionAddress, MmapRegion};
 
 use super::layout::{
     BASE, Bits, CODE64, Code, DATA, EXIT, FAULT, FLAT, HOLE, PROGRAM, READ_ONLY, SAVER, SECOND_HOLE, TAKEN,
     TAKEN_POINTER, WINDOW, program, taken,
 };
+use crate::devices::PortWrites;
 
 const GDT: u64 = 0x1000;
 const TSS: u64 = 0x1800;
@@ -33,29 +32,6 @@ pub(super) struct Guest {
     vcpu: Box<dyn Vcpu>,
     region: Arc<GuestRegion>,
     _vm: Box<dyn Vm>,
-}
-
-/// A write to [`EXIT_PORT`] leaves.
-struct Exits;
-
-impl Io for Exits {
-    fn pio_read(&mut self, _port: u16, data: &mut [u8]) -> Flow {
-        data.fill(0xff);
-        Flow::Continue
-    }
-    fn pio_write(&mut self, port: u16, _data: &[u8]) -> Flow {
-        if port == EXIT_PORT { Flow::Leave } else { Flow::Continue }
-    }
-    fn mmio_read(&mut self, _gpa: u64, data: &mut [u8]) -> Flow {
-        data.fill(0xff);
-        Flow::Continue
-    }
-    fn mmio_write(&mut self, _gpa: u64, _data: &[u8]) -> Flow {
-        Flow::Continue
-    }
-    fn eoi(&mut self, _vector: u8) -> Flow {
-        Flow::Continue
-    }
 }
 
 impl Guest {
@@ -116,7 +92,8 @@ impl Guest {
         state.segments.ss = segment(FLAT, 3, 3, false);
         state.regs.rflags = 0x202;
         self.vcpu.set_state(&state).map_err(|err| err.to_string())?;
-        match self.vcpu.run(&mut Exits) {
+        let leave = |port, _: &[u8]| if port == EXIT_PORT { Flow::Leave } else { Flow::Continue };
+        match self.vcpu.run(&mut PortWrites(leave)) {
             Exit::Left => Ok(()),
             other => Err(format!("the engine ended by {other:?}")),
         }

@@ -10,7 +10,7 @@ mod generate;
 mod guest;
 mod layout;
 mod native;
-mod random;
+pub(crate) mod random;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;

@@ -1,37 +1,37 @@
 //! Random numbers that often are special ones.
 
 /// xorshift64* (Vigna, "An experimental exploration of Marsaglia's xorshift generators, scrambled", 2016).
-pub(super) struct Random(u64);
+pub(crate) struct Random(u64);
 
 impl Random {
-    pub(super) fn new(seed: u64) -> Random {
+    pub(crate) fn new(seed: u64) -> Random {
         // Zero would stay zero.
         let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
         random.next();
         random
     }
 
-    pub(super) fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
         self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
     }
 
-    pub(super) fn below(&mut self, end: u64) -> u64 {
+    pub(crate) fn below(&mut self, end: u64) -> u64 {
         (self.next() >> 8) % end
     }
 
-    pub(super) fn one_in(&mut self, n: u64) -> bool {
+    pub(crate) fn one_in(&mut self, n: u64) -> bool {
         self.below(n) == 0
     }
 
-    pub(super) fn pick<T: Copy>(&mut self, from: &[T]) -> T {
+    pub(crate) fn pick<T: Copy>(&mut self, from: &[T]) -> T {
         from[self.below(from.len() as u64) as usize]
     }
 
     /// An integer at an edge more often than chance gives.
-    pub(super) fn value(&mut self) -> u64 {
+    pub(crate) fn value(&mut self) -> u64 {
         let raw = self.next();
         match self.below(8) {
             0 => raw & 1,
@@ -83,7 +83,7 @@ impl Random {
     }
 
     /// Eight bytes that mean something in one of the formats.
-    pub(super) fn word(&mut self) -> u64 {
+    pub(crate) fn word(&mut self) -> u64 {
         match self.below(4) {
             0 => u64::from(self.single()) | u64::from(self.single()) << 32,
             1 => self.double(),
@@ -93,7 +93,7 @@ impl Random {
     }
 
     /// 80-bit values: normal and every special kind.
-    pub(super) fn extended(&mut self) -> [u8; 10] {
+    pub(crate) fn extended(&mut self) -> [u8; 10] {
         let raw = self.next();
         let mantissa = raw | 1 << 63;
         let (exponent, mantissa) = match self.below(12) {
@@ -117,7 +117,7 @@ impl Random {
     }
 
     /// Bytes for memory.
-    pub(super) fn data(&mut self, len: usize) -> Vec<u8> {
+    pub(crate) fn data(&mut self, len: usize) -> Vec<u8> {
         let mut data = Vec::with_capacity(len + 10);
         while data.len() < len {
             if self.one_in(3) {

@@ -11,12 +11,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use harrier_engine::cpu_state::{DescriptorTable, Segment};
-use harrier_engine::{CpuModel, CpuState, Engine, Exit, Flow, GuestRegion, Io, PageLog, VmConfig};
+use harrier_engine::{CpuModel, CpuState, Engine, Exit, Flow, GuestRegion, PageLog, VmConfig};
 use serde_json::Value;
 use vm_memory::{Bytes as _, GuestAddress, MemoryRegionAddress, MmapRegion};
 
 use super::report::{Row, Table, Verdict};
 use super::{EngineName, SuiteError};
+use crate::devices::PortWrites;
 
 const TESTS: &str = "unittests/ASM";
 /// The suite's lists of tests that do not pass on a processor.
@@ -249,33 +250,6 @@ impl Space {
     }
 }
 
-/// A write to a port below 32 leaves: it is the vector of an exception.
-#[derive(Default)]
-struct Exits {
-    vector: Option<u16>,
-}
-
-impl Io for Exits {
-    fn pio_read(&mut self, _port: u16, data: &mut [u8]) -> Flow {
-        data.fill(0xff);
-        Flow::Continue
-    }
-    fn pio_write(&mut self, port: u16, _data: &[u8]) -> Flow {
-        self.vector = Some(port);
-        Flow::Leave
-    }
-    fn mmio_read(&mut self, _gpa: u64, data: &mut [u8]) -> Flow {
-        data.fill(0xff);
-        Flow::Continue
-    }
-    fn mmio_write(&mut self, _gpa: u64, _data: &[u8]) -> Flow {
-        Flow::Continue
-    }
-    fn eoi(&mut self, _vector: u8) -> Flow {
-        Flow::Continue
-    }
-}
-
 fn execute(engine: &dyn Engine, program: &[u8], config: &Config) -> Result<CpuState, String> {
     let model = engine.cpu_models().into_iter().max().unwrap_or(CpuModel::V1);
     let text = |err: harrier_engine::EngineError| err.to_string();
@@ -382,13 +356,17 @@ fn execute(engine: &dyn Engine, program: &[u8], config: &Config) -> Result<CpuSt
             kicker.kick();
         }
     });
-    let mut exits = Exits::default();
-    let exit = vcpu.run(&mut exits);
+    // A write to a port below 32 leaves: it is the vector of an exception.
+    let mut vector = None;
+    let exit = vcpu.run(&mut PortWrites(|port, _: &[u8]| {
+        vector = Some(port);
+        Flow::Leave
+    }));
     *done.0.lock().unwrap_or_else(PoisonError::into_inner) = true;
     done.1.notify_all();
     let _ = watchdog.join();
     let mut state = vcpu.state().map_err(text)?;
-    let vector = match (exit, exits.vector) {
+    let vector = match (exit, vector) {
         (Exit::Left, Some(vector)) => vector,
         (Exit::Kicked, _) => return Err(format!("no end in {} s", PATIENCE.as_secs())),
         (other, _) => return Err(format!("the engine ended by {other:?}")),

@@ -76,6 +76,9 @@ pub enum SuiteError {
     /// The comparison with the processor.
     #[error(transparent)]
     Diff(#[from] crate::diff::DiffError),
+    /// The comparison with KVM.
+    #[error(transparent)]
+    KernelDiff(#[from] crate::kernel_diff::KernelDiffError),
     /// Nothing is left to run.
     #[error("no entry is called {0}")]
     NoEntry(String),

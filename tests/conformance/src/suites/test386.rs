@@ -11,11 +11,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use harrier_engine::cpu_state::MpState;
-use harrier_engine::{CpuModel, Engine, Exit, Flow, GuestRegion, Io, PageLog, VmConfig};
+use harrier_engine::{CpuModel, Engine, Exit, Flow, GuestRegion, PageLog, VmConfig};
 use vm_memory::{Bytes as _, GuestAddress, MemoryRegionAddress, MmapRegion};
 
 use super::report::{Row, Table, Verdict};
 use super::{EngineName, SuiteError};
+use crate::devices::PortWrites;
 
 const SOURCE: &str = "src/test386.asm";
 const CONFIGURATION: &str = "src/configuration.asm";
@@ -161,12 +162,8 @@ struct Ports {
     said: Vec<u8>,
 }
 
-impl Io for Ports {
-    fn pio_read(&mut self, _port: u16, data: &mut [u8]) -> Flow {
-        data.fill(0xff);
-        Flow::Continue
-    }
-    fn pio_write(&mut self, port: u16, data: &[u8]) -> Flow {
+impl Ports {
+    fn write(&mut self, port: u16, data: &[u8]) -> Flow {
         let byte = data.first().copied().unwrap_or_default();
         match port {
             POST_PORT => {
@@ -179,16 +176,6 @@ impl Io for Ports {
             OUT_PORT if self.said.len() < 64 << 20 => self.said.push(byte),
             _ => {}
         }
-        Flow::Continue
-    }
-    fn mmio_read(&mut self, _gpa: u64, data: &mut [u8]) -> Flow {
-        data.fill(0xff);
-        Flow::Continue
-    }
-    fn mmio_write(&mut self, _gpa: u64, _data: &[u8]) -> Flow {
-        Flow::Continue
-    }
-    fn eoi(&mut self, _vector: u8) -> Flow {
         Flow::Continue
     }
 }
@@ -222,7 +209,7 @@ fn execute(engine: &dyn Engine, rom: &[u8]) -> Result<(Ports, Option<String>), S
     let mut ports = Ports::default();
     let started = Instant::now();
     let end = loop {
-        match vcpu.run(&mut ports) {
+        match vcpu.run(&mut PortWrites(|port, data: &[u8]| ports.write(port, data))) {
             Exit::Left => break Ok(None),
             Exit::Kicked => match vcpu.state() {
                 Ok(state) if state.mp_state == MpState::Halted => {
