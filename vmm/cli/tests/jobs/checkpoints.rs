@@ -63,6 +63,24 @@ fn a_job_that_is_vacated_goes_on_where_it_was_and_leaves_nothing_behind() {
 }
 
 #[test]
+fn who_asks_once_gets_one_checkpoint() {
+    let pool = Pool::new();
+    let id = pool.submit(&["--checkpoint-interval", "never"], &chain(200, 30_000));
+    let _worker = pool.worker("w", &["--jobs", "1"]);
+    for number in 1..=4 {
+        let before = steps(&pool, id);
+        eventually("it goes on", || steps(&pool, id) > before + 3);
+        pool.good(&["checkpoint", &id.to_string()]);
+        pool.wait_for_event(id, &format!("checkpoint {number} written"));
+        // A second one would be begun at once.
+        std::thread::sleep(std::time::Duration::from_millis(500));
+        let written = pool.history(id).matches(" written").count();
+        assert_eq!(written, number, "{}", pool.history(id));
+    }
+    pool.good(&["cancel", &id.to_string()]);
+}
+
+#[test]
 fn a_damaged_checkpoint_is_passed_over_for_the_one_before_and_then_the_job_begins_anew() {
     let pool = Pool::new();
     let id = pool.submit(&["--checkpoint-interval", "never"], &chain(200, 30_000));

@@ -374,6 +374,8 @@ impl Runner {
         if self.is_abandoned() {
             return monitor.kill();
         }
+        // Before it is looked what is asked for: one that is done now is not to be written again.
+        self.see_checkpoint();
         let (mut desired, deadlines, mut asked) = {
             let control = lock(&self.control);
             (control.desired, control.deadlines, control.checkpoint)
@@ -389,7 +391,6 @@ impl Runner {
         {
             self.timed_out = true;
         }
-        self.see_checkpoint();
         match desired {
             _ if self.timed_out && !matches!(desired, Desired::Cancel) => {
                 self.stop(monitor, Reason::TimedOut);
