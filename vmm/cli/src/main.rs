@@ -148,10 +148,21 @@ fn report_usage(err: &clap::Error) -> u8 {
                 line.push(' ');
                 line.push_str(more.trim());
             }
-            let _ = writeln!(std::io::stderr(), "harrier: {}: try 'harrier --help'", one_line(&line));
+            if let Some(tip) = text.lines().find_map(|line| line.trim().strip_prefix("tip: ")) {
+                line.push_str(&format!(" ({tip})"));
+            }
+            let help = help_for(&text);
+            let _ = writeln!(std::io::stderr(), "harrier: {}: try '{help} --help'", one_line(&line));
             HARRIER_FAILED
         }
     }
+}
+
+/// The command that clap's message is about.
+fn help_for(message: &str) -> String {
+    let usage = message.lines().find_map(|line| line.strip_prefix("Usage: ")).unwrap_or("harrier");
+    let is_name = |word: &&str| word.bytes().all(|byte| byte.is_ascii_lowercase()) && !word.is_empty();
+    usage.split(' ').take_while(is_name).collect::<Vec<_>>().join(" ")
 }
 
 /// A panic is a bug; it is told in one line, with the terminal as it was before.

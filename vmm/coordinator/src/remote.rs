@@ -99,6 +99,19 @@ impl RemoteStore {
         StoreError::Unreachable(self.name.clone(), err.to_string())
     }
 
+    /// Why a request over TCP got no answer.
+    fn failed(&self, reason: &str) -> StoreError {
+        let Some((_, wrong)) = reason.split_once("invalid peer certificate: ") else {
+            return self.unreachable(reason);
+        };
+        let wrong = if wrong.contains("CaUsedAsEndEntity") {
+            "its certificate is one for signing others: it has to be made with basicConstraints CA:FALSE"
+        } else {
+            wrong
+        };
+        StoreError::Certificate(self.name.clone(), wrong.to_owned())
+    }
+
     fn post(&self, path: &str, body: &[u8], timeout: Duration) -> Result<Answer> {
         let answer = match &self.way {
             Way::Http { agent, base } => self.post_http(agent, &format!("{base}{path}"), body, timeout)?,
@@ -117,7 +130,7 @@ impl RemoteStore {
         if let Some(token) = &self.token {
             request = request.header("authorization", format!("Bearer {token}"));
         }
-        let mut response = request.send(body).map_err(|err| self.unreachable(err))?;
+        let mut response = request.send(body).map_err(|err| self.failed(&err.to_string()))?;
         let status = response.status().as_u16();
         let body = response
             .body_mut()
@@ -146,7 +159,7 @@ impl RemoteStore {
         let answer = self.post(path, body, timeout);
         silence = self.silence.lock().unwrap_or_else(PoisonError::into_inner);
         match &answer {
-            Err(StoreError::Unreachable(_, reason)) => {
+            Err(StoreError::Unreachable(_, reason) | StoreError::Certificate(_, reason)) => {
                 let wait = silence.as_ref().map_or(BACK_OFF.0, |known| (known.wait * 2).min(BACK_OFF.1));
                 let wait = wait.min(timeout);
                 *silence = Some(Silence { until: Instant::now() + wait, wait, reason: reason.clone() });
@@ -332,5 +345,21 @@ impl Store for RemoteStore {
         let answer = self.worker_post("/v1/read_checkpoint", &body, TRANSFER_TIMEOUT)?;
         let (head, bytes): (CheckpointHead, _) = self.head_and_bytes(&answer)?;
         Ok(CheckpointData { offset: head.offset, bytes })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_certificate_that_is_not_accepted_is_told_with_what_helps() {
+        let store = RemoteStore::new("https://pool:1", None, None).unwrap();
+        let told = |reason: &str| store.failed(reason).to_string();
+        let of_an_authority = told("io: invalid peer certificate: Other(OtherError(CaUsedAsEndEntity))");
+        assert!(of_an_authority.contains("basicConstraints CA:FALSE"), "{of_an_authority}");
+        let stranger = told("io: invalid peer certificate: UnknownIssuer");
+        assert!(stranger.contains("(UnknownIssuer): give") && stranger.contains("--ca-file"), "{stranger}");
+        assert!(told("io: Connection refused").contains("is 'harrier coordinator' running there?"));
     }
 }

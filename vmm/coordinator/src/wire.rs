@@ -95,7 +95,7 @@ pub(crate) fn status(error: &StoreError) -> u16 {
         StoreError::Invalid(_) => 400,
         StoreError::Unauthorized => 401,
         StoreError::Full(_) => 507,
-        StoreError::Busy(_) | StoreError::Unreachable(..) => 503,
+        StoreError::Busy(_) | StoreError::Unreachable(..) | StoreError::Certificate(..) => 503,
         StoreError::Damaged(..) | StoreError::Newer(..) | StoreError::Failed(..) => 500,
     }
 }

@@ -72,6 +72,24 @@ fn describe(status: &Status) -> String {
     if let Some(requirements) = &job.spec.requirements {
         line("requirements", requirements.clone());
     }
+    if !job.spec.labels.is_empty() {
+        let labels = job.spec.labels.iter().map(|(name, value)| format!("{name}={value}"));
+        line("labels", labels.collect::<Vec<_>>().join(", "));
+    }
+    if !job.spec.inputs.is_empty() {
+        let inputs = job.spec.inputs.iter().map(|file| file.host.as_str());
+        line("inputs", inputs.collect::<Vec<_>>().join(", "));
+    }
+    if !job.spec.outputs.is_empty() {
+        let outputs = job.spec.outputs.iter().map(|file| file.guest.as_str());
+        line("outputs", outputs.collect::<Vec<_>>().join(", "));
+    }
+    if let Some(limit) = job.spec.timeout_ms {
+        line("timeout", text::span(limit));
+    }
+    if job.spec.retries > 0 {
+        line("retries", format!("{} of {} used", job.retries_used, job.spec.retries));
+    }
     if !status.dependencies.is_empty() {
         let needs: Vec<String> = status.dependencies.iter().map(|needs| needs.job.to_string()).collect();
         line("after", needs.join(", "));

@@ -222,6 +222,8 @@ fn arguments_that_mean_nothing() {
     refused(&["walk"], "unrecognized subcommand 'walk'");
     refused(&["run"], "nothing to run");
     refused(&["run", "--no-such-option", "--", "true"], "--no-such-option");
+    refused(&["submit", "--require", "x", "--", "true"], "'--requirements'): try 'harrier submit --help'");
+    refused(&["snapshots", "rm"], "<SNAPSHOT>...: try 'harrier snapshots rm --help'");
     refused(&["run", "--memory"], "--memory");
     refused(&["run", "--env", "=x", "--", "true"], "--env '=x' has no name");
     refused(&["run", "--kernel", "k\nl"], "'k?l' does not exist");

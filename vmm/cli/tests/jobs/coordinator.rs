@@ -46,7 +46,7 @@ fn two_coordinators_serve_one_queue_by_socket_and_by_tls_with_a_token() {
     assert!(code == 125 && err.contains("refuses the token"), "{err}");
     pool.use_place(&["--queue", &url, "--token-file", &token]);
     let (code, _, err) = pool.run(&["queue"]);
-    assert!(code == 125 && err.contains("cannot be reached"), "{err}");
+    assert!(code == 125 && err.contains("cannot be reached safely") && err.contains("--ca-file"), "{err}");
     // One of them ends in good order, and takes its socket with it.
     by_socket.signal("TERM");
     assert_eq!(by_socket.wait(), 0, "{}", by_socket.said());

@@ -69,6 +69,9 @@ fn goes_through(pool: &Pool, engine: &str) {
     // What was submitted counts.
     fs::write(&input, "changed").unwrap();
     fs::remove_file(&program).unwrap();
+    let status = pool.good(&["status", &id.to_string()]);
+    let said = format!("inputs:       {input}, {program}\noutputs:      /tmp/twice, /where\n");
+    assert!(status.contains(&said), "{status}");
     let (code, _, err) = pool.run(&["fetch", &id.to_string()]);
     assert!(code == 125 && err.contains("its files are there when it has ended"), "{err}");
     drain(pool);

@@ -331,6 +331,13 @@ pub(crate) fn actions_say_the_same_when_they_are_said_twice(f: &Fixture) {
         twice(action, State::Running);
     }
     twice(Action::Resume, State::Running);
+    // One whose worker has not heard of it yet is as good as resumed.
+    twice(Action::Suspend, State::Running);
+    f.store.report(&claim.key, &Report::Paused { reason: Reason::SuspendedByUser, detail: None }).unwrap();
+    twice(Action::Resume, State::Paused);
+    let again = f.store.act(&Action::Resume, &[id]).unwrap().remove(0);
+    assert_eq!(again.message, "will go on already");
+    f.store.report(&claim.key, &Report::Continued).unwrap();
     twice(Action::Cancel, State::Stopping);
     assert!(act(f, Action::Hold, id).1);
     f.end(&claim.key, Reason::Cancelled, None);

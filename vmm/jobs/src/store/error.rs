@@ -42,6 +42,11 @@ pub enum StoreError {
     /// The coordinator does not answer.
     #[error("the coordinator '{0}' cannot be reached ({1}): is 'harrier coordinator' running there?")]
     Unreachable(String, String),
+    /// A coordinator, and what is wrong with its certificate.
+    #[error(
+        "the coordinator '{0}' cannot be reached safely ({1}): give the certificates that its own is signed by with --ca-file or HARRIER_CA_FILE"
+    )]
+    Certificate(String, String),
     /// The coordinator does not know the token.
     #[error("the coordinator refuses the token: give the right one with --token-file or HARRIER_TOKEN_FILE")]
     Unauthorized,
@@ -50,6 +55,9 @@ pub enum StoreError {
 impl StoreError {
     /// Trying again later may help.
     pub fn is_passing(&self) -> bool {
-        matches!(self, Self::Full(_) | Self::Busy(_) | Self::Failed(..) | Self::Unreachable(..))
+        matches!(
+            self,
+            Self::Full(_) | Self::Busy(_) | Self::Failed(..) | Self::Unreachable(..) | Self::Certificate(..)
+        )
     }
 }

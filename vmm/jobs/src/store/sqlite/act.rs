@@ -170,6 +170,9 @@ impl Actor<'_> {
     fn resume(&self) -> Done {
         let job = self.job;
         if !job.wanted.has(Wanted::SUSPEND) {
+            if job.state == State::Paused && job.reason == Reason::SuspendedByUser {
+                return unchanged("will go on already");
+            }
             return unchanged(format!("is not suspended: it is {}", job.state));
         }
         self.want(job.wanted.without(Wanted::SUSPEND))?;
