@@ -95,7 +95,7 @@ struct DiffArguments {
     /// Only encodings whose name contains this, as iced-x86 writes them: Add_rm32_r32
     #[arg(long, value_name = "NAME")]
     only: Option<String>,
-    /// Mode that the instructions are executed in: 64 bits, or 32 in compatibility mode
+    /// Mode that the instructions are executed in: 64 bits, or 32 or 16 in compatibility mode
     #[arg(long, value_enum, default_value_t = diff::Bits::Long)]
     bits: diff::Bits,
     #[command(flatten)]

@@ -1,4 +1,4 @@
-//! A bounded slice of `cargo xtask conformance diff`: user-mode instructions of 64 and of 32 bits on the software engine,
+//! A bounded slice of `cargo xtask conformance diff`: user-mode instructions of 64, 32 and 16 bits on the software engine,
 //! beside the processor that the test runs on.
 
 use harrier_conformance::diff::{self, Bits, Options};
@@ -28,4 +28,9 @@ fn user_mode_instructions_do_what_the_processor_does() {
 fn instructions_of_compatibility_mode_do_what_the_processor_does() {
     // Only BOUND raises vector 5, and there is none of 64 bits.
     compare(Bits::Compatibility, 60_000, 1_400, &[0, 5, 6, 13, 14, 16, 19]);
+}
+
+#[test]
+fn instructions_of_16_bit_segments_do_what_the_processor_does() {
+    compare(Bits::Short, 60_000, 1_400, &[0, 5, 6, 12, 13, 14, 16, 19]);
 }

@@ -94,10 +94,14 @@ pub fn undefined_flags() -> impl Iterator<Item = &'static str> {
 pub(super) fn normalise(case: &Case, result: &mut Context) {
     let ignored = case.instructions.iter().fold(0, |all, instruction| all | undefined(instruction));
     result.rflags &= COMPARED & !ignored;
-    if case.bits == Bits::Compatibility {
+    if case.bits != Bits::Long {
         // Nobody promises the upper halves (volume 1, 3.4.1.1).
         result.gpr = result.gpr.map(|value| value & 0xffff_ffff);
         result.gpr[8..].fill(0);
+    }
+    if case.bits == Bits::Short {
+        // A return from the host's kernel to a stack segment of 16 bits loads SP alone (SDM volume 2, IRET).
+        result.gpr[4] &= 0xffff;
     }
     let area = &mut result.xsave;
     // The x87 unit's last instruction and operand: processors differ in when they note them. The mask of MXCSR, the
@@ -124,6 +128,11 @@ pub(super) fn normalise(case: &Case, result: &mut Context) {
         }
         14 | 13 | 18 | 12 | 11 => *address = 0,
         _ => (*error, *address) = (0, 0),
+    }
+    let must_be_aligned = |instruction: &Instruction| super::generate::is_aligned(instruction.code());
+    if result.fault[0] == 13 && case.instructions.iter().any(must_be_aligned) {
+        // Beyond the stack segment's limit and not aligned: #SS and #GP both apply.
+        result.fault[0] = 14;
     }
     let mxcsr = u32::from_le_bytes([area[24], area[25], area[26], area[27]]);
     if result.fault[0] == 20 && mxcsr & !(mxcsr >> 7) & 0x18 != 0 {

@@ -9,8 +9,8 @@ use iced_x86::{
 };
 
 use super::layout::{
-    Bits, CODE, CODE32, CODE64, Context, DATA, DATA_LEN, HOLE, READ_ONLY, SAVER, SLOT, TAKEN, TAKEN_POINTER,
-    XSAVE_LEN, saver,
+    Bits, CODE, CODE32, CODE64, Context, DATA, DATA_LEN, HOLE, READ_ONLY, SAVER, SHORT_TAKEN, SLOT, TAKEN,
+    TAKEN_POINTER, XSAVE_LEN, saver,
 };
 use super::random::Random;
 
@@ -127,7 +127,10 @@ pub(super) fn encodings(bits: Bits) -> Vec<Code> {
 
 /// The encodings that are compared on a host that has them all.
 pub fn comparable() -> BTreeSet<Code> {
-    [Bits::Long, Bits::Compatibility].into_iter().flat_map(|bits| chosen(bits, |_| true)).collect()
+    [Bits::Long, Bits::Compatibility, Bits::Short]
+        .into_iter()
+        .flat_map(|bits| chosen(bits, |_| true))
+        .collect()
 }
 
 /// The encodings whose features, by Linux's names, are all there.
@@ -141,7 +144,11 @@ fn chosen(bits: Bits, is_there: impl Fn(&str) -> bool) -> Vec<Code> {
             let mut instruction = Instruction::default();
             instruction.set_code(*code);
             matches!(info.encoding(), EncodingKind::Legacy | EncodingKind::VEX)
-                && (if bits == Bits::Long { info.mode64() } else { info.mode32() })
+                && match bits {
+                    Bits::Long => info.mode64(),
+                    Bits::Compatibility => info.mode32(),
+                    Bits::Short => info.mode16(),
+                }
                 && !info.fwait()
                 && *code != Code::INVALID
                 && left_out(code.mnemonic()).is_none()
@@ -179,7 +186,11 @@ impl Generator {
             steady,
             next: 0,
             info: InstructionInfoFactory::new(),
-            encoder: Encoder::new(if bits == Bits::Long { 64 } else { 32 }),
+            encoder: Encoder::new(match bits {
+                Bits::Long => 64,
+                Bits::Compatibility => 32,
+                Bits::Short => 16,
+            }),
             bits,
         }
     }
@@ -204,20 +215,23 @@ impl Generator {
         let mut instruction = Generator::instruction(random, code, self.bits)?;
         let mut context = random.context();
         place(random, &mut instruction, &mut context, self.bits);
-        let at = CODE + (slot * SLOT) as u64;
+        let at = CODE + (slot * SLOT) as u64 - self.bits.code_base();
         let branches = is_branch(&instruction);
         if branches {
             // Over the jump that every case ends with, to one of its own.
             self.bits.set_branch(&mut instruction, at);
             let len = self.encode(&instruction, at)?.len();
-            self.bits.set_branch(&mut instruction, at + (len + JUMP) as u64);
+            self.bits.set_branch(&mut instruction, at + (len + self.bits.jump_len()) as u64);
         }
         if is_indirect_branch(&instruction) {
             let size = self.bits.address_size();
-            if instruction.op0_kind() != OpKind::Register || instruction.op0_register().size() != size {
+            let short = self.bits == Bits::Short;
+            if instruction.op0_kind() != OpKind::Register
+                || (instruction.op0_register().size() != size && !short)
+            {
                 return None;
             }
-            context.gpr[instruction.op0_register().number()] = TAKEN;
+            context.gpr[instruction.op0_register().number()] = if short { SHORT_TAKEN } else { TAKEN };
         }
         let mut bytes = Vec::new();
         // Segments count for nothing in 64-bit mode, but for FS and GS; in 32-bit mode CS cannot be written. Repeated
@@ -238,10 +252,10 @@ impl Generator {
     /// among them writes.
     fn sequence(&mut self, random: &mut Random, slot: usize) -> Option<Case> {
         let mut context = random.context();
-        context.gpr[3] = DATA + 0x800 + random.below(64);
+        context.gpr[3] = DATA + 0x800 + random.below(64) - self.bits.data_base();
         let by = self.bits.index();
         context.gpr[by.number()] = random.below(16);
-        let at = CODE + (slot * SLOT) as u64;
+        let at = CODE + (slot * SLOT) as u64 - self.bits.code_base();
         let mut bytes = Vec::new();
         let mut instructions = Vec::new();
         while (instructions.len() as u64) < SEQUENCE {
@@ -331,7 +345,11 @@ fn general(size: usize, number: u64) -> Register {
 impl Bits {
     /// Bytes of an address.
     fn address_size(self) -> usize {
-        if self == Bits::Long { 8 } else { 4 }
+        match self {
+            Bits::Long => 8,
+            Bits::Compatibility => 4,
+            Bits::Short => 2,
+        }
     }
 
     /// General registers.
@@ -339,9 +357,9 @@ impl Bits {
         if self == Bits::Long { 16 } else { 8 }
     }
 
-    /// A general register of the size of an address.
+    /// A general register that any address may have: those of 16 bits have addresses of 32 bits too.
     fn general(self, number: u64) -> Register {
-        general(self.address_size(), number)
+        general(self.address_size().max(4), number)
     }
 
     /// Index register of sequences.
@@ -351,24 +369,37 @@ impl Bits {
 
     /// Somewhere that is never memory and, in 64-bit mode, no address.
     fn nowhere(self) -> u64 {
-        if self == Bits::Long { 0x8000_0000_0000 } else { 0xc000_0000 }
+        match self {
+            Bits::Long => 0x8000_0000_0000,
+            Bits::Compatibility => 0xc000_0000,
+            Bits::Short => self.data_base() + 0xb800,
+        }
     }
 
     fn set_branch(self, instruction: &mut Instruction, target: u64) {
         match self {
             Bits::Long => instruction.set_near_branch64(target),
-            Bits::Compatibility => instruction.set_near_branch32(target as u32),
+            _ if instruction.op0_kind() == OpKind::NearBranch16 => {
+                instruction.set_near_branch16(target as u16)
+            }
+            _ => instruction.set_near_branch32(target as u32),
         }
     }
 
-    /// A jump of [`JUMP`] bytes: through a pointer, or to another segment.
+    /// Length of the jump that a case ends with.
+    fn jump_len(self) -> usize {
+        if self == Bits::Short { 8 } else { 7 }
+    }
+
+    /// A jump of [`Bits::jump_len`] bytes: through a pointer, or to another segment.
     fn jump(self, pointer: u64, selector: u16, at: u64) -> Vec<u8> {
         let mut code = super::layout::Code::default();
         match self {
             Bits::Long => code.jump(pointer),
             Bits::Compatibility => code.far_jump(selector, at),
+            Bits::Short => code.bytes(&[0x66]).far_jump(selector, at),
         };
-        debug_assert_eq!(code.0.len(), JUMP);
+        debug_assert_eq!(code.0.len(), self.jump_len());
         code.0
     }
 
@@ -379,7 +410,7 @@ impl Bits {
         code_len: usize,
         mut context: Context,
     ) -> Case {
-        if self == Bits::Compatibility {
+        if self != Bits::Long {
             context.gpr = context.gpr.map(|value| value & 0xffff_ffff);
         }
         Case { instructions, bytes, code_len, context, bits: self }
@@ -388,7 +419,7 @@ impl Bits {
 
 fn byte(random: &mut Random, bits: Bits) -> Register {
     use Register::*;
-    if bits == Bits::Compatibility {
+    if bits != Bits::Long {
         return random.pick(&[AL, CL, DL, BL, AH, CH, DH, BH]);
     }
     random.pick(&[AL, CL, DL, BL, AH, CH, DH, BH, SPL, BPL, SIL, DIL, R8L, R9L, R12L, R13L, R15L])
@@ -494,6 +525,10 @@ fn set_operand(
             instruction.set_op_kind(operand, OpKind::NearBranch64);
             return Some(());
         }
+        K::br16_1 | K::br16_2 => {
+            instruction.set_op_kind(operand, OpKind::NearBranch16);
+            return Some(());
+        }
         K::br32_1 | K::br32_4 => {
             instruction.set_op_kind(operand, OpKind::NearBranch32);
             return Some(());
@@ -504,8 +539,11 @@ fn set_operand(
                 (K::seg_rSI, Bits::Compatibility) => OpKind::MemorySegESI,
                 (K::es_rDI, Bits::Long) => OpKind::MemoryESRDI,
                 (K::es_rDI, Bits::Compatibility) => OpKind::MemoryESEDI,
+                (K::seg_rSI, Bits::Short) => OpKind::MemorySegSI,
+                (K::es_rDI, Bits::Short) => OpKind::MemoryESDI,
                 (_, Bits::Long) => OpKind::MemorySegRDI,
                 (_, Bits::Compatibility) => OpKind::MemorySegEDI,
+                (_, Bits::Short) => OpKind::MemorySegDI,
             };
             instruction.set_op_kind(operand, kind);
             return Some(());
@@ -538,7 +576,10 @@ fn is_indirect_branch(instruction: &Instruction) -> bool {
 
 fn is_branch(instruction: &Instruction) -> bool {
     instruction.op_count() > 0
-        && matches!(instruction.op0_kind(), OpKind::NearBranch64 | OpKind::NearBranch32)
+        && matches!(
+            instruction.op0_kind(),
+            OpKind::NearBranch64 | OpKind::NearBranch32 | OpKind::NearBranch16
+        )
 }
 
 /// Gathers raise #UD if two of their three registers are the same.
@@ -619,7 +660,7 @@ pub(super) fn is_aligned(code: Code) -> bool {
     }
 }
 
-/// An address for an operand of `size` bytes: mostly where memory is, now and then where it ends or is forbidden.
+/// An address, relative to its segment, for an operand of `size` bytes: mostly where memory is, now and then where it ends or is forbidden.
 fn target(random: &mut Random, size: u64, aligned: bool, bits: Bits) -> u64 {
     let end = DATA + DATA_LEN as u64;
     let mut address = match random.below(32) {
@@ -628,36 +669,45 @@ fn target(random: &mut Random, size: u64, aligned: bool, bits: Bits) -> u64 {
         2 => READ_ONLY + random.below(0x800),
         3 => READ_ONLY - 1 - random.below(size.max(2) - 1),
         4 => HOLE + random.below(0x1000 - 64),
-        5 => bits.nowhere() + random.below(if bits == Bits::Long { 1 << 40 } else { 1 << 24 }),
+        5 => {
+            bits.nowhere()
+                + random.below(match bits {
+                    Bits::Long => 1 << 40,
+                    Bits::Compatibility => 1 << 24,
+                    Bits::Short => 0x4000,
+                })
+        }
         6..=9 => (DATA + 0x1000).wrapping_sub(1 + random.below(size.max(2) - 1)),
         _ => DATA + 0x100 + random.below(0x800),
     };
     if aligned && !random.one_in(10) {
         address &= !(size.max(16) - 1);
     }
-    address
+    address - bits.data_base()
 }
 
 /// Gives memory operands, explicit and implicit, their addresses, and the registers the values that lead there.
 fn place(random: &mut Random, instruction: &mut Instruction, context: &mut Context, bits: Bits) {
     let code = instruction.code();
+    let base = bits.data_base();
+    let data = DATA - base;
     // The stack lies in the data.
-    context.gpr[4] = DATA + 0x1800 + random.below(0x100) * 8;
+    context.gpr[4] = data + 0x1800 + random.below(0x100) * 8;
     if random.one_in(2) {
-        context.gpr[5] = DATA + 0x1800 + random.below(0x200) * 8;
+        context.gpr[5] = data + 0x1800 + random.below(0x200) * 8;
     }
     if random.one_in(40) && instruction.is_stack_instruction() {
         context.gpr[4] =
-            random.pick(&[HOLE, HOLE + 4, HOLE + 0x1000, READ_ONLY + 0x40, bits.nowhere(), DATA]);
+            random.pick(&[HOLE, HOLE + 4, HOLE + 0x1000, READ_ONLY + 0x40, bits.nowhere(), DATA]) - base;
     }
     if matches!(code.mnemonic(), Mnemonic::Leave | Mnemonic::Enter) && !random.one_in(10) {
-        context.gpr[5] = DATA + 0x1800 + random.below(0x200) * 8;
+        context.gpr[5] = data + 0x1800 + random.below(0x200) * 8;
     }
     if instruction.is_string_instruction() {
         context.gpr[6] = target(random, 8, false, bits);
         context.gpr[7] = target(random, 8, false, bits);
         // Of two operands that fault, a processor may see either first.
-        context.gpr[random.pick(&[6, 7])] = DATA + 0x400 + random.below(0x200);
+        context.gpr[random.pick(&[6, 7])] = data + 0x400 + random.below(0x200);
         context.gpr[1] = random.below(24);
         if random.one_in(2) {
             context.rflags |= 1 << 10;
@@ -690,7 +740,7 @@ fn place(random: &mut Random, instruction: &mut Instruction, context: &mut Conte
         if instruction.op1_register().size() == 2 {
             context.gpr[offset] &= 0xffff;
         }
-        address = DATA + 0x800 + random.below(0x200);
+        address = data + 0x800 + random.below(0x200);
     }
     if is_locked(instruction) {
         address &= !(size - 1);
@@ -700,10 +750,10 @@ fn place(random: &mut Random, instruction: &mut Instruction, context: &mut Conte
         scatter(random, context, index.number(), code);
         let base = match bits {
             Bits::Long => random.pick(&[0u64, 1, 2, 3, 5, 6, 7, 8, 13]),
-            Bits::Compatibility => random.pick(&[0, 1, 2, 3, 5, 6, 7]),
+            _ => random.pick(&[0, 1, 2, 3, 5, 6, 7]),
         };
         let base = bits.general(base);
-        context.gpr[base.number()] = DATA + 0x800;
+        context.gpr[base.number()] = data + 0x800;
         set_memory(instruction, base, index, random.pick(&[1, 2, 4, 8]), 0);
         return;
     }
@@ -723,7 +773,8 @@ fn place(random: &mut Random, instruction: &mut Instruction, context: &mut Conte
     };
     match random.below(8) {
         0 if bits == Bits::Long => set_memory(instruction, Register::RIP, Register::None, 1, address as i64),
-        0 if random.one_in(4) => set_short(random, instruction, context),
+        0 | 3 | 6 | 7 if bits == Bits::Short => set_short_at(random, instruction, context, address, taken),
+        0 if random.one_in(4) && bits == Bits::Compatibility => set_short(random, instruction, context),
         1 if address < 1 << 31 => {
             set_memory(instruction, Register::None, Register::None, 1, address as i64);
             instruction.set_memory_displ_size(bits.address_size() as u32);
@@ -759,6 +810,38 @@ fn place(random: &mut Random, instruction: &mut Instruction, context: &mut Conte
         let base = 3;
         set_base(instruction, context, base, address, displacement, bits);
     }
+}
+
+/// An address of 16 bits that leads there, without the register with the number `taken`.
+fn set_short_at(
+    random: &mut Random,
+    instruction: &mut Instruction,
+    context: &mut Context,
+    address: u64,
+    taken: u64,
+) {
+    use Register::{BP, BX, DI, None, SI};
+    let pairs = [(BX, SI), (BX, DI), (BP, SI), (BP, DI), (SI, None), (DI, None), (BP, None), (BX, None)];
+    let (base, index) = loop {
+        let (base, index) = random.pick(&pairs);
+        if ![base, index].iter().any(|register| *register != None && register.number() as u64 == taken) {
+            break (base, index);
+        }
+    };
+    let displacement = match random.below(3) {
+        0 => 0,
+        1 => random.below(256) as i64 - 128,
+        _ => random.below(1 << 16) as i64 - (1 << 15),
+    };
+    let mut rest = address.wrapping_sub(displacement as u64);
+    let upper = random.next() & 0xffff_0000;
+    if index != None {
+        let by = random.next() & 0xffff;
+        context.gpr[index.number()] = by | upper;
+        rest = rest.wrapping_sub(by);
+    }
+    context.gpr[base.number()] = rest & 0xffff | upper;
+    set_memory(instruction, base, index, 1, displacement);
 }
 
 /// An address of 16 bits, where no memory is: LEA has it, and of others the fault.
@@ -802,9 +885,6 @@ fn scatter(random: &mut Random, context: &mut Context, register: usize, code: Co
         place.copy_from_slice(&bytes);
     }
 }
-
-/// Length of the jump that a case ends with.
-pub(super) const JUMP: usize = 7;
 
 impl Random {
     /// Registers in which anything may be.

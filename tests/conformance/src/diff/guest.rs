@@ -8,8 +8,9 @@ use harrier_engine::{CpuModel, Engine, EngineError, Exit, Flow, GuestRegion, Pag
 use vm_memory::{Bytes as _, GuestAddress, MemoryRegionAddress, MmapRegion};
 
 use super::layout::{
-    BASE, Bits, CODE64, Code, DATA, EXIT, FAULT, FLAT, HOLE, PROGRAM, READ_ONLY, SAVER, SECOND_HOLE, TAKEN,
-    TAKEN_POINTER, WINDOW, program, taken,
+    BASE, Bits, CODE, CODE64, Code, DATA, EXIT, FAULT, FLAT, HOLE, PROGRAM, READ_ONLY, SAVER, SECOND_HOLE,
+    SHORT_CODE_LIMIT, SHORT_DATA_LIMIT, SHORT_TAKEN, TAKEN, TAKEN_POINTER, WINDOW, program, short_taken,
+    taken,
 };
 use crate::devices::PortWrites;
 
@@ -17,6 +18,8 @@ const GDT: u64 = 0x1000;
 const TSS: u64 = 0x1800;
 const IDT: u64 = 0x2000;
 const HANDLERS: u64 = 0x3000;
+/// Local descriptors: code and data of 16 bits.
+const LDT: u64 = 0x1c00;
 const KERNEL_STACK: u64 = 0x6000;
 /// Four levels, each a page but the last.
 const TABLES: u64 = 0x8000;
@@ -48,9 +51,11 @@ impl Guest {
         let vcpu = vm.create_vcpu(0)?;
         let mut guest = Guest { vcpu, region, _vm: vm };
         guest.put_kernel();
+        guest.put_short_segments();
         let (program, saver) = program(bits);
         guest.write(PROGRAM, &program);
         guest.write(TAKEN, &taken(bits));
+        guest.write(CODE + SHORT_TAKEN, &short_taken());
         guest.write(TAKEN_POINTER, &TAKEN.to_le_bytes());
         guest.write(SAVER, &(PROGRAM + saver).to_le_bytes());
         // int 0x80 in the window's first page of code.
@@ -158,6 +163,15 @@ impl Guest {
         }
     }
 
+    fn put_short_segments(&self) {
+        let descriptor = |base: u64, limit: u32, access: u64| {
+            u64::from(limit & 0xffff) | (base & 0xff_ffff) << 16 | access << 40 | (base >> 24) << 56
+        };
+        let bits = Bits::Short;
+        self.put_word(LDT, descriptor(bits.code_base(), SHORT_CODE_LIMIT, 0xfb));
+        self.put_word(LDT + 8, descriptor(bits.data_base(), SHORT_DATA_LIMIT, 0xf3));
+    }
+
     fn enter_user_mode(&mut self) -> Result<(), EngineError> {
         let mut state = self.vcpu.state()?;
         let segments = &mut state.segments;
@@ -173,6 +187,8 @@ impl Guest {
             present: true,
             ..Segment::default()
         };
+        segments.ldtr =
+            Segment { selector: 0x48, base: LDT, limit: 0xf, kind: 2, present: true, ..Segment::default() };
         segments.gdtr = DescriptorTable { base: GDT, limit: 0x4f };
         segments.idtr = DescriptorTable { base: IDT, limit: 0xfff };
         // Paging, write protection, alignment checks; FXSAVE, SIMD exceptions and XSAVE, as Linux has them.

@@ -4,7 +4,7 @@
 //! case's code, and saves all registers. A fault ends a case too: whoever handles it writes the fault down and goes on
 //! where the registers are saved. Cases of 32 bits are reached and left by far jumps: the program itself has 64.
 
-/// How many bits addresses of cases have: 64-bit mode, or compatibility mode with a 32-bit code segment.
+/// How many bits addresses of cases have: 64-bit mode, or compatibility mode with a code segment of 32 or 16 bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Bits {
     /// 64-bit mode.
@@ -13,7 +13,36 @@ pub enum Bits {
     /// Compatibility mode.
     #[value(name = "32")]
     Compatibility,
+    /// Compatibility mode with segments of 16 bits, whose descriptors are local ones.
+    #[value(name = "16")]
+    Short,
 }
+
+impl Bits {
+    /// Cases in a batch: of 16 bits as many as a segment holds, with a little room behind them.
+    pub(super) fn cases(self) -> usize {
+        if self == Bits::Short { 400 } else { CASES }
+    }
+
+    /// Where the code segment begins: what addresses of code are relative to.
+    pub(super) fn code_base(self) -> u64 {
+        if self == Bits::Short { CODE } else { 0 }
+    }
+
+    /// Where the data segments begin.
+    pub(super) fn data_base(self) -> u64 {
+        if self == Bits::Short { DATA - 0x4000 } else { 0 }
+    }
+}
+
+/// Segments of 16 bits: selectors in the local table, and the tables' two descriptors' limits.
+pub(super) const SHORT_CODE: u16 = 0x07;
+pub(super) const SHORT_DATA: u16 = 0x0f;
+pub(super) const SHORT_CODE_LIMIT: u32 = 0xffff;
+/// Memory ends within the segment.
+pub(super) const SHORT_DATA_LIMIT: u32 = 0xafff;
+/// Offset in the code segment of what an indirect branch reaches.
+pub(super) const SHORT_TAKEN: u64 = 0xfb00;
 
 /// Selectors of user mode, with Linux's numbers on both sides: 32-bit code, data, 64-bit code.
 pub(super) const CODE32: u16 = 0x23;
@@ -191,10 +220,15 @@ pub(super) fn program(bits: Bits) -> (Vec<u8>, u64) {
     code.bytes(&[0x48, 0x89, 0xc3, 0xb8, 7, 0, 0, 0, 0x31, 0xd2]);
     code.based_two(&[0x0f, 0xae], 5, RBX, XSAVE_AT);
     code.based(0x8b, RAX, RBX, ENTRY_AT).store(RAX, TARGET);
-    if bits == Bits::Compatibility {
-        // mov word [TARGET + 4], CODE32
+    if bits != Bits::Long {
+        // mov word [TARGET + 4], selector
+        let selector = if bits == Bits::Short { SHORT_CODE } else { CODE32 };
         code.bytes(&[0x66, 0xc7, 0x04, 0x25]).bytes(&(TARGET as u32 + 4).to_le_bytes());
-        code.bytes(&CODE32.to_le_bytes());
+        code.bytes(&selector.to_le_bytes());
+    }
+    if bits == Bits::Short {
+        // mov eax, SHORT_DATA; mov ds, eax; mov es, eax; mov ss, eax: in 64-bit mode they count for nothing
+        code.bytes(&[0xb8, SHORT_DATA as u8, 0, 0, 0, 0x8e, 0xd8, 0x8e, 0xc0, 0x8e, 0xd0]);
     }
     // push [rbx + FLAGS_AT]; popfq
     code.bytes(&[0xff, 0xb3]).bytes(&(FLAGS_AT as u32).to_le_bytes()).bytes(&[0x9d]);
@@ -205,7 +239,7 @@ pub(super) fn program(bits: Bits) -> (Vec<u8>, u64) {
     match bits {
         Bits::Long => code.jump(TARGET),
         // jmp far [TARGET], of 32 bits
-        Bits::Compatibility => code.bytes(&[0xff, 0x2c, 0x25]).bytes(&(TARGET as u32).to_le_bytes()),
+        _ => code.bytes(&[0xff, 0x2c, 0x25]).bytes(&(TARGET as u32).to_le_bytes()),
     };
 
     let saver = code.0.len() as u64;
@@ -257,8 +291,15 @@ pub(super) fn taken(bits: Bits) -> Vec<u8> {
         // lea r11, [r11 + 0x55]
         Bits::Long => code.bytes(&[0x4d, 0x8d, 0x5b, 0x55]).jump(SAVER),
         // lea ebp, [ebp + 0x55]
-        Bits::Compatibility => code.bytes(&[0x8d, 0x6d, 0x55]).far_jump(CODE64, saver(bits)),
+        _ => code.bytes(&[0x8d, 0x6d, 0x55]).far_jump(CODE64, saver(bits)),
     };
+    code.0
+}
+
+/// What an indirect branch of 16 bits reaches: a jump to [`TAKEN`], in the segment of 32 bits.
+pub(super) fn short_taken() -> Vec<u8> {
+    let mut code = Code::default();
+    code.bytes(&[0x66]).far_jump(CODE32, TAKEN);
     code.0
 }
 
@@ -277,6 +318,8 @@ pub(super) fn host_entry() -> (Vec<u8>, u64) {
     let back = PROGRAM.wrapping_sub(HOST_ENTRY + code.0.len() as u64 + 5) as u32;
     code.bytes(&[0xe9]).bytes(&back.to_le_bytes());
     let exit = code.0.len() as u64;
+    // mov eax, FLAT; mov ss, eax
+    code.bytes(&[0xb8, FLAT as u8, 0, 0, 0, 0x8e, 0xd0]);
     code.load(RSP, CALLER).bytes(&[0x41, 0x5f, 0x41, 0x5e, 0x41, 0x5d, 0x41, 0x5c, 0x5d, 0x5b, 0xc3]);
     (code.0, HOST_ENTRY + exit)
 }

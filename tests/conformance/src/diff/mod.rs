@@ -23,7 +23,7 @@ use self::generate::{Case, Generator};
 use self::guest::Guest;
 pub use self::layout::Bits;
 use self::layout::{
-    AFTER, BEFORE, CASES, CODE, CONTEXT, Context, DATA, DATA_LEN, END, NEXT, READ_ONLY, RESULT, SLOT,
+    AFTER, BEFORE, CODE, CONTEXT, Context, DATA, DATA_LEN, END, NEXT, READ_ONLY, RESULT, SLOT,
 };
 use self::native::Native;
 use self::random::Random;
@@ -139,10 +139,11 @@ pub fn run(engine: &dyn Engine, options: &Options) -> Result<Outcome, DiffError>
     let mut known = BTreeMap::new();
     let mut shown = 0;
     while outcome.instructions < options.count {
-        let cases: Vec<Case> = (0..CASES).map(|slot| generator.case(&mut random, slot)).collect();
+        let cases: Vec<Case> =
+            (0..options.bits.cases()).map(|slot| generator.case(&mut random, slot)).collect();
         let data = random.data(DATA_LEN);
         let read_only = random.data(0x1000);
-        sides.prepare(&cases, 0..CASES, &data, &read_only);
+        sides.prepare(&cases, 0..cases.len(), &data, &read_only);
         sides.run()?;
         outcome.instructions += cases.iter().map(|case| case.instructions.len() as u64).sum::<u64>();
         let differing = sides.differing(&cases, &mut outcome);
@@ -176,8 +177,9 @@ impl Sides {
     fn prepare(&self, cases: &[Case], which: std::ops::Range<usize>, data: &[u8], read_only: &[u8]) {
         let mut before = Vec::with_capacity(which.len() * CONTEXT);
         for slot in which.clone() {
-            let entry = CODE + (slot * SLOT) as u64;
-            before.extend(cases[slot].context.to_bytes(entry));
+            let case = &cases[slot];
+            let entry = CODE + (slot * SLOT) as u64 - case.bits.code_base();
+            before.extend(case.context.to_bytes(entry));
         }
         let mut code = vec![0xcc; which.len() * SLOT];
         for (place, case) in code.chunks_exact_mut(SLOT).zip(&cases[which.clone()]) {

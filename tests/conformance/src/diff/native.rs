@@ -5,8 +5,9 @@ use std::io;
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 
 use super::layout::{
-    BASE, Bits, CODE64, DATA, DATA_LEN, EXIT, FAULT, HOLE, HOST_ENTRY, PROGRAM, READ_ONLY, SAVER,
-    SECOND_HOLE, TAKEN, TAKEN_POINTER, WINDOW, host_entry, program, taken,
+    BASE, Bits, CODE, CODE64, DATA, DATA_LEN, EXIT, FAULT, HOLE, HOST_ENTRY, PROGRAM, READ_ONLY, SAVER,
+    SECOND_HOLE, SHORT_CODE_LIMIT, SHORT_DATA_LIMIT, SHORT_TAKEN, TAKEN, TAKEN_POINTER, WINDOW, host_entry,
+    program, short_taken, taken,
 };
 
 const PAGE: usize = 4096;
@@ -40,13 +41,14 @@ impl Native {
         // SAFETY: the child calls only functions that a signal handler may call, and never returns.
         let child = checked(unsafe { libc::fork() })?;
         if child == 0 {
-            serve(&file, &commands, &answers);
+            serve(&file, &commands, &answers, bits);
         }
         let native = Native { child, commands: command_source, answers: answer_source, window };
         let (program, saver) = program(bits);
         let (entry, exit) = host_entry();
         native.write(PROGRAM, &program);
         native.write(TAKEN, &taken(bits));
+        native.write(CODE + SHORT_TAKEN, &short_taken());
         native.write(TAKEN_POINTER, &TAKEN.to_le_bytes());
         native.write(HOST_ENTRY, &entry);
         native.write(EXIT, &exit.to_le_bytes());
@@ -118,7 +120,7 @@ unsafe fn map(at: *mut u8, protection: i32, flags: i32, file: &OwnedFd) -> io::R
 }
 
 /// The child: runs the program whenever a byte comes.
-fn serve(file: &OwnedFd, commands: &OwnedFd, answers: &OwnedFd) -> ! {
+fn serve(file: &OwnedFd, commands: &OwnedFd, answers: &OwnedFd, bits: Bits) -> ! {
     /// Bytes for the signal handler, whose frame holds all registers.
     const SIGNAL_STACK: usize = 128 * 1024;
     // SAFETY: this is a process of its own, forked for this. The window's place is free or the child ends; the handler
@@ -153,6 +155,9 @@ fn serve(file: &OwnedFd, commands: &OwnedFd, answers: &OwnedFd) -> ! {
         for signal in [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGTRAP] {
             libc::sigaction(signal, &action, std::ptr::null_mut());
         }
+        if bits == Bits::Short && !put_short_segments(bits) {
+            libc::_exit(3);
+        }
         let mut byte = [0u8];
         while libc::read(commands.as_raw_fd(), byte.as_mut_ptr().cast(), 1) == 1 {
             // The pages are there before a case faults on them, so that error codes say what is forbidden.
@@ -172,6 +177,23 @@ fn serve(file: &OwnedFd, commands: &OwnedFd, answers: &OwnedFd) -> ! {
     }
 }
 
+/// Fills the process's local descriptor table: code, then data (modify_ldt(2)).
+fn put_short_segments(bits: Bits) -> bool {
+    /// modify_ldt's words: number, base, limit, and flags with the contents in bits 2:1.
+    const WRITE: libc::c_int = 0x11;
+    const CODE_SEGMENT: u32 = 2 << 1;
+    const USEABLE: u32 = 1 << 6;
+    let segments = [
+        [0, bits.code_base() as u32, SHORT_CODE_LIMIT, CODE_SEGMENT | USEABLE],
+        [1, bits.data_base() as u32, SHORT_DATA_LIMIT, USEABLE],
+    ];
+    segments.iter().all(|segment| {
+        let bytes = std::mem::size_of_val(segment);
+        // SAFETY: the kernel reads the four words.
+        unsafe { libc::syscall(libc::SYS_modify_ldt, WRITE, segment.as_ptr(), bytes) == 0 }
+    })
+}
+
 /// Writes a fault down and goes on where registers are saved.
 extern "C" fn on_fault(_signal: libc::c_int, _info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     // SAFETY: the kernel hands a context over; the window is mapped.
@@ -179,8 +201,12 @@ extern "C" fn on_fault(_signal: libc::c_int, _info: *mut libc::siginfo_t, contex
         let registers = &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs;
         let word = |register: libc::c_int| registers[register as usize] as u64;
         let rip = word(libc::REG_RIP);
-        if !(BASE..BASE + WINDOW as u64).contains(&rip) && word(libc::REG_TRAPNO) != 14 {
-            // Not a case's doing, unless it jumped to where nothing is.
+        let short = 0..1 << 16;
+        if !(BASE..BASE + WINDOW as u64).contains(&rip)
+            && !short.contains(&rip)
+            && word(libc::REG_TRAPNO) != 14
+        {
+            // Not a case's doing, unless it jumped to where nothing is. Those of 16 bits have offsets.
             libc::_exit(2);
         }
         let fault = FAULT as *mut u64;
