@@ -525,7 +525,8 @@ fn set_operand(
             instruction.set_op_kind(operand, OpKind::NearBranch64);
             return Some(());
         }
-        K::br16_1 | K::br16_2 => {
+        // In 64-bit mode AMD's processors branch with 16 bits, and Intel's do not (SDM volume 2, Jcc).
+        K::br16_1 | K::br16_2 if bits != Bits::Long => {
             instruction.set_op_kind(operand, OpKind::NearBranch16);
             return Some(());
         }
