@@ -79,7 +79,8 @@ impl Attempt {
             facts: file.facts,
         });
         let result = RunResult {
-            status: record.status().map(str::to_owned),
+            // A command that ends its machine has come to its end.
+            status: record.status().or(record.ended_machine.then_some("exited")).map(str::to_owned),
             exit_code,
             error,
             cause: record.cause().map(str::to_owned),

@@ -210,6 +210,15 @@ impl Outputs {
         Ok(())
     }
 
+    /// The machine has ended before they could be copied.
+    pub(crate) fn give_up(&mut self) {
+        for (output, _, fetched) in &mut self.0 {
+            let guest = String::from_utf8_lossy(&output.guest);
+            *fetched =
+                Fetched::Missing(format!("the machine has ended itself before '{guest}' could be copied"));
+        }
+    }
+
     /// Gives the files that are there their names. A missing one is a failure only where the command itself succeeded.
     pub(crate) fn commit(
         self,

@@ -79,6 +79,8 @@ pub(crate) struct RunRecord {
     cause: Cause,
     /// The guest has given no sign of life for too long.
     pub(crate) hung: bool,
+    /// The command has ended its machine, with the run's exit code.
+    pub(crate) ended_machine: bool,
     report: Option<RunReport>,
 }
 
@@ -97,6 +99,7 @@ impl RunRecord {
             output_files: Vec::new(),
             cause: Cause::Itself,
             hung: false,
+            ended_machine: false,
             report: None,
         }
     }

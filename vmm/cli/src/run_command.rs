@@ -271,7 +271,7 @@ fn conclude(
     run: &mut Run<'_>,
     report: &RunReport,
     result: Option<Result<Outcome, FileTrouble>>,
-    outputs: Outputs,
+    mut outputs: Outputs,
     console: &crate::console::ConsoleTail,
 ) -> Result<u8, Failure> {
     let error = match result {
@@ -310,7 +310,19 @@ fn conclude(
     }
     // A job may end its machine itself.
     if let Some(exit) = guest_exit(report) {
-        return exit;
+        let code = exit?;
+        run.record.ended_machine = true;
+        outputs.give_up();
+        return match outputs.commit(code == 0, config.output.remarks) {
+            Ok(ends) => {
+                run.record.outputs(ends);
+                Ok(code)
+            }
+            Err((ends, failure)) => {
+                run.record.outputs(ends);
+                Err(failure)
+            }
+        };
     }
     match (error, &report.end) {
         // The guest went first, and the lost connection is only what follows.

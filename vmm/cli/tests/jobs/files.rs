@@ -31,6 +31,7 @@ on_engines! {
     a_job_that_does_not_leave_what_it_was_to_leave_has_not_succeeded,
     limits_end_a_job_with_their_reason_and_its_machine_lives_to_say_so,
     a_command_that_saves_its_state_is_started_again_with_it,
+    a_job_that_ends_its_machine_has_ended_with_that_code,
     a_directory_stands_for_the_files_in_it,
     a_job_says_how_far_it_has_come_from_inside,
 }
@@ -152,7 +153,8 @@ fn a_command_that_saves_its_state_is_started_again_with_it(engine: &str) {
     let other = submit(&pool, engine, &[], "exit 85");
     drain(&pool);
     assert_eq!(pool.exit_code(id), 0);
-    assert_eq!(pool.good(&["logs", "--stdout", &id.to_string()]), "attempt 3 made 3\n");
+    let log = "attempt 1 made 1\nattempt 2 made 2\nattempt 3 made 3\n";
+    assert_eq!(pool.good(&["logs", "--stdout", &id.to_string()]), log);
     let to = pool.text("to");
     fs::create_dir(&to).unwrap();
     pool.good(&["fetch", "--to", &to, &id.to_string()]);
@@ -168,7 +170,22 @@ fn a_command_that_saves_its_state_is_started_again_with_it(engine: &str) {
     pool.good(&["requeue", &id.to_string()]);
     eventually("it is queued", || pool.job(id)["state"] == "queued");
     drain(&pool);
-    assert_eq!(pool.good(&["logs", "--stdout", &id.to_string()]), "attempt 6 made 3\n");
+    assert_eq!(
+        pool.good(&["logs", "--stdout", &id.to_string()]),
+        "attempt 4 made 1\nattempt 5 made 2\nattempt 6 made 3\n"
+    );
+}
+
+fn a_job_that_ends_its_machine_has_ended_with_that_code(engine: &str) {
+    let pool = Pool::new();
+    let plain = submit(&pool, engine, &[], "seq 20000; harrier-guest exit 7");
+    let lacking = submit(&pool, engine, &["--output", "/tmp/x"], "echo x > /tmp/x; harrier-guest exit 0");
+    drain(&pool);
+    assert_eq!(pool.exit_code(plain), 7, "{}", pool.history(plain));
+    let numbers: String = (1..=20_000).map(|number| format!("{number}\n")).collect();
+    assert!(pool.logs(plain) == numbers, "its output is whole");
+    let job = pool.job(lacking);
+    assert_eq!((&job["state"], &job["reason"]), (&"failed".into(), &"missing_output".into()), "{job}");
 }
 
 fn a_directory_stands_for_the_files_in_it(engine: &str) {

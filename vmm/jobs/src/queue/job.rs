@@ -222,9 +222,10 @@ pub struct Attempt {
     pub exit_code: Option<u8>,
     /// The engine that ran it.
     pub engine: Option<String>,
-    /// The attempt whose checkpoint it began with; its output goes on where that one's stood.
+    /// The attempt whose checkpoint it began with, and its output goes on where that one's stood; or the one whose command had
+    /// saved its state itself, and it goes on where that one's ended.
     pub parent: Option<u64>,
-    /// The streams' offsets at its beginning: stdout, stderr.
+    /// The offsets of its machine's streams at its beginning: stdout, stderr.
     pub output_base: [u64; 2],
     /// What it did with its time.
     pub times: Times,

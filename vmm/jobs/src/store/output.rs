@@ -1,14 +1,16 @@
 //! Output of attempts, in files: one a stream and attempt, never shared between attempts, so that a worker that has
 //! lost its lease can spoil nothing. What a user sees as a job's output is put together when it is read: an attempt
-//! that began with a checkpoint goes on at the offset where that stood.
+//! that began with a checkpoint goes on at the offset where that stood, and one whose command had saved its state itself at
+//! the end of what was written before.
 
+use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use super::{OutputPiece, OutputQuery, Result, StoreError};
 use crate::protocol::Stream;
-use crate::queue::{Attempt, JobId, LeaseKey};
+use crate::queue::{Attempt, JobId, LeaseKey, Reason};
 
 /// The longest piece that is read at once.
 pub const MAX_PIECE: u64 = 1 << 20;
@@ -86,7 +88,8 @@ impl OutputFiles {
         // From the attempt asked for back to the one that wrote the offset asked for.
         let mut limit = query.limit.min(MAX_PIECE);
         let mut own = true;
-        let base = |attempt: &Attempt| attempt.output_base.get(stream).copied().unwrap_or(0);
+        let starts = self.starts(query.job, attempts, stream);
+        let base = |attempt: &Attempt| starts.get(&attempt.epoch).map_or(0, |(_, start)| *start);
         while query.offset < base(attempt) {
             limit = limit.min(base(attempt) - query.offset);
             let Some(parent) = attempt.parent.and_then(find) else { break };
@@ -108,6 +111,28 @@ impl OutputFiles {
         let bytes = read().map_err(|err| file_error(&path, &err))?;
         let complete = own && bytes.is_empty() && wanted_ended && final_attempt;
         Ok(OutputPiece { epoch, bytes, complete })
+    }
+
+    /// Where in the job's stream each attempt's machine began, and where the attempt itself did.
+    fn starts(&self, job: JobId, attempts: &[Attempt], stream: usize) -> HashMap<u64, (u64, u64)> {
+        let mut starts = HashMap::new();
+        for attempt in attempts {
+            let parent = attempt.parent.and_then(|epoch| attempts.iter().find(|other| other.epoch == epoch));
+            let (machine, begin) =
+                parent.and_then(|parent| starts.get(&parent.epoch).copied()).unwrap_or((0, 0));
+            let machine = match parent {
+                // Its command began again, after all that was written before.
+                Some(parent) if parent.reason == Some(Reason::SelfCheckpointed) => {
+                    let [stdout, stderr] = self.paths(job, parent.epoch);
+                    let path = if stream == 0 { stdout } else { stderr };
+                    begin + fs::metadata(path).map_or(0, |metadata| metadata.len())
+                }
+                _ => machine,
+            };
+            let base = attempt.output_base.get(stream).copied().unwrap_or(0);
+            starts.insert(attempt.epoch, (machine, machine + base));
+        }
+        starts
     }
 }
 

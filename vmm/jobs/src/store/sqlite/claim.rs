@@ -369,8 +369,13 @@ fn take(tx: &Transaction<'_>, moment: Moment, host: &str, id: JobId) -> std::res
     )?
     .execute(params![token, host, moment.now_ms, until, id])?;
     let job = find_job(tx, id)?.ok_or(StoreError::NoJob(id))?;
-    tx.prepare_cached("INSERT INTO attempts (job, epoch, host, claimed_ms) VALUES (?, ?, ?, ?)")?
-        .execute(params![id, job.epoch, host, moment.now_ms])?;
+    // What a command has saved itself, it goes on from, and so does its output.
+    tx.prepare_cached(
+        "INSERT INTO attempts (job, epoch, host, claimed_ms, parent) VALUES (?1, ?2, ?3, ?4, \
+         (SELECT max(a.epoch) FROM attempts a JOIN jobs j ON j.id = a.job \
+          WHERE a.job = ?1 AND a.reason = 'self_checkpointed' AND j.saved IS NOT NULL))",
+    )?
+    .execute(params![id, job.epoch, host, moment.now_ms])?;
     add_event(tx, (id, job.epoch), moment.now_ms, State::Starting, Reason::Claimed, Some(host))?;
     let key = LeaseKey { job: id, epoch: job.epoch, token };
     let checkpoints = super::read::checkpoints(tx, id)?;
