@@ -3,21 +3,25 @@
 //! The input is raw bytes, or a list of changes to a file that is right.
 #![no_main]
 
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
-use harrier_engine::GuestMemory;
+use harrier_engine::{GuestMemory, GuestRegion};
 use harrier_fuzz::input::Input;
 use harrier_machine::boot::{self, Boot, BytesImage, ElfEntry, Entry, Image};
+use harrier_machine::memory::{Backing, GuestRam, Laid};
 use libfuzzer_sys::fuzz_target;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 const MEMORY_BYTES: usize = 48 << 20;
 
-fn memory() -> &'static GuestMemory {
-    static MEMORY: OnceLock<GuestMemory> = OnceLock::new();
-    MEMORY.get_or_init(|| {
-        GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY_BYTES), (GuestAddress(1 << 32), 1 << 20)])
-            .unwrap()
+fn ram() -> &'static GuestRam {
+    static RAM: OnceLock<GuestRam> = OnceLock::new();
+    RAM.get_or_init(|| {
+        let regions = [(0, MEMORY_BYTES), (1 << 32, 1 << 20)]
+            .map(|(gpa, len)| Arc::new(GuestRegion::from_range(GuestAddress(gpa), len, None).unwrap()))
+            .to_vec();
+        let memory = GuestMemory::from_arc_regions(regions.clone()).unwrap();
+        GuestRam { memory, regions, backing: Backing::Own(Laid::default()) }
     })
 }
 
@@ -169,9 +173,9 @@ fuzz_target!(|data: &[u8]| {
         command_line: &command_line,
         elf_entry,
     };
-    match boot::load(&boot, memory()) {
-        Ok(Entry::Long64 { rip, .. }) => assert!(memory().address_in_range(GuestAddress(rip))),
-        Ok(Entry::Protected32 { eip, .. }) => assert!(memory().address_in_range(GuestAddress(eip.into()))),
+    match boot::load(&boot, ram()) {
+        Ok(Entry::Long64 { rip, .. }) => assert!(ram().memory.address_in_range(GuestAddress(rip))),
+        Ok(Entry::Protected32 { eip, .. }) => assert!(ram().memory.address_in_range(GuestAddress(eip.into()))),
         Ok(Entry::Real { .. }) => panic!("no kernel starts in real mode"),
         Err(err) => assert!(!err.to_string().contains('\n')),
     }

@@ -180,8 +180,14 @@ pub(crate) fn prepare(
     let kernel_path = config.kernel.as_deref().or(default_files.as_ref().map(|files| files.kernel.as_path()));
     let initrd_path =
         config.initrd.as_deref().or(default_files.as_ref().map(|files| files.initramfs.as_path()));
-    let kernel = kernel_path.map(FileImage::open).transpose().map_err(KernelError::Image)?;
-    let initrd = initrd_path.map(open_initrd).transpose()?;
+    let kernel = kernel_path
+        .map(|path| open_image(path, config.kernel.is_none()))
+        .transpose()
+        .map_err(KernelError::Image)?;
+    let initrd = initrd_path
+        .map(|path| open_image(path, config.initrd.is_none()))
+        .transpose()
+        .map_err(InitrdError::Image)?;
     let mut blocks = Vec::new();
     let mut kept = KeptByHost::new(config);
     if let Workload::Command(command) = &config.workload
@@ -241,8 +247,9 @@ pub(crate) fn prepare(
     Ok(Prepared { machine, console, agent, kept: Some(kept) })
 }
 
-fn open_initrd(path: &Path) -> Result<FileImage, InitrdError> {
-    FileImage::open(path).map_err(|err: ImageError| InitrdError::Image(err))
+/// A file of the cache is never written to again once it is there; a user's own may be built anew while a machine runs.
+fn open_image(path: &Path, is_of_cache: bool) -> Result<FileImage, ImageError> {
+    if is_of_cache { FileImage::open_unchanging(path) } else { FileImage::open(path) }
 }
 
 fn create_console_file(path: &Path) -> Result<File, Failure> {

@@ -459,9 +459,9 @@ impl MachineBuilder {
                 let words = kernel_words(&self.config);
                 // In front: what follows `--` is the first program's.
                 let command_line = &format!("{words} {command_line}");
-                boot::load(&Boot::Kernel { kernel, initrd, command_line, elf_entry }, &self.ram.memory)
+                boot::load(&Boot::Kernel { kernel, initrd, command_line, elf_entry }, &self.ram)
             }
-            _ => boot::load(boot, &self.ram.memory),
+            _ => boot::load(boot, &self.ram),
         }
     }
 

@@ -18,6 +18,7 @@ pub mod layout;
 mod machine;
 pub mod memory;
 mod mp_table;
+mod pagemap;
 mod run_control;
 pub mod snapshot;
 mod vcpu;

@@ -1,17 +1,18 @@
-//! Guest memory, mapped in one or two pieces around the hole for device registers: a memfd of its own, or a private view
-//! of a snapshot.
+//! Guest memory, mapped in one or two pieces around the hole for device registers: anonymous memory of this process, or a
+//! private view of a snapshot.
 //!
 //! [`GuestRam::new`] checks the size against the host before anything is created. Pages are taken from the
-//! host only when they are first used.
+//! host only when they are first used. Anonymous memory, because a page of it costs half of what a page of a memfd costs, and
+//! because the host may use large pages for it.
 
 use std::fmt;
 use std::fs::File;
-use std::sync::Arc;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use harrier_engine::memory::PAGE_SIZE;
 use harrier_engine::{GuestMemory, GuestRegion, PageLog};
 use harrier_snapshot::{Chain, SnapshotError};
-use rustix::fs::{FallocateFlags, MemfdFlags, memfd_create};
 use vm_memory::bitmap::{Bitmap, NewBitmap};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryRegion, MmapRegion};
@@ -28,8 +29,8 @@ pub const MIN_MEMORY_BYTES: u64 = 2 << 20;
 
 // mmap(2) constants of Linux on x86-64.
 const PROT_READ_WRITE: i32 = 1 | 2;
-const MAP_SHARED: i32 = 1;
 const MAP_PRIVATE: i32 = 2;
+const MAP_ANONYMOUS: i32 = 0x20;
 const MAP_NORESERVE: i32 = 0x4000;
 
 /// A number of bytes for people: `512M`, `1536K`, `100 bytes`. From 10M on, parts of a mebibyte are left out.
@@ -97,24 +98,42 @@ pub enum ReleaseError {
     Host(std::io::Error),
 }
 
-/// All guest memory and the file that holds it; clones share them.
+/// All guest memory and what is behind it; clones share them.
 #[derive(Clone)]
 pub struct GuestRam {
     /// The regions, mapped.
     pub memory: GuestMemory,
-    /// The same regions one by one, as an engine takes them.
+    /// The same regions one by one, as an engine takes them. In snapshots they follow each other without gaps.
     pub regions: Vec<Arc<GuestRegion>>,
-    /// What is behind all regions; they follow each other in it without gaps.
+    /// What is behind all regions.
     pub backing: Backing,
 }
 
 /// What is behind guest memory.
 #[derive(Debug, Clone)]
 pub enum Backing {
-    /// A memfd that belongs to this machine alone.
-    Own(Arc<File>),
+    /// Anonymous memory, but for what a boot loader laid over it.
+    Own(Laid),
     /// Files of snapshots, mapped privately: what is written stays in this process.
     Image(Arc<Chain>),
+}
+
+/// Where memory shows the pages of files that a boot loader mapped, by guest physical addresses; clones share the list.
+#[derive(Debug, Clone, Default)]
+pub struct Laid(Arc<Mutex<Vec<Range<u64>>>>);
+
+impl Laid {
+    pub(crate) fn ranges(&self) -> Vec<Range<u64>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn add(&self, range: Range<u64>) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(range);
+    }
+
+    fn overlaps(&self, other: &Range<u64>) -> bool {
+        self.ranges().iter().any(|range| range.start < other.end && other.start < range.end)
+    }
 }
 
 impl GuestRam {
@@ -124,15 +143,12 @@ impl GuestRam {
     /// [`MemoryError`] if the size is below [`MIN_MEMORY_BYTES`], not page aligned, more than the host's
     /// memory, or refused by the host.
     pub fn new(size_bytes: u64) -> Result<Self, MemoryError> {
-        let size = ByteSize(size_bytes);
         check_size(size_bytes, host_memory_bytes())?;
-        let refused = |reason: String| MemoryError::Refused { size, reason };
-        let fd = memfd_create("harrier-guest-memory", MemfdFlags::CLOEXEC)
-            .map_err(|err| refused(err.to_string()))?;
-        let file = File::from(fd);
-        file.set_len(size_bytes).map_err(|err| refused(err.to_string()))?;
-        let file = Arc::new(file);
-        Self::map(size_bytes, &file, MAP_SHARED, Backing::Own(Arc::clone(&file)))
+        let mut regions = Vec::new();
+        for (gpa, _, len) in pieces(size_bytes) {
+            regions.push(map(size_bytes, gpa, len, MAP_ANONYMOUS, None)?);
+        }
+        Self::of(size_bytes, regions, Backing::Own(Laid::default()))
     }
 
     /// Guest memory as a snapshot has it. Pages are read when they are first used; what the machine writes is its own.
@@ -147,7 +163,17 @@ impl GuestRam {
             reason: err.to_string(),
         };
         let file = chain.base().file()?;
-        let ram = Self::map(size_bytes, &file, MAP_PRIVATE, Backing::Image(Arc::clone(chain)))?;
+        let mut regions = Vec::new();
+        for (gpa, offset, len) in pieces(size_bytes) {
+            regions.push(map(
+                size_bytes,
+                gpa,
+                len,
+                0,
+                Some(FileOffset::from_arc(Arc::clone(&file), offset)),
+            )?);
+        }
+        let ram = Self::of(size_bytes, regions, Backing::Image(Arc::clone(chain)))?;
         if !chain.is_full() {
             overlay::apply(chain, &file, chain.runs()?, &ram).map_err(|err| refused(&err))?;
             // What was copied is what the snapshot has: nothing was written yet.
@@ -159,29 +185,106 @@ impl GuestRam {
         Ok(ram)
     }
 
-    fn map(size_bytes: u64, file: &Arc<File>, sharing: i32, backing: Backing) -> Result<Self, MemoryError> {
-        let size = ByteSize(size_bytes);
-        let refused = |reason: String| MemoryError::Refused { size, reason };
-        let mut regions = Vec::new();
-        for (gpa, offset, len) in pieces(size_bytes) {
-            let len = usize::try_from(len).map_err(|err| refused(err.to_string()))?;
-            let mapping = MmapRegionBuilder::new_with_bitmap(len, PageLog::with_len(len))
-                .with_mmap_prot(PROT_READ_WRITE)
-                .with_mmap_flags(sharing | MAP_NORESERVE)
-                .with_file_offset(FileOffset::from_arc(Arc::clone(file), offset))
-                .build()
-                .map_err(|err| refused(err.to_string()))?;
-            let region = GuestRegion::new(mapping, GuestAddress(gpa))
-                .ok_or_else(|| refused("the addresses overflow".to_owned()))?;
-            regions.push(Arc::new(region));
+    fn of(size_bytes: u64, regions: Vec<Arc<GuestRegion>>, backing: Backing) -> Result<Self, MemoryError> {
+        let memory = GuestMemory::from_arc_regions(regions.clone())
+            .map_err(|err| MemoryError::Refused { size: ByteSize(size_bytes), reason: err.to_string() })?;
+        for region in &regions {
+            // Without it a crash of the monitor would write all of the guest's secrets to the disk.
+            if let Err(err) = overlay::keep_out_of_core_dumps(region) {
+                log::debug!("guest memory would be in a core dump: {err}");
+            }
         }
-        let memory =
-            GuestMemory::from_arc_regions(regions.clone()).map_err(|err| refused(err.to_string()))?;
         Ok(GuestRam { memory, regions, backing })
     }
 }
 
+/// Maps `len_bytes` of memory for `gpa`, private to this process. Its pages are of `file`, or zero.
+fn map(
+    size_bytes: u64,
+    gpa: u64,
+    len_bytes: u64,
+    flags: i32,
+    file: Option<FileOffset>,
+) -> Result<Arc<GuestRegion>, MemoryError> {
+    let refused = |reason: String| MemoryError::Refused { size: ByteSize(size_bytes), reason };
+    let len = usize::try_from(len_bytes).map_err(|err| refused(err.to_string()))?;
+    let mut builder = MmapRegionBuilder::new_with_bitmap(len, PageLog::with_len(len))
+        .with_mmap_prot(PROT_READ_WRITE)
+        .with_mmap_flags(flags | MAP_PRIVATE | MAP_NORESERVE);
+    if let Some(file) = file {
+        builder = builder.with_file_offset(file);
+    }
+    let mapping = builder.build().map_err(|err| refused(err.to_string()))?;
+    let region = GuestRegion::new(mapping, GuestAddress(gpa))
+        .ok_or_else(|| refused("the addresses overflow".to_owned()))?;
+    Ok(Arc::new(region))
+}
+
 impl GuestRam {
+    /// Number of pages in all regions.
+    pub(crate) fn pages(&self) -> u64 {
+        self.regions.iter().map(|region| region.len() / PAGE_SIZE as u64).sum()
+    }
+
+    /// First page and number of pages of each range of guest physical addresses, as far as there is memory.
+    pub(crate) fn page_numbers(&self, ranges: Vec<Range<u64>>) -> Vec<(u64, u64)> {
+        let page = PAGE_SIZE as u64;
+        let mut numbers = Vec::new();
+        let mut region_first = 0;
+        for region in &self.regions {
+            let (start, len) = (region.start_addr().0, region.len());
+            for range in &ranges {
+                let (from, to) = (range.start.max(start), range.end.min(start + len));
+                if from < to {
+                    let first = (from - start) / page;
+                    numbers.push((region_first + first, (to - start).div_ceil(page) - first));
+                }
+            }
+            region_first += len / page;
+        }
+        numbers
+    }
+
+    /// Shows the pages of `file` from `offset` on at `gpa`, privately, where memory is this machine's own. What the guest
+    /// does not use is not read, and machines share what they only read. The file must not change while a machine lives.
+    ///
+    /// All in whole pages; false if that cannot be, and then nothing was done.
+    ///
+    /// # Errors
+    /// The host's.
+    pub(crate) fn lay(&self, file: &File, offset: u64, gpa: u64, len_bytes: u64) -> std::io::Result<bool> {
+        let page = PAGE_SIZE as u64;
+        let Backing::Own(laid) = &self.backing else { return Ok(false) };
+        let Some(end) = gpa.checked_add(len_bytes) else { return Ok(false) };
+        let whole = [offset, gpa, len_bytes].iter().all(|value| value.is_multiple_of(page)) && len_bytes > 0;
+        let region = self.regions.iter().find(|region| {
+            let start = region.start_addr().0;
+            start <= gpa && end <= start + region.len()
+        });
+        let Some(region) = region.filter(|_| whole) else { return Ok(false) };
+        let at = gpa - region.start_addr().0;
+        overlay::lay(region, at, len_bytes as usize, file, offset)?;
+        laid.add(gpa..end);
+        region.bitmap().mark_dirty(at as usize, len_bytes as usize);
+        Ok(true)
+    }
+
+    /// Asks the host for large pages in a range that the guest will use all of. Advice only.
+    pub(crate) fn advise_large(&self, range: Range<u64>) {
+        if !matches!(self.backing, Backing::Own(_)) {
+            return;
+        }
+        for region in &self.regions {
+            let start = region.start_addr().0;
+            let (from, to) = (range.start.max(start), range.end.min(start + region.len()));
+            if from < to
+                && let Err(err) = overlay::advise_large(region, from - start, (to - from) as usize)
+            {
+                log::debug!("large pages for guest memory: {err}");
+            }
+        }
+    }
+
     /// Gives the pages of a range back to the host: they read as zero from now on, and count as written, so that a
     /// snapshot records the zeros and translations of code in them are dropped.
     ///
@@ -200,14 +303,11 @@ impl GuestRam {
             self.regions.iter().find(|region| within(region).is_some()).ok_or(ReleaseError::NotMemory)?;
         let offset = gpa - region.start_addr().0;
         match &self.backing {
-            Backing::Own(file) => {
-                let start = region.file_offset().map_or(0, FileOffset::start);
-                let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-                rustix::fs::fallocate(file, flags, start + offset, len_bytes)
-                    .map_err(|err| ReleaseError::Host(err.into()))?;
+            Backing::Own(laid) if !laid.overlaps(&(gpa..gpa + len_bytes)) => {
+                overlay::give_back(region, offset, len_bytes as usize).map_err(ReleaseError::Host)?;
             }
             // A hole in a private view would show the file's bytes again.
-            Backing::Image(_) => {
+            Backing::Own(_) | Backing::Image(_) => {
                 overlay::zero(region, offset, len_bytes).map_err(ReleaseError::Host)?;
             }
         }
@@ -252,6 +352,18 @@ mod tests {
 
     use super::*;
 
+    /// Numbers of the pages that take memory of the host's.
+    fn used(ram: &GuestRam) -> Vec<u64> {
+        let mut pages = Vec::new();
+        crate::pagemap::visit(&ram.regions, |page, entry| {
+            if entry.is_used() {
+                pages.push(page);
+            }
+        })
+        .unwrap();
+        pages
+    }
+
     #[test]
     fn sizes_that_cannot_work_are_refused_with_the_value_and_a_remedy() {
         for (size, host, text) in [
@@ -290,23 +402,17 @@ mod tests {
         assert_eq!(region.len(), 4 << 20);
         let dirty = [0x1000, 0x2fff, 0x3000, 0x4000].map(|at| region.bitmap().dirty_at(at));
         assert_eq!(dirty, [false, true, true, false]);
-        let Backing::Own(file) = ram.backing else { panic!("not its own") };
-        assert_eq!(file.metadata().unwrap().len(), 4 << 20);
     }
 
     #[test]
     fn released_pages_cost_nothing_read_as_zero_and_count_as_written() {
         let ram = GuestRam::new(4 << 20).unwrap();
-        let blocks = || {
-            let Backing::Own(file) = &ram.backing else { panic!("not its own") };
-            std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap())
-        };
         ram.memory.write_slice(&[7; 0x3000], GuestAddress(0x1000)).unwrap();
         let log = vm_memory::MmapRegion::bitmap(&ram.regions[0]).clone();
         log.take_dirty();
-        let before = blocks();
+        assert_eq!(used(&ram), [1, 2, 3]);
         ram.release(0x2000, 0x2000).unwrap();
-        assert_eq!(before - blocks(), 2 * 8, "two pages of eight 512-byte blocks");
+        assert_eq!(used(&ram), [1]);
         assert_eq!(ram.memory.read_obj::<u64>(GuestAddress(0x1ff8)).unwrap(), 0x0707_0707_0707_0707);
         assert_eq!(ram.memory.read_obj::<u64>(GuestAddress(0x2000)).unwrap(), 0);
         assert_eq!(ram.memory.read_obj::<u64>(GuestAddress(0x3ff8)).unwrap(), 0);

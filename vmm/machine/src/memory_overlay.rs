@@ -1,4 +1,5 @@
-//! Pages of a chain's younger snapshots, laid over the oldest one's.
+//! Mappings over parts of guest memory: pages of a chain's younger snapshots over the oldest one's, a kernel's file over memory
+//! that is still zero, zeros over what is given back; and advice about such parts.
 //!
 //! Long runs are mapped over what is there and read when they are used. Short ones are copied: a mapping costs more than
 //! a few pages, and the number of mappings of a process is limited.
@@ -96,7 +97,7 @@ fn copy(ram: &GuestRam, piece: &Piece, source: &Source) -> io::Result<()> {
 /// Makes a range of a region zero, and gives its memory back where that is worth a mapping.
 pub(super) fn zero(region: &GuestRegion, offset: u64, len_bytes: u64) -> io::Result<()> {
     if len_bytes >= MAPPED_RUN_PAGES * PAGE_SIZE as u64 {
-        return map_at(region, offset, len_bytes as usize, &Source::Zero, 0);
+        return map_at(region, offset, len_bytes as usize, None, 0);
     }
     let zeros = vec![0; len_bytes as usize];
     region.write_slice(&zeros, MemoryRegionAddress(offset)).map_err(io::Error::other)
@@ -114,26 +115,68 @@ pub(crate) enum Need {
 
 /// Gets a range of a region ahead of its use.
 pub(crate) fn get_ahead(region: &GuestRegion, offset: u64, len: usize, need: Need) -> io::Result<()> {
-    if offset.checked_add(len as u64).is_none_or(|end| end > region.len()) {
-        return Err(io::ErrorKind::InvalidInput.into());
-    }
-    let at = region.get_host_address(MemoryRegionAddress(offset)).map_err(io::Error::other)?;
     let advice = match need {
         Need::InHostMemory => Advice::WillNeed,
         Need::Own => Advice::LinuxPopulateWrite,
     };
-    // SAFETY: `at` and `len` lie in the region's own mapping, which stays mapped as long as the region lives. No content
-    // changes: a page that is made writable is a copy of what was read there before.
+    // SAFETY: no content changes: a page that is made writable is a copy of what was read there before.
+    unsafe { advise(region, offset, len, advice) }
+}
+
+/// Shows the pages of `file` from `from` on.
+pub(super) fn lay(region: &GuestRegion, offset: u64, len: usize, file: &File, from: u64) -> io::Result<()> {
+    map_at(region, offset, len, Some(file.as_fd()), from)
+}
+
+/// Gives the pages of anonymous memory back; they read as zero from then on.
+pub(super) fn give_back(region: &GuestRegion, offset: u64, len: usize) -> io::Result<()> {
+    // SAFETY: the advice is about the region's own anonymous memory, whose pages become zero. Guest memory is only reached by
+    // volatile accesses, never by references.
+    unsafe { advise(region, offset, len, Advice::LinuxDontNeed) }
+}
+
+/// Large pages, where the host has them for who asks.
+pub(super) fn advise_large(region: &GuestRegion, offset: u64, len: usize) -> io::Result<()> {
+    // SAFETY: no content changes.
+    unsafe { advise(region, offset, len, Advice::LinuxHugepage) }
+}
+
+/// Leaves a region out of core dumps.
+pub(super) fn keep_out_of_core_dumps(region: &GuestRegion) -> io::Result<()> {
+    // SAFETY: no content changes.
+    unsafe { advise(region, 0, region.len() as usize, Advice::LinuxDontDump) }
+}
+
+/// # Safety
+/// `advice` does to the range what its user may do to guest memory.
+unsafe fn advise(region: &GuestRegion, offset: u64, len: usize, advice: Advice) -> io::Result<()> {
+    if offset.checked_add(len as u64).is_none_or(|end| end > region.len()) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let at = region.get_host_address(MemoryRegionAddress(offset)).map_err(io::Error::other)?;
+    // SAFETY: `at` and `len` lie in the region's own mapping, which stays mapped as long as the region lives; the caller
+    // vouches for the advice.
     unsafe { madvise(at.cast(), len, advice) }.map_err(Into::into)
 }
 
 fn map(ram: &GuestRam, piece: &Piece, source: &Source) -> io::Result<()> {
     let Some(region) = ram.regions.get(piece.region) else { return Ok(()) };
     let len = piece.count as usize * PAGE_SIZE;
-    map_at(region, piece.offset, len, source, piece.page * PAGE_SIZE as u64)
+    let fd = match source {
+        Source::File(file) => Some(file.as_fd()),
+        Source::Zero => None,
+    };
+    map_at(region, piece.offset, len, fd, piece.page * PAGE_SIZE as u64)
 }
 
-fn map_at(region: &GuestRegion, offset: u64, len: usize, source: &Source, from: u64) -> io::Result<()> {
+/// Maps a file, or zeros, over a part of a region.
+fn map_at(
+    region: &GuestRegion,
+    offset: u64,
+    len: usize,
+    file: Option<BorrowedFd<'_>>,
+    from: u64,
+) -> io::Result<()> {
     let inside = offset.checked_add(len as u64).is_some_and(|end| end <= region.len());
     if !inside {
         return Err(io::ErrorKind::InvalidInput.into());
@@ -141,18 +184,15 @@ fn map_at(region: &GuestRegion, offset: u64, len: usize, source: &Source, from: 
     let at = region.get_host_address(MemoryRegionAddress(offset)).map_err(io::Error::other)?;
     let protection = ProtFlags::READ | ProtFlags::WRITE;
     let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
-    let fd: Option<BorrowedFd<'_>> = match source {
-        Source::File(file) => Some(file.as_fd()),
-        Source::Zero => None,
-    };
     // SAFETY: `at` and `len` lie in the region's own mapping, which stays mapped as long as the region lives and is
     // unmapped with it. Guest memory is only reached by volatile accesses, never by references, and the new mapping has
     // the same protection.
     unsafe {
-        match fd {
-            Some(fd) => mmap(at.cast(), len, protection, flags, fd, from)?,
+        match file {
+            Some(file) => mmap(at.cast(), len, protection, flags, file, from)?,
             None => mmap_anonymous(at.cast(), len, protection, flags)?,
         };
+        // As the region's own mapping.
+        madvise(at.cast(), len, Advice::LinuxDontDump).map_err(Into::into)
     }
-    Ok(())
 }

@@ -7,7 +7,6 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -15,11 +14,12 @@ use harrier_engine::GuestRegion;
 use harrier_engine::memory::PAGE_SIZE;
 use harrier_snapshot::{Snapshot, touched_file};
 use serde::{Deserialize, Serialize};
-use vm_memory::{GuestMemoryRegion, MemoryRegionAddress};
+use vm_memory::GuestMemoryRegion;
 
 use crate::builder::MachineBuilder;
 use crate::machine::MachineHandle;
 use crate::memory::{self, Backing, GuestRam, Need};
+use crate::pagemap;
 
 /// Runs of pages that are kept at most.
 const MAX_RUNS: usize = 65_536;
@@ -77,25 +77,12 @@ fn push(runs: &mut Vec<(u64, u64)>, page: u64) {
 
 /// Which pages of memory that is a view of a snapshot are present.
 pub(crate) fn present(ram: &GuestRam) -> io::Result<WorkingSet> {
-    // Bits of an entry: admin-guide/mm/pagemap.rst in Linux' documentation.
-    const PRESENT: u64 = 1 << 63;
-    const OF_FILE: u64 = 1 << 61;
     let mut set = WorkingSet::default();
-    let pagemap = File::open("/proc/self/pagemap")?;
-    let mut region_first = 0;
-    for region in &ram.regions {
-        let pages = region.len() / PAGE_SIZE as u64;
-        let start = region.get_host_address(MemoryRegionAddress(0)).map_err(io::Error::other)?;
-        let mut entries = vec![0; pages as usize * 8];
-        pagemap.read_exact_at(&mut entries, start as u64 / PAGE_SIZE as u64 * 8)?;
-        for (page, entry) in (region_first..).zip(entries.chunks_exact(8)) {
-            let entry = entry.try_into().map_or(0, u64::from_le_bytes);
-            if entry & PRESENT != 0 {
-                push(if entry & OF_FILE != 0 { &mut set.read } else { &mut set.written }, page);
-            }
+    pagemap::visit(&ram.regions, |page, entry| {
+        if entry.is_present() {
+            push(if entry.is_of_file() { &mut set.read } else { &mut set.written }, page);
         }
-        region_first += pages;
-    }
+    })?;
     set.read.truncate(MAX_RUNS);
     set.written.truncate(MAX_RUNS);
     Ok(set)

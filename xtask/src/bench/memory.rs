@@ -90,24 +90,24 @@ pub(crate) fn guest_mib(pid: u32) -> Result<f64> {
 struct Resident {
     /// Without the guest's memory.
     own_kib: u64,
-    /// Mappings of the memfd that is the guest's memory.
+    /// The guest's memory.
     guest_kib: u64,
 }
 
-/// Adds up /proc/PID/smaps (proc_pid_smaps(5)). Both monitors keep guest memory in a memfd, and nothing else.
+/// Adds up /proc/PID/smaps (proc_pid_smaps(5)). Both monitors keep guest memory, and nothing else, out of core dumps: the
+/// kernel calls that "dd".
 fn resident(smaps: &str) -> Resident {
     let mut resident = Resident::default();
-    let mut is_guest = false;
+    let mut kib = 0;
     for line in smaps.lines() {
         if let Some(size) = line.strip_prefix("Rss:") {
-            let kib: u64 = size.trim().trim_end_matches("kB").trim().parse().unwrap_or_default();
-            if is_guest {
+            kib = size.trim().trim_end_matches("kB").trim().parse().unwrap_or_default();
+        } else if let Some(flags) = line.strip_prefix("VmFlags:") {
+            if flags.split(' ').any(|flag| flag == "dd") {
                 resident.guest_kib += kib;
             } else {
                 resident.own_kib += kib;
             }
-        } else if line.split(' ').next().is_some_and(|word| word.contains('-')) {
-            is_guest = line.contains("/memfd:");
         }
     }
     resident
@@ -124,11 +124,17 @@ mod tests {
 Size:               1024 kB
 Rss:                 300 kB
 Pss:                 300 kB
-7f0000000000-7f0020000000 rw-s 00000000 00:01 5 /memfd:harrier-guest-memory (deleted)
-Size:             524288 kB
-Rss:               40000 kB
+VmFlags: rd ex mr mw me sd 
+7f0000000000-7f0010000000 rw-p 00000000 00:00 0 
+Size:             262144 kB
+Rss:               30000 kB
+VmFlags: rd wr mr mw me nr dd sd 
+7f0010000000-7f0020000000 rw-p 00000000 08:01 7 /a/kernel
+Rss:               10000 kB
+VmFlags: rd wr mr mw me nr dd sd 
 7ffc00000000-7ffc00021000 rw-p 00000000 00:00 0 [stack]
 Rss:                  12 kB
+VmFlags: rd wr mr mw me gd ac 
 ";
         assert_eq!(resident(smaps), Resident { own_kib: 312, guest_kib: 40_000 });
     }

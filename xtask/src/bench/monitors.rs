@@ -154,9 +154,8 @@ impl Monitors {
             Monitor::QemuKvm => "kvm",
         };
         let mut command = Command::new(&self.qemu);
-        let memory = format!("memory-backend-memfd,id=memory,size={MEMORY_MIB}M,share=on");
-        command.args(["-machine", "microvm,memory-backend=memory", "-accel", accelerator, "-cpu", "max"]);
-        command.args(["-object", &memory, "-m", &format!("{MEMORY_MIB}M"), "-smp", "1"]);
+        command.args(["-machine", "microvm,dump-guest-core=off", "-accel", accelerator, "-cpu", "max"]);
+        command.args(["-m", &format!("{MEMORY_MIB}M"), "-smp", "1"]);
         command.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]);
         command.args(["-serial", "stdio"]);
         command.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=4"]);

@@ -214,22 +214,30 @@ fn memory() -> Finding {
 }
 
 fn huge_pages() -> Finding {
-    let state =
-        read("/sys/kernel/mm/transparent_hugepage/shmem_enabled").unwrap_or_else(|| "unknown".to_owned());
+    let state = read("/sys/kernel/mm/transparent_hugepage/enabled").unwrap_or_else(|| "unknown".to_owned());
     let chosen = state.split(['[', ']']).nth(1).unwrap_or("unknown").to_owned();
-    let on = matches!(chosen.as_str(), "always" | "within_size" | "advise" | "force");
+    let on = matches!(chosen.as_str(), "always" | "madvise");
     finding(
         "huge pages",
         Some(on),
-        format!("shared memory: {chosen}"),
-        if on { "guest memory may use large pages" } else { "guest memory uses pages of 4K" },
+        chosen.clone(),
+        match chosen.as_str() {
+            "always" => "guest memory may use large pages: faster, and an idle machine takes more",
+            "madvise" => "the parts of guest memory that a kernel uses all of have large pages",
+            _ => "guest memory uses pages of 4K",
+        },
     )
 }
 
 fn memfd() -> Finding {
     match memfd_create("harrier-doctor", MemfdFlags::CLOEXEC) {
-        Ok(_) => finding("memfd", Some(true), "works", "guest memory can be had"),
-        Err(err) => finding("memfd", Some(false), err.to_string(), "no guest can run: allow memfd_create"),
+        Ok(_) => finding("memfd", Some(true), "works", "the software engine can make code"),
+        Err(err) => finding(
+            "memfd",
+            Some(false),
+            err.to_string(),
+            "the software engine does not run: allow memfd_create",
+        ),
     }
 }
 

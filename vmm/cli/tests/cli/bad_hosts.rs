@@ -306,12 +306,6 @@ fn memory_that_cannot_be_had() {
         );
         place.refused(place.command(&[], &with("32M")), &[call(libc::SYS_memfd_create, errno)], &text);
     }
-    let too_large = [call(libc::SYS_ftruncate, libc::EFBIG)];
-    place.refused(
-        place.command(&[], &with("32M")),
-        &too_large,
-        "the host refused (File too large (os error 27))",
-    );
 }
 
 /// Whatever of its descriptors is the one too many: one line that says so, and nothing is left behind.

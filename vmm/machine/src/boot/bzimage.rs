@@ -7,7 +7,7 @@ use vm_memory::ByteValued;
 use super::image::{self, Image};
 use super::{KernelError, ram_run_end};
 use crate::layout::KERNEL_START;
-use crate::memory::ByteSize;
+use crate::memory::{ByteSize, GuestRam};
 
 /// Offset of the setup header in the file and in the boot parameters.
 const SETUP_HEADER: usize = 0x1f1;
@@ -106,8 +106,8 @@ pub(super) fn plan(image: &dyn Image, memory: &GuestMemory) -> Result<BzImagePla
 }
 
 /// Copies the protected-mode kernel of a checked file.
-pub(super) fn load(image: &dyn Image, plan: &BzImagePlan, memory: &GuestMemory) -> Result<(), KernelError> {
-    Ok(image::copy(image, plan.file_offset, plan.file_bytes, memory, plan.load_gpa)?)
+pub(super) fn load(image: &dyn Image, plan: &BzImagePlan, ram: &GuestRam) -> Result<(), KernelError> {
+    Ok(image::copy(image, plan.file_offset, plan.file_bytes, ram, plan.load_gpa)?)
 }
 
 #[cfg(test)]

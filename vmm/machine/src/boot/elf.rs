@@ -11,7 +11,7 @@ use harrier_engine::GuestMemory;
 use super::image::{self, Image};
 use super::{KernelError, ram_run_end};
 use crate::layout::KERNEL_START;
-use crate::memory::ByteSize;
+use crate::memory::{ByteSize, GuestRam};
 
 const PT_LOAD: u32 = 1;
 const PT_INTERP: u32 = 3;
@@ -144,9 +144,9 @@ pub(super) fn plan(
 }
 
 /// Copies the segments of a checked file.
-pub(super) fn load(image: &dyn Image, plan: &ElfPlan, memory: &GuestMemory) -> Result<(), KernelError> {
+pub(super) fn load(image: &dyn Image, plan: &ElfPlan, ram: &GuestRam) -> Result<(), KernelError> {
     for segment in &plan.segments {
-        image::copy(image, segment.file_offset, segment.file_bytes, memory, segment.gpa)?;
+        image::copy(image, segment.file_offset, segment.file_bytes, ram, segment.gpa)?;
     }
     Ok(())
 }

@@ -10,8 +10,12 @@ use harrier_engine::memory::PAGE_SIZE;
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
+use crate::memory::GuestRam;
+
 /// Bytes that are copied at a time: few enough to stay in the processor's cache and in memory that the allocator has already.
 const CHUNK: u64 = 64 << 10;
+/// Less than this is copied: a mapping costs more than a few pages.
+const MAPPED_BYTES: u64 = 256 << 10;
 
 /// Why a file cannot be loaded at all.
 #[derive(Debug, thiserror::Error)]
@@ -54,6 +58,10 @@ pub trait Image {
     fn len_bytes(&self) -> u64;
     /// Fills `buf` from `offset`; an error if the image ends before.
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()>;
+    /// The file with these bytes, if it stays as it is for as long as a machine may live: then its pages are mapped.
+    fn unchanging_file(&self) -> Option<&File> {
+        None
+    }
 }
 
 /// A regular file.
@@ -62,6 +70,7 @@ pub struct FileImage {
     name: String,
     file: File,
     len_bytes: u64,
+    unchanging: bool,
 }
 
 impl FileImage {
@@ -78,7 +87,16 @@ impl FileImage {
         if len_bytes == 0 {
             return Err(ImageError::Empty { name });
         }
-        Ok(FileImage { name, file, len_bytes })
+        Ok(FileImage { name, file, len_bytes, unchanging: false })
+    }
+
+    /// As [`FileImage::open`], of a file that nobody ever writes to: guest memory then shows its pages instead of copies. If
+    /// it were cut off all the same, the host would end the process.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn open_unchanging(path: &Path) -> Result<Self, ImageError> {
+        Ok(FileImage { unchanging: true, ..Self::open(path)? })
     }
 }
 
@@ -110,6 +128,10 @@ impl Image for FileImage {
 
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         self.file.read_exact_at(buf, offset)
+    }
+
+    fn unchanging_file(&self) -> Option<&File> {
+        self.unchanging.then_some(&self.file)
     }
 }
 
@@ -162,52 +184,55 @@ pub(super) fn read(image: &dyn Image, offset: u64, buf: &mut [u8]) -> Result<(),
     image.read_at(offset, buf).map_err(|source| unreadable(image.name(), source))
 }
 
-/// Copies a part of the image to guest memory. The caller has checked both ranges.
+/// Puts a part of the image into guest memory. The caller has checked both ranges.
 pub(super) fn copy(
     image: &dyn Image,
     offset: u64,
     len: u64,
-    memory: &GuestMemory,
+    ram: &GuestRam,
     gpa: u64,
 ) -> Result<(), ImageError> {
-    let mut buf = vec![0; usize::try_from(len.min(CHUNK)).unwrap_or(0)];
+    let page = PAGE_SIZE as u64;
+    // Whole pages; what follows the last one in the file is not part of it.
+    let laid = len - len % page;
     let mut done = 0;
+    if laid >= MAPPED_BYTES
+        && let Some(file) = image.unchanging_file()
+        && ram.lay(file, offset, gpa, laid).map_err(|err| unreadable(image.name(), err))?
+    {
+        done = laid;
+    }
+    let mut buf = vec![0; usize::try_from((len - done).min(CHUNK)).unwrap_or(0)];
     while done < len {
         let want = usize::try_from((len - done).min(CHUNK)).unwrap_or(0);
         let chunk = buf.get_mut(..want).unwrap_or_default();
         read(image, offset.saturating_add(done), chunk)?;
-        write_through_file(memory, gpa.saturating_add(done), chunk)
+        write_but_zeros(&ram.memory, gpa.saturating_add(done), chunk)
             .map_err(|err| unreadable(image.name(), err))?;
         done += want as u64;
     }
     Ok(())
 }
 
-/// Writes to the file behind guest memory where there is one: the host then allocates the pages in one go, where a
-/// write to the mapping would fault for each of them. Zeros are left out where memory has not been written yet: a kernel is
-/// a fifth of pages without anything, which the host then need not allocate.
-fn write_through_file(memory: &GuestMemory, gpa: u64, bytes: &[u8]) -> io::Result<()> {
-    let region = memory.to_region_addr(GuestAddress(gpa));
-    if let Some((region, offset)) = region
-        && let Some(file) = region.file_offset()
-        && let Ok(start) = usize::try_from(offset.0)
-        && offset.0.saturating_add(bytes.len() as u64) <= region.len()
-    {
-        let mut rest = bytes;
-        let mut at = start;
-        while !rest.is_empty() {
-            let run = run_of_pages(rest, at, |at| region.bitmap().dirty_at(at));
-            let (pages, behind) = rest.split_at_checked(run.len).unwrap_or((rest, &[]));
-            if run.is_needed {
-                file.file().write_all_at(pages, file.start().saturating_add(at as u64))?;
-                region.bitmap().mark_dirty(at, pages.len());
-            }
-            at = at.saturating_add(pages.len());
-            rest = behind;
+/// Writes to guest memory. Zeros are left out where memory has not been written yet: a kernel is a fifth of pages without
+/// anything, which the host then need not allocate.
+fn write_but_zeros(memory: &GuestMemory, gpa: u64, bytes: &[u8]) -> io::Result<()> {
+    let is_written = |gpa: u64| match memory.to_region_addr(GuestAddress(gpa)) {
+        Some((region, offset)) => region.bitmap().dirty_at(usize::try_from(offset.0).unwrap_or(usize::MAX)),
+        None => true,
+    };
+    let mut rest = bytes;
+    let mut at = gpa;
+    while !rest.is_empty() {
+        let run = run_of_pages(rest, at, is_written);
+        let (pages, behind) = rest.split_at_checked(run.len).unwrap_or((rest, &[]));
+        if run.is_needed {
+            memory.write_slice(pages, GuestAddress(at)).map_err(io::Error::other)?;
         }
-        return Ok(());
+        at = at.saturating_add(pages.len() as u64);
+        rest = behind;
     }
-    memory.write_slice(bytes, GuestAddress(gpa)).map_err(io::Error::other)
+    Ok(())
 }
 
 /// Pages in a row that have to be written, or that need not be.
@@ -217,11 +242,12 @@ struct PageRun {
 }
 
 /// The run that `bytes`, which are not empty, begin with; they go to `at`.
-fn run_of_pages(bytes: &[u8], at: usize, is_written: impl Fn(usize) -> bool) -> PageRun {
+fn run_of_pages(bytes: &[u8], at: u64, is_written: impl Fn(u64) -> bool) -> PageRun {
     let mut run = PageRun { len: 0, is_needed: false };
     while let Some(rest) = bytes.get(run.len..).filter(|rest| !rest.is_empty()) {
-        let to = at.saturating_add(run.len);
-        let page = rest.get(..PAGE_SIZE - to % PAGE_SIZE).unwrap_or(rest);
+        let to = at.saturating_add(run.len as u64);
+        let in_page = usize::try_from(to).unwrap_or(0) % PAGE_SIZE;
+        let page = rest.get(..PAGE_SIZE - in_page).unwrap_or(rest);
         let is_needed = page.iter().any(|byte| *byte != 0) || is_written(to);
         if run.len > 0 && is_needed != run.is_needed {
             break;
@@ -251,7 +277,7 @@ mod tests {
     fn a_copy_arrives_in_mapped_memory_and_in_the_page_log() {
         let ram = crate::memory::GuestRam::new(4 << 20).unwrap();
         let bytes: Vec<u8> = (0..5000u32).map(|i| (i % 251) as u8).collect();
-        copy(&BytesImage::new("x", &bytes), 10, 4990, &ram.memory, 0x20_0ff0).unwrap();
+        copy(&BytesImage::new("x", &bytes), 10, 4990, &ram, 0x20_0ff0).unwrap();
         let mut seen = vec![0; 4990];
         ram.memory.read_slice(&mut seen, GuestAddress(0x20_0ff0)).unwrap();
         assert!(seen == bytes[10..]);
@@ -269,7 +295,7 @@ mod tests {
         let mut bytes = vec![0; 0x5000];
         bytes[0x400] = 1;
         bytes[0x4fff] = 2;
-        copy(&BytesImage::new("x", &bytes), 0, 0x5000, &ram.memory, 0x10_0800).unwrap();
+        copy(&BytesImage::new("x", &bytes), 0, 0x5000, &ram, 0x10_0800).unwrap();
         let mut seen = vec![9; 0x5000];
         ram.memory.read_slice(&mut seen, GuestAddress(0x10_0800)).unwrap();
         assert!(seen == bytes);
@@ -282,13 +308,48 @@ mod tests {
         let ram = crate::memory::GuestRam::new(64 << 20).unwrap();
         let mut bytes = vec![0; 40 << 20];
         bytes[20 << 20] = 1;
-        copy(&BytesImage::new("x", &bytes), 0, 40 << 20, &ram.memory, 1 << 20).unwrap();
-        use std::os::unix::fs::MetadataExt;
-        let file = ram.regions[0].file_offset().unwrap().file().metadata().unwrap();
-        assert!(file.blocks() * 512 <= 64 << 10, "{} blocks", file.blocks());
+        copy(&BytesImage::new("x", &bytes), 0, 40 << 20, &ram, 1 << 20).unwrap();
+        let mut used = Vec::new();
+        crate::pagemap::visit(&ram.regions, |page, _| used.push(page)).unwrap();
+        assert_eq!(used, [0x1500]);
         let mut one = [0];
         ram.memory.read_slice(&mut one, GuestAddress(21 << 20)).unwrap();
         assert_eq!(one, [1]);
+    }
+
+    #[test]
+    fn a_file_that_stays_as_it_is_is_mapped_and_the_rest_of_its_page_is_zero() {
+        let dir = vmm_sys_util::tempdir::TempDir::new().unwrap();
+        let path = dir.as_path().join("file");
+        let bytes: Vec<u8> = (0..800_000u32).map(|i| (i % 251) as u8).collect();
+        std::fs::write(&path, &bytes).unwrap();
+        let len = 700_000;
+        for (image, laid) in
+            [(FileImage::open_unchanging(&path).unwrap(), true), (FileImage::open(&path).unwrap(), false)]
+        {
+            let ram = GuestRam::new(8 << 20).unwrap();
+            copy(&image, 4096, len, &ram, 0x20_0000).unwrap();
+            let crate::memory::Backing::Own(list) = &ram.backing else { panic!("not its own") };
+            let whole_pages = 0x20_0000 + len / 4096 * 4096;
+            assert_eq!(list.ranges(), if laid { vec![0x20_0000..whole_pages] } else { vec![] });
+            let mut seen = vec![9; 720_000];
+            ram.memory.read_slice(&mut seen, GuestAddress(0x20_0000)).unwrap();
+            assert!(seen[..700_000] == bytes[4096..704_096]);
+            assert!(seen[700_000..].iter().all(|byte| *byte == 0), "what follows in the file");
+            // Written and released, it is memory as any other, and the file is as it was.
+            ram.memory.write_slice(&[1; 8192], GuestAddress(0x20_0000)).unwrap();
+            ram.release(0x20_0000, 0x2_0000).unwrap();
+            ram.memory.read_slice(&mut seen, GuestAddress(0x20_0000)).unwrap();
+            assert!(seen[..0x2_0000].iter().all(|byte| *byte == 0), "released");
+            assert!(seen[0x2_0000..700_000] == bytes[4096 + 0x2_0000..704_096]);
+            assert!(std::fs::read(&path).unwrap() == bytes);
+        }
+        // Not in whole pages: copied.
+        let ram = GuestRam::new(8 << 20).unwrap();
+        copy(&FileImage::open_unchanging(&path).unwrap(), 100, len, &ram, 0x20_0000).unwrap();
+        let crate::memory::Backing::Own(list) = &ram.backing else { panic!("not its own") };
+        assert_eq!(list.ranges(), []);
+        assert_eq!(ram.memory.read_obj::<u8>(GuestAddress(0x20_0000)).unwrap(), 100);
     }
 
     #[test]

@@ -3,12 +3,10 @@
 //! Formats are those that the kernel itself accepts (Linux documentation, `driver-api/early-userspace/
 //! buffer-format.rst`): cpio archives in the "newc" form, possibly several, possibly compressed.
 
-use harrier_engine::GuestMemory;
-
 use super::image::{self, Image, ImageError};
 use super::ram_run_end;
 use crate::layout::KERNEL_START;
-use crate::memory::ByteSize;
+use crate::memory::{ByteSize, GuestRam};
 
 const PAGE: u64 = 4096;
 const CPIO_HEADER: u64 = 110;
@@ -49,10 +47,10 @@ pub(super) fn load(
     image: &dyn Image,
     kernel_end: u64,
     limit: u64,
-    memory: &GuestMemory,
+    ram: &GuestRam,
 ) -> Result<Ramdisk, InitrdError> {
     check_format(image)?;
-    place(image, kernel_end, limit, memory)
+    place(image, kernel_end, limit, ram)
 }
 
 /// [`load`] for a file of any content.
@@ -60,10 +58,10 @@ pub(super) fn place(
     image: &dyn Image,
     kernel_end: u64,
     limit: u64,
-    memory: &GuestMemory,
+    ram: &GuestRam,
 ) -> Result<Ramdisk, InitrdError> {
     let len_bytes = image.len_bytes();
-    let top = ram_run_end(memory, KERNEL_START).min(limit.saturating_add(1));
+    let top = ram_run_end(&ram.memory, KERNEL_START).min(limit.saturating_add(1));
     let gpa = top.checked_sub(len_bytes).map(|gpa| gpa & !(PAGE - 1)).filter(|gpa| *gpa >= kernel_end);
     let Some(gpa) = gpa else {
         return Err(InitrdError::TooLarge {
@@ -72,7 +70,7 @@ pub(super) fn place(
             have: ByteSize(top),
         });
     };
-    image::copy(image, 0, len_bytes, memory, gpa)?;
+    image::copy(image, 0, len_bytes, ram, gpa)?;
     Ok(Ramdisk { gpa, len_bytes })
 }
 
@@ -242,7 +240,7 @@ mod tests {
 
     #[test]
     fn the_ramdisk_goes_as_high_as_allowed_and_never_over_the_kernel() {
-        let memory = GuestMemory::from_ranges(&[(vm_memory::GuestAddress(0), 64 << 20)]).unwrap();
+        let memory = GuestRam::new(64 << 20).unwrap();
         let bytes = archive();
         let image = BytesImage::new("i", &bytes);
         let disk = load(&image, 0x200_0000, u64::MAX, &memory).unwrap();

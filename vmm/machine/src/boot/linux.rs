@@ -1,10 +1,12 @@
 //! The 64-bit Linux boot protocol: boot parameters and page tables (Linux documentation, `x86/boot.rst`,
 //! "64-bit boot protocol", and `x86/zero-page.rst`).
 
+use std::ops::Range;
+
 use harrier_engine::GuestMemory;
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use rustix::rand::{GetRandomFlags, getrandom};
-use vm_memory::ByteValued;
+use vm_memory::{ByteValued, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::initrd::Ramdisk;
 use super::memory_map::memory_map;
@@ -69,6 +71,24 @@ pub(super) fn write_boot_params(
     params.e820_table = table;
     params.e820_entries = map.len().min(table.len()) as u8;
     write(memory, BOOT_PARAMS, "the boot parameters", params.as_slice())
+}
+
+/// Where Linux will put what it has of every page: it allocates downwards from the end of memory, or from the ramdisk there,
+/// and writes all of it before its first process. A `struct page` has 64 bytes; some tables come before them.
+pub(super) fn page_structs(memory: &GuestMemory, ramdisk: Option<Ramdisk>) -> Range<u64> {
+    const TABLES: u64 = 2 << 20;
+    const PAGES_PER_STRUCT_PAGE: u64 = 64;
+    let size: u64 = memory.iter().map(|region| region.len()).sum();
+    let last =
+        memory.iter().map(|region| (region.start_addr().0, region.start_addr().0 + region.len())).max();
+    let (start, memory_end) = last.unwrap_or_default();
+    let end = match ramdisk {
+        Some(ramdisk) if (ramdisk.gpa + ramdisk.len_bytes).next_multiple_of(4096) == memory_end => {
+            ramdisk.gpa
+        }
+        _ => memory_end,
+    };
+    end.saturating_sub(size / PAGES_PER_STRUCT_PAGE + TABLES).max(start)..end
 }
 
 /// Writes a seed for the kernel's random numbers: a `struct setup_data`, the last of its list. Without one a kernel on a
@@ -137,6 +157,23 @@ mod tests {
         assert_eq!(({ params.hdr.cmd_line_ptr }, { params.hdr.cmdline_size }), (0x2_0000, 5));
         assert_eq!({ params.acpi_rsdp_addr }, 0xe_0000);
         assert_eq!(params.e820_entries, 4);
+    }
+
+    #[test]
+    fn the_page_structs_end_where_free_memory_ends() {
+        let small = GuestMemory::from_ranges(&[(GuestAddress(0), 512 << 20)]).unwrap();
+        let disk = |gpa, len_bytes| Some(Ramdisk { gpa, len_bytes });
+        assert_eq!(page_structs(&small, None), 502 << 20..512 << 20);
+        assert_eq!(page_structs(&small, disk(510 << 20, (2 << 20) - 5)), 500 << 20..510 << 20);
+        assert_eq!(page_structs(&small, disk(400 << 20, 1 << 20)), 502 << 20..512 << 20);
+        let ranges = [(GuestAddress(0), 64 << 20), (GuestAddress(4 << 30), 64 << 20)];
+        let split = GuestMemory::from_ranges(&ranges).unwrap();
+        assert_eq!(
+            page_structs(&split, disk(60 << 20, 4 << 20)),
+            (4 << 30) + (60 << 20)..(4 << 30) + (64 << 20)
+        );
+        let tiny = GuestMemory::from_ranges(&[(GuestAddress(0), 2 << 20)]).unwrap();
+        assert_eq!(page_structs(&tiny, None), 0..2 << 20);
     }
 
     #[test]

@@ -23,7 +23,7 @@ pub use image::{BytesImage, FileImage, Image, ImageError};
 pub use initrd::InitrdError;
 
 use crate::layout;
-use crate::memory::ByteSize;
+use crate::memory::{ByteSize, GuestRam};
 
 /// ELF header: the class of 64-bit files.
 const ELF_CLASS_64: u8 = 2;
@@ -131,21 +131,21 @@ pub enum KernelError {
     Initrd(#[from] InitrdError),
 }
 
-/// Loads `boot` into `memory` and says where the processor starts.
+/// Loads `boot` into `ram` and says where the processor starts.
 ///
 /// # Errors
 /// [`KernelError`] names the file, what is wrong with it and what to do. Memory may have been written.
-pub fn load(boot: &Boot<'_>, memory: &GuestMemory) -> Result<Entry, KernelError> {
+pub fn load(boot: &Boot<'_>, ram: &GuestRam) -> Result<Entry, KernelError> {
     match *boot {
         Boot::Kernel { kernel, initrd, command_line, elf_entry } => {
-            load_kernel(kernel, initrd, command_line, elf_entry, memory)
+            load_kernel(kernel, initrd, command_line, elf_entry, ram)
         }
         Boot::Flat { image, gpa, entry } => {
             let len = image.len_bytes();
-            if gpa.checked_add(len).is_none_or(|end| ram_run_end(memory, gpa) < end) {
+            if gpa.checked_add(len).is_none_or(|end| ram_run_end(&ram.memory, gpa) < end) {
                 return Err(KernelError::NoRoom { what: "the flat image", len, gpa });
             }
-            image::copy(image, 0, len, memory, gpa)?;
+            image::copy(image, 0, len, ram, gpa)?;
             Ok(entry)
         }
     }
@@ -156,8 +156,9 @@ fn load_kernel(
     initrd: Option<&dyn Image>,
     command_line: &str,
     elf_entry: ElfEntry,
-    memory: &GuestMemory,
+    ram: &GuestRam,
 ) -> Result<Entry, KernelError> {
+    let memory = &ram.memory;
     let name = || kernel.name().to_owned();
     let head: [u8; 0x400] = image::head(kernel)?;
     let elf_class = head.get(4).copied().filter(|_| elf::is_elf(&head));
@@ -165,14 +166,15 @@ fn load_kernel(
         let plan = bzimage::plan(kernel, memory)?;
         let max = u64::from(plan.header.cmdline_size);
         write_command_line(kernel, command_line, max, memory)?;
-        bzimage::load(kernel, &plan, memory)?;
+        bzimage::load(kernel, &plan, ram)?;
         let limit = u64::from(plan.header.initrd_addr_max);
-        let ramdisk = initrd.map(|image| initrd::load(image, plan.end, limit, memory)).transpose()?;
+        let ramdisk = initrd.map(|image| initrd::load(image, plan.end, limit, ram)).transpose()?;
         linux::write_boot_params(Some(&plan.header), ramdisk, command_line, memory)?;
+        ram.advise_large(linux::page_structs(memory, ramdisk));
         return linux::entry(plan.entry, memory);
     }
     if let Some(header) = multiboot::find_header(kernel).filter(|_| elf_class != Some(ELF_CLASS_64)) {
-        return multiboot::load(kernel, &header, initrd, command_line, memory);
+        return multiboot::load(kernel, &header, initrd, command_line, ram);
     }
     if elf_class.is_none() {
         return Err(describe_stranger(kernel, &head));
@@ -182,15 +184,17 @@ fn load_kernel(
         return Err(KernelError::Is32Bit { name: name() });
     }
     write_command_line(kernel, command_line, linux::COMMAND_LINE_BYTES, memory)?;
-    elf::load(kernel, &plan, memory)?;
-    let ramdisk =
-        initrd.map(|image| initrd::load(image, plan.end, linux::INITRD_LIMIT, memory)).transpose()?;
+    elf::load(kernel, &plan, ram)?;
+    let ramdisk = initrd.map(|image| initrd::load(image, plan.end, linux::INITRD_LIMIT, ram)).transpose()?;
     match (elf_entry, plan.pvh_entry) {
         (ElfEntry::Pvh, None) => Err(KernelError::NoPvhNote { name: name() }),
         (ElfEntry::Auto, Some(entry)) if !plan.is_linux => pvh::prepare(entry, ramdisk, memory),
         (ElfEntry::Pvh, Some(entry)) => pvh::prepare(entry, ramdisk, memory),
         (ElfEntry::Linux64 | ElfEntry::Auto, _) => {
             linux::write_boot_params(None, ramdisk, command_line, memory)?;
+            if plan.is_linux {
+                ram.advise_large(linux::page_structs(memory, ramdisk));
+            }
             linux::entry(plan.entry, memory)
         }
     }
@@ -268,8 +272,8 @@ mod tests {
 
     const RAM: u64 = 64 << 20;
 
-    fn memory() -> GuestMemory {
-        GuestMemory::from_ranges(&[(GuestAddress(0), RAM as usize)]).unwrap()
+    fn memory() -> GuestRam {
+        GuestRam::new(RAM).unwrap()
     }
 
     fn try_load(kernel: &[u8], initrd: Option<&[u8]>, command_line: &str) -> Result<Entry, String> {

@@ -1,12 +1,11 @@
 //! Multiboot kernels (Multiboot specification 0.6.96), which bare-metal test guests use.
 
-use harrier_engine::GuestMemory;
-
 use super::elf::{self, Class};
 use super::image::{self, Image};
 use super::memory_map::{RangeKind, memory_map};
 use super::{Entry, KernelError, initrd, ram_run_end, write, write_command_line};
 use crate::layout::{BOOT_PARAMS, COMMAND_LINE, COMMAND_LINE_MAX, KERNEL_START, MMIO_HOLE_START, START_INFO};
+use crate::memory::GuestRam;
 
 const HEADER_MAGIC: u32 = 0x1bad_b002;
 const LOADER_MAGIC: u32 = 0x2bad_b002;
@@ -52,24 +51,25 @@ pub(super) fn load(
     header: &Header,
     module: Option<&dyn Image>,
     command_line: &str,
-    memory: &GuestMemory,
+    ram: &GuestRam,
 ) -> Result<Entry, KernelError> {
+    let memory = &ram.memory;
     let not = |what| KernelError::NotAKernel { name: kernel.name().to_owned(), what };
     if header.flags & 0xffff & !KNOWN_REQUIREMENTS != 0 {
         return Err(not("a multiboot kernel that wants a video mode or more"));
     }
     let (entry, end) = if header.flags & HAS_ADDRESSES != 0 {
-        load_at_addresses(kernel, header, memory)?
+        load_at_addresses(kernel, header, ram)?
     } else {
         let plan = elf::plan(kernel, Some(LOW_ROOM), memory)?;
         if plan.class != Class::Elf32 {
             return Err(not("a 64-bit ELF file with a multiboot header"));
         }
-        elf::load(kernel, &plan, memory)?;
+        elf::load(kernel, &plan, ram)?;
         (plan.entry, plan.end.max(KERNEL_START))
     };
     write_command_line(kernel, command_line, COMMAND_LINE_MAX - 1, memory)?;
-    let module = module.map(|image| initrd::place(image, end, MMIO_HOLE_START, memory)).transpose()?;
+    let module = module.map(|image| initrd::place(image, end, MMIO_HOLE_START, ram)).transpose()?;
 
     let low_end = ram_run_end(memory, KERNEL_START);
     let map = memory_map(memory);
@@ -109,11 +109,7 @@ pub(super) fn load(
 }
 
 /// The form with addresses in the header itself; returns entry and end.
-fn load_at_addresses(
-    kernel: &dyn Image,
-    header: &Header,
-    memory: &GuestMemory,
-) -> Result<(u64, u64), KernelError> {
+fn load_at_addresses(kernel: &dyn Image, header: &Header, ram: &GuestRam) -> Result<(u64, u64), KernelError> {
     let bad = || KernelError::NotAKernel {
         name: kernel.name().to_owned(),
         what: "a multiboot kernel whose addresses contradict each other",
@@ -136,7 +132,7 @@ fn load_at_addresses(
         });
     }
     let end = load_addr.saturating_add(file_bytes).max(bss_end);
-    if load_addr < KERNEL_START || ram_run_end(memory, load_addr) < end {
+    if load_addr < KERNEL_START || ram_run_end(&ram.memory, load_addr) < end {
         return Err(KernelError::SegmentOutside {
             name: kernel.name().to_owned(),
             gpa: load_addr,
@@ -146,7 +142,7 @@ fn load_at_addresses(
     if !(load_addr..end).contains(&entry) {
         return Err(KernelError::EntryOutside { name: kernel.name().to_owned(), entry });
     }
-    image::copy(kernel, file_offset, file_bytes, memory, load_addr)?;
+    image::copy(kernel, file_offset, file_bytes, ram, load_addr)?;
     Ok((entry, end))
 }
 
@@ -157,8 +153,8 @@ mod tests {
     use super::super::image::BytesImage;
     use super::*;
 
-    fn memory() -> GuestMemory {
-        GuestMemory::from_ranges(&[(GuestAddress(0), 16 << 20)]).unwrap()
+    fn memory() -> GuestRam {
+        GuestRam::new(16 << 20).unwrap()
     }
 
     fn flat_kernel(addresses: [u32; 5]) -> Vec<u8> {
@@ -174,18 +170,19 @@ mod tests {
         file
     }
 
-    fn try_load(file: &[u8], memory: &GuestMemory) -> Result<Entry, String> {
+    fn try_load(file: &[u8], ram: &GuestRam) -> Result<Entry, String> {
         let image = BytesImage::new("m", file);
         let header = find_header(&image).unwrap();
         let module = BytesImage::new("mod", b"NR_CPUS=2\n");
-        load(&image, &header, Some(&module), "a b", memory).map_err(|err| err.to_string())
+        load(&image, &header, Some(&module), "a b", ram).map_err(|err| err.to_string())
     }
 
     #[test]
     fn a_kernel_with_addresses_gets_the_state_and_information_of_the_specification() {
-        let memory = memory();
+        let ram = memory();
+        let memory = &ram.memory;
         let file = flat_kernel([0x10_0040, 0x10_0000, 0, 0x20_0000, 0x10_0060]);
-        let entry = try_load(&file, &memory).unwrap();
+        let entry = try_load(&file, &ram).unwrap();
         assert_eq!(entry, Entry::Protected32 { eip: 0x10_0060, eax: 0x2bad_b002, ebx: START_INFO as u32 });
         let word = |gpa: u64| memory.read_obj::<u32>(GuestAddress(gpa)).unwrap();
         assert_eq!(word(START_INFO), 0b100_1101);
@@ -203,7 +200,8 @@ mod tests {
     #[test]
     fn an_elf_segment_may_lie_in_conventional_memory_beside_what_the_loader_writes() {
         for (gpa, fits) in [(0x8000, true), (0x6800, false), (0x1_fff0, false), (0x3000, false)] {
-            let memory = memory();
+            let ram = memory();
+            let memory = &ram.memory;
             let mut file = vec![0; 0x1100];
             file[..7].copy_from_slice(b"\x7fELF\x01\x01\x01");
             // ET_EXEC for i386 with one program header behind this one.
@@ -217,7 +215,7 @@ mod tests {
             for (at, word) in [(96, HEADER_MAGIC), (100, 0), (104, 0u32.wrapping_sub(HEADER_MAGIC))] {
                 file[at..at + 4].copy_from_slice(&word.to_le_bytes());
             }
-            let loaded = try_load(&file, &memory);
+            let loaded = try_load(&file, &ram);
             assert_eq!(loaded.is_ok(), fits, "{gpa:#x}: {loaded:?}");
         }
     }

@@ -8,13 +8,12 @@ use std::sync::Arc;
 use harrier_engine::PageLog;
 use harrier_engine::memory::PAGE_SIZE;
 use harrier_snapshot::{Chain, Source};
-use rustix::fs::{SeekFrom, seek};
-use rustix::io::Errno;
 use vm_memory::{GuestMemoryRegion as _, MmapRegion};
 
 use super::TakeError;
 use crate::machine::Parts;
 use crate::memory::{Backing, GuestRam};
+use crate::pagemap;
 
 const PAGE: u64 = PAGE_SIZE as u64;
 
@@ -121,22 +120,25 @@ impl Written {
 
 /// Pages that may be anything but zero.
 pub(crate) fn present(ram: &GuestRam, written: &Written) -> Result<PageSet, TakeError> {
-    let failed = |errno: Errno| TakeError::Memory(errno.to_string());
     let mut pages = PageSet::default();
     match &ram.backing {
-        Backing::Own(file) => {
-            let mut at = 0;
-            loop {
-                // Positions of an own memfd that nobody reads by position.
-                at = match seek(file, SeekFrom::Data(at)) {
-                    Ok(start) => start,
-                    Err(Errno::NXIO) => return Ok(pages),
-                    Err(errno) => return Err(failed(errno)),
-                };
-                let end = seek(file, SeekFrom::Hole(at)).map_err(failed)?;
-                pages.insert(at / PAGE, end.div_ceil(PAGE) - at / PAGE);
-                at = end;
+        Backing::Own(laid) => {
+            let seen = pagemap::visit(&ram.regions, |page, entry| {
+                if entry.is_used() {
+                    pages.insert(page, 1);
+                }
+            });
+            if let Err(err) = seen {
+                // Slower, and as right: pages of zeros are not kept.
+                log::info!(
+                    "every page of guest memory is looked at: /proc/self/pagemap cannot be read ({err})"
+                );
+                pages.insert(0, ram.pages());
             }
+            for (first, count) in ram.page_numbers(laid.ranges()) {
+                pages.insert(first, count);
+            }
+            Ok(pages)
         }
         Backing::Image(chain) => {
             let chain: &Arc<Chain> = chain;
