@@ -54,6 +54,9 @@ mod register {
     pub(super) const CONFIG: u64 = 0x100;
 }
 
+/// Offset of the register to which a driver stores the number of a queue that has something for the device.
+pub const QUEUE_NOTIFY: u64 = register::QUEUE_NOTIFY;
+
 /// Bits of the device status (section 2.1).
 pub mod status {
     /// The guest has noticed the device.
@@ -470,6 +473,11 @@ impl VirtioMmio {
     /// The side of the device that an event loop runs. Ask for it once.
     pub fn events(&self) -> Box<dyn MutEventSubscriber + Send> {
         Box::new(VirtioEvents { shared: self.shared.clone() })
+    }
+
+    /// What is signalled by a store of a queue's number to [`QUEUE_NOTIFY`], one for each queue.
+    pub fn notifications(&self) -> &[EventFd] {
+        &self.shared.notifications
     }
 
     /// Does what the event loop would do now, without one.

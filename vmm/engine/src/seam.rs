@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use vmm_sys_util::eventfd::EventFd;
+
 use crate::{CpuModel, CpuState, GuestRegion};
 
 /// What an engine can do on this host.
@@ -138,6 +140,13 @@ pub trait Vm: Send + Sync {
     fn create_vcpu(&self, index: u32) -> Result<Box<dyn Vcpu>, EngineError>;
     /// Delivers a message-signalled interrupt. Never blocks.
     fn send_msi(&self, msi: Msi) -> Result<(), EngineError>;
+    /// Asks for `event` to be signalled by each 4-byte store of `value` to `gpa`, where no memory is, in place of a call of
+    /// [`Io::mmio_write`]: the vCPU goes on at once. It may be done so or by the call, store by store. False: always by the
+    /// call.
+    fn signal_stores(&self, gpa: u64, value: u32, event: &EventFd) -> Result<bool, EngineError> {
+        let (_, _, _) = (gpa, value, event);
+        Ok(false)
+    }
     /// Replaces the table of IOAPIC routes.
     fn set_gsi_routes(&self, routes: &[GsiRoute]) -> Result<(), EngineError>;
     /// Nanoseconds on the guest's paravirtual clock.

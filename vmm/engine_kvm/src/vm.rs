@@ -12,8 +12,9 @@ use kvm_bindings::{
     KVM_IRQ_ROUTING_MSI, KVM_X86_QUIRK_LINT0_REENABLED, KvmIrqRouting, kvm_clock_data, kvm_enable_cap,
     kvm_irq_routing_entry, kvm_msi,
 };
-use kvm_ioctls::{Cap, VcpuFd, VmFd};
+use kvm_ioctls::{Cap, IoEventAddress, VcpuFd, VmFd};
 use vmm_sys_util::errno;
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::host::refused;
 use crate::probe::Host;
@@ -215,6 +216,20 @@ impl Vm for KvmVm {
             // No local APIC is at the destination: on hardware the message is lost as well.
             Err(err) if err.errno() == libc::EPERM => Ok(()),
             Err(err) => Err(refused("deliver an interrupt message")(err)),
+        }
+    }
+
+    fn signal_stores(&self, gpa: u64, value: u32, event: &EventFd) -> Result<bool, EngineError> {
+        if !self.shared.fd.check_extension(Cap::Ioeventfd) {
+            return Ok(false);
+        }
+        match self.shared.fd.register_ioevent(event, &IoEventAddress::Mmio(gpa), value) {
+            Ok(()) => Ok(true),
+            Err(err) => {
+                // A limit of KVM's, or a host without it: the store exits.
+                log::debug!("kvm: stores to {gpa:#x} exit: no event for them ({err})");
+                Ok(false)
+            }
         }
     }
 

@@ -19,7 +19,7 @@ use harrier_devices::pvpanic::{self, PvPanic};
 use harrier_devices::rtc::{self, Rtc};
 use harrier_devices::serial::{self, Serial};
 use harrier_devices::serial_input::SerialInput;
-use harrier_devices::virtio::mmio::TransportError;
+use harrier_devices::virtio::mmio::{QUEUE_NOTIFY, TransportError};
 use harrier_devices::virtio::{VirtioDevice, VirtioMmio};
 use harrier_devices::{BusBuilder, BusDevice, InterruptLine, MsiSink, PowerSink, StateUnit, Stateful, state};
 use harrier_engine::cpuid::{FEATURES, Features};
@@ -415,6 +415,10 @@ impl MachineBuilder {
         let gpa = VIRTIO_MMIO_START + index * VIRTIO_MMIO_LEN;
         let transport = VirtioMmio::new(device, self.ram.memory.clone(), self.interrupt_line(gsi))?;
         self.subscribers.push(transport.events());
+        let notify = u64::from(gpa) + QUEUE_NOTIFY;
+        for (queue, event) in (0..).zip(transport.notifications()) {
+            self.vm.signal_stores(notify, queue, event)?;
+        }
         let transport = Arc::new(Mutex::new(transport));
         self.units.push(state::unit(&format!("virtio-{index}"), &transport));
         self.mmio.insert(gpa.into(), VIRTIO_MMIO_LEN.into(), transport)?;

@@ -5,6 +5,7 @@ use harrier_engine::cpu_state::{MpState, msr};
 use harrier_engine::{Exit, GsiRoute, Msi, Vcpu};
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestMemoryRegion, MmapRegion};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// out 0xf4, al
 const LEAVE: [u8; 2] = [0xe6, 0xf4];
@@ -62,6 +63,28 @@ fn an_in_that_leaves_has_its_result_in_the_state() {
     let state = machine.vcpus[0].state().unwrap();
     assert_eq!((state.regs.rip, state.regs.gpr[3]), (CODE + 8, 0x1514_1312));
     assert_eq!(io.0.seen, [Access::In(0x60, 1), Access::Load(DEVICE + 2, 4)]);
+}
+
+#[test]
+fn a_store_that_an_event_is_for_signals_it_and_the_others_come_to_the_devices() {
+    let Some(engine) = engine() else { return };
+    let mut machine = machine(&engine, 1);
+    let event = EventFd::new(EFD_NONBLOCK).unwrap();
+    if !machine.vm.signal_stores(DEVICE + 0x50, 1, &event).unwrap() {
+        println!("skipped: a_store_that_an_event_is_for: kvm: this host's KVM signals no stores");
+        return;
+    }
+    // mov eax, 1; mov [DEVICE + 0x50], eax; the same again; inc eax; mov [DEVICE + 0x50], eax; out 0xf4, al
+    let store = [0xa3, 0x50, 0, 0, 0xd0];
+    let code = [&[0xb8, 1, 0, 0, 0][..], &store, &store, &[0x40], &store, &LEAVE].concat();
+    machine.start_protected(&code);
+    let mut io = Recorder::default();
+    assert_eq!(machine.run(&mut io), Exit::Left);
+    let store = Access::Store(DEVICE + 0x50, vec![2, 0, 0, 0]);
+    assert_eq!(io.seen, [store, Access::Out(EXIT_PORT, vec![2])]);
+    assert_eq!(event.read().unwrap(), 2);
+    // The place is taken: it stays with who has it.
+    assert!(!machine.vm.signal_stores(DEVICE + 0x50, 1, &event).unwrap());
 }
 
 #[test]

@@ -331,7 +331,7 @@ mod tests {
             copy(&image, 4096, len, &ram, 0x20_0000).unwrap();
             let crate::memory::Backing::Own(list) = &ram.backing else { panic!("not its own") };
             let whole_pages = 0x20_0000 + len / 4096 * 4096;
-            assert_eq!(list.ranges(), if laid { vec![0x20_0000..whole_pages] } else { vec![] });
+            assert_eq!(list.ranges(), laid.then_some(0x20_0000..whole_pages).into_iter().collect::<Vec<_>>());
             let mut seen = vec![9; 720_000];
             ram.memory.read_slice(&mut seen, GuestAddress(0x20_0000)).unwrap();
             assert!(seen[..700_000] == bytes[4096..704_096]);

@@ -201,7 +201,6 @@ mod tests {
     fn an_elf_segment_may_lie_in_conventional_memory_beside_what_the_loader_writes() {
         for (gpa, fits) in [(0x8000, true), (0x6800, false), (0x1_fff0, false), (0x3000, false)] {
             let ram = memory();
-            let memory = &ram.memory;
             let mut file = vec![0; 0x1100];
             file[..7].copy_from_slice(b"\x7fELF\x01\x01\x01");
             // ET_EXEC for i386 with one program header behind this one.
