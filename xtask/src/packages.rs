@@ -61,8 +61,11 @@ pub(crate) const IMAGES: &[Package] =
     &[program("e2fsprogs", "mke2fs"), program("squashfs-tools", "mksquashfs")];
 
 /// For the suites: guests that run on our engines and on QEMU's, and programs in assembler.
-pub(crate) const SUITES: &[Package] =
-    &[program("nasm", "nasm"), program("qemu-system-x86", "qemu-system-x86_64")];
+pub(crate) const SUITES: &[Package] = &[
+    program("nasm", "nasm"),
+    program("qemu-system-x86", "qemu-system-x86_64"),
+    program("qemu-utils", "qemu-img"),
+];
 
 /// For the Debian root file system among the test images.
 pub(crate) const DEBOOTSTRAP: &[Package] = &[program("debootstrap", "debootstrap")];

@@ -18,6 +18,7 @@ mod plots;
 mod programs;
 mod report;
 mod snapshot;
+mod snapshot_qemu;
 mod statistics;
 mod system;
 
@@ -133,7 +134,7 @@ pub(crate) fn run(cache: &Cache, root: &Path, arguments: &BenchArguments) -> Res
             Group::Devices => devices::run(&monitors, &guest, root, arguments.runs)?,
             Group::Exits => exits::run(&monitors, root, arguments.runs)?,
             Group::Memory => memory::run(&monitors, &guest, arguments.runs)?,
-            Group::Snapshot => snapshot::run(&monitors, arguments.runs)?,
+            Group::Snapshot => snapshot::run(&monitors, &guest, arguments.runs)?,
             Group::Patches => {
                 let unpatched = match &arguments.unpatched {
                     Some(file) => file.clone(),

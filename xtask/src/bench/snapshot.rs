@@ -9,8 +9,9 @@ use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 
 use super::boot::ms;
-use super::monitors::{Monitor, Monitors, Sides};
+use super::monitors::{Guest, Monitor, Monitors, Sides};
 use super::report::{Figure, Goal, GroupReport, Unit};
+use super::snapshot_qemu;
 use super::statistics::Samples;
 use crate::process;
 
@@ -102,7 +103,7 @@ struct Measured {
 }
 
 /// Measures.
-pub(crate) fn run(monitors: &Monitors, runs: u32) -> Result<GroupReport> {
+pub(crate) fn run(monitors: &Monitors, guest: &Guest, runs: u32) -> Result<GroupReport> {
     let mut all: Sides<Measured> = Sides::default();
     let mut process_alone = Samples::default();
     for side in monitors.engines() {
@@ -115,14 +116,24 @@ pub(crate) fn run(monitors: &Monitors, runs: u32) -> Result<GroupReport> {
         process::output(Command::new(monitors.harrier()).arg("--version"))?;
         process_alone.push(ms(begun.elapsed()));
     }
+    let qemu = snapshot_qemu::run(monitors, guest, runs)?;
     let Sides { soft, kvm, .. } = all;
     let figure = |name: &str, unit, soft, kvm| Figure::new(name, unit, soft).kvm(kvm);
     let figures = vec![
-        figure("pause, full, 1 GiB with 64 MiB written", Unit::WallMs, soft.full_pause, kvm.full_pause)
-            .goal(Goal::AtMost(10.0)),
+        figure(
+            "pause, full, 1 GiB with 64 MiB written; QEMU migrates to a file",
+            Unit::WallMs,
+            soft.full_pause.clone(),
+            kvm.full_pause.clone(),
+        )
+        .peer(qemu.migration_pause)
+        .goal(Goal::AtMost(10.0)),
+        figure("the same pause; QEMU saves by savevm", Unit::WallMs, soft.full_pause, kvm.full_pause)
+            .peer(qemu.savevm),
         figure("pause, difference of 64 MiB, 1 GiB", Unit::WallMs, soft.diff_pause, kvm.diff_pause)
             .goal(Goal::AtMost(10.0)),
         figure("a full one, to the disk", Unit::MiBPerSecond, soft.full_rate, kvm.full_rate)
+            .peer(qemu.migration_rate)
             .native(soft.copy_rate),
         figure(
             "restore to the first instruction",
@@ -131,8 +142,16 @@ pub(crate) fn run(monitors: &Monitors, runs: u32) -> Result<GroupReport> {
             kvm.first_instruction,
         )
         .goal(Goal::AtMost(5.0)),
-        figure("restore to the command's answer", Unit::WallMs, soft.restored_answer, kvm.restored_answer)
-            .goal(Goal::AtMost(12.0)),
+        figure(
+            "restore to the command's answer; QEMU from a file",
+            Unit::WallMs,
+            soft.restored_answer.clone(),
+            kvm.restored_answer.clone(),
+        )
+        .peer(qemu.incoming)
+        .goal(Goal::AtMost(12.0)),
+        figure("the same; QEMU by loadvm", Unit::WallMs, soft.restored_answer, kvm.restored_answer)
+            .peer(qemu.loadvm),
         figure("`harrier fork`, 512 MiB", Unit::WallMs, soft.fork, kvm.fork),
         figure("`harrier fork; harrier exec`, 512 MiB", Unit::WallMs, soft.forked_answer, kvm.forked_answer),
         figure("memory of a clone, one of 100 that are idle", Unit::MiB, soft.clone_memory, kvm.clone_memory)
