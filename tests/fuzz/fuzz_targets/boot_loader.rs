@@ -175,7 +175,9 @@ fuzz_target!(|data: &[u8]| {
     };
     match boot::load(&boot, ram()) {
         Ok(Entry::Long64 { rip, .. }) => assert!(ram().memory.address_in_range(GuestAddress(rip))),
-        Ok(Entry::Protected32 { eip, .. }) => assert!(ram().memory.address_in_range(GuestAddress(eip.into()))),
+        Ok(Entry::Protected32 { eip, .. }) => {
+            assert!(ram().memory.address_in_range(GuestAddress(eip.into())))
+        }
         Ok(Entry::Real { .. }) => panic!("no kernel starts in real mode"),
         Err(err) => assert!(!err.to_string().contains('\n')),
     }
