@@ -172,6 +172,8 @@ pub(super) struct Generator {
     encodings: Vec<Code>,
     /// Those that may stand in a sequence.
     steady: Vec<Code>,
+    /// Those whose flags programs branch on: an engine may execute them together with the branch.
+    comparisons: Vec<Code>,
     next: usize,
     info: InstructionInfoFactory,
     encoder: Encoder,
@@ -181,9 +183,11 @@ pub(super) struct Generator {
 impl Generator {
     pub(super) fn new(encodings: Vec<Code>, bits: Bits) -> Generator {
         let steady = encodings.iter().copied().filter(|code| is_steady(*code)).collect();
+        let comparisons = encodings.iter().copied().filter(|code| is_comparison(code.mnemonic())).collect();
         Generator {
             encodings,
             steady,
+            comparisons,
             next: 0,
             info: InstructionInfoFactory::new(),
             encoder: Encoder::new(match bits {
@@ -215,8 +219,18 @@ impl Generator {
         let mut instruction = Generator::instruction(random, code, self.bits)?;
         let mut context = random.context();
         place(random, &mut instruction, &mut context, self.bits);
-        let at = CODE + (slot * SLOT) as u64 - self.bits.code_base();
+        let start = CODE + (slot * SLOT) as u64 - self.bits.code_base();
         let branches = is_branch(&instruction);
+        let mut first = None;
+        let mut bytes = Vec::new();
+        if instruction.is_jcc_short_or_near() && !self.comparisons.is_empty() && random.one_in(2) {
+            let code = random.pick(&self.comparisons);
+            let mut comparison = Generator::instruction(random, code, self.bits)?;
+            place(random, &mut comparison, &mut context, self.bits);
+            bytes = self.encode(&comparison, start)?;
+            first = Some(comparison);
+        }
+        let at = start + bytes.len() as u64;
         if branches {
             // Over the jump that every case ends with, to one of its own.
             self.bits.set_branch(&mut instruction, at);
@@ -233,19 +247,19 @@ impl Generator {
             }
             context.gpr[instruction.op0_register().number()] = if short { SHORT_TAKEN } else { TAKEN };
         }
-        let mut bytes = Vec::new();
         // Segments count for nothing in 64-bit mode, but for FS and GS; in 32-bit mode CS cannot be written. Repeated
         // prefixes are allowed.
         if random.one_in(16) && !branches {
             bytes.push(random.pick(&[0x26u8, 0x2e, 0x36, 0x3e]));
         }
-        bytes.extend(self.encode(&instruction, at + bytes.len() as u64)?);
+        bytes.extend(self.encode(&instruction, start + bytes.len() as u64)?);
         let code_len = bytes.len();
         let mut bytes = self.finish(bytes);
         if branches {
             bytes.extend(self.bits.jump(TAKEN_POINTER, CODE32, TAKEN));
         }
-        Some(self.bits.case(vec![instruction], bytes, code_len, context))
+        let instructions = first.into_iter().chain([instruction]).collect();
+        Some(self.bits.case(instructions, bytes, code_len, context))
     }
 
     /// Instructions one after the other, whose memory operands are based on RBX and indexed by R15, or ESI, which nothing
@@ -591,6 +605,11 @@ fn vsib_is_distinct(instruction: &Instruction) -> bool {
     let index = instruction.memory_index().number();
     let others = [instruction.op0_register().number(), instruction.op2_register().number()];
     !others.contains(&index) && others[0] != others[1]
+}
+
+fn is_comparison(mnemonic: Mnemonic) -> bool {
+    use Mnemonic::*;
+    matches!(mnemonic, Cmp | Test | Sub | Add | And | Or | Xor | Dec | Inc | Neg | Sbb)
 }
 
 /// Whether an instruction may stand in a sequence: it goes on with the next one, and leaves no flag undefined.

@@ -14,6 +14,7 @@ use super::Mode;
 use super::lower::{self, Lowered};
 use super::op::{Op, Stop};
 use crate::cpu::{CS, Cpu};
+use crate::exec::fused;
 use crate::fault::vector;
 use crate::mmu::map::chunk_mask;
 use crate::mmu::{Intent, PAGE, Rights};
@@ -37,24 +38,32 @@ const NO_PAGE: u64 = u64::MAX;
 
 /// A decoded piece of code.
 #[derive(Clone, Copy)]
-pub(crate) struct Block {
+struct Block {
     first: u32,
     count: u32,
     /// Length of the code in bytes.
-    pub len: u32,
+    len: u32,
     /// Physical pages that hold the code; the second is `u64::MAX` unless the instruction crosses.
-    pub pages: [u64; 2],
+    pages: [u64; 2],
     gpa: u64,
     mode: Mode,
     valid: bool,
 }
 
+/// What the dispatcher needs of a block, by RIP.
 #[derive(Clone, Copy)]
-struct Jump {
+pub(crate) struct Jump {
     rip: u64,
     key: u64,
-    block: u32,
+    /// The block's pages.
+    pub pages: [u64; 2],
+    first: u32,
+    count: u16,
+    /// Length of the code in bytes.
+    pub len: u16,
 }
+
+const NO_JUMP: Jump = Jump { rip: 0, key: 0, pages: [NO_PAGE; 2], first: 0, count: 0, len: 0 };
 
 #[derive(Default)]
 pub(crate) struct AddressHasher(u64);
@@ -95,7 +104,7 @@ impl CodeCache {
             blocks: Vec::new(),
             by_address: AddressMap::default(),
             by_page: AddressMap::default(),
-            jumps: Box::new([Jump { rip: 0, key: 0, block: 0 }; 1 << JUMP_BITS]),
+            jumps: Box::new([NO_JUMP; 1 << JUMP_BITS]),
             max_ops: MAX_OPS,
             invalidations: 0,
         }
@@ -114,14 +123,17 @@ impl CodeCache {
 
     /// The block at RIP. The answer stays valid until the next call.
     #[inline(always)]
-    pub(crate) fn find(&mut self, cpu: &mut Cpu) -> Result<(&Block, &[Op]), Stop> {
+    pub(crate) fn find(&mut self, cpu: &mut Cpu) -> Result<(&Jump, &[Op]), Stop> {
         let rip = cpu.rip;
         let key = Self::key(cpu, rip);
-        let jump = &self.jumps[Self::slot(rip)];
-        let index = if jump.rip == rip && jump.key == key { jump.block } else { self.find_slow(cpu)? };
-        let block = &self.blocks[index as usize];
-        let ops = &self.ops[block.first as usize..][..block.count as usize];
-        Ok((block, ops))
+        let slot = Self::slot(rip);
+        let jump = &self.jumps[slot];
+        if jump.rip != rip || jump.key != key {
+            self.find_slow(cpu)?;
+        }
+        let jump = &self.jumps[slot];
+        let first = jump.first as usize;
+        Ok((jump, &self.ops[first..first + usize::from(jump.count)]))
     }
 
     #[inline(always)]
@@ -131,7 +143,7 @@ impl CodeCache {
 
     #[cold]
     #[inline(never)]
-    fn find_slow(&mut self, cpu: &mut Cpu) -> Result<u32, Stop> {
+    fn find_slow(&mut self, cpu: &mut Cpu) -> Result<(), Stop> {
         let rip = cpu.rip;
         let va = if cpu.mode == Mode::Bits64 {
             rip
@@ -155,12 +167,20 @@ impl CodeCache {
             None => self.decode(cpu, va, gpa, address_key)?,
         };
         cpu.mmu.note_code_address(va);
-        if self.blocks[index as usize].pages[1] != NO_PAGE {
+        let block = &self.blocks[index as usize];
+        if block.pages[1] != NO_PAGE {
             cpu.mmu.note_code_address((va | (PAGE - 1)).wrapping_add(1));
         }
         // The key is taken again: translating may have changed it.
-        self.jumps[Self::slot(rip)] = Jump { rip, key: Self::key(cpu, rip), block: index };
-        Ok(index)
+        self.jumps[Self::slot(rip)] = Jump {
+            rip,
+            key: Self::key(cpu, rip),
+            pages: block.pages,
+            first: block.first,
+            count: block.count as u16,
+            len: block.len as u16,
+        };
+        Ok(())
     }
 
     fn decode(&mut self, cpu: &mut Cpu, va: u64, gpa: u64, address_key: u64) -> Result<u32, Stop> {
@@ -224,6 +244,7 @@ impl CodeCache {
     fn decode_ops(&mut self, cpu: &Cpu, bytes: &[u8], mode: Mode) -> usize {
         let mut decoder = Decoder::with_ip(mode.bits(), bytes, 0, OPTIONS);
         let mut instruction = Instruction::default();
+        let mut before = Instruction::default();
         for _ in 0..self.max_ops {
             let at = decoder.position();
             if !decoder.can_decode() {
@@ -234,6 +255,13 @@ impl CodeCache {
                 return at;
             }
             let raw = &bytes[at..];
+            if at > 0
+                && mode == Mode::Bits64
+                && let Some(op) = self.ops.last_mut()
+            {
+                fused::fuse(op, &before, &instruction);
+            }
+            before = instruction;
             if self.push(cpu, &instruction, raw, at, mode) {
                 return at + self.ops.last().map_or(0, |op| usize::from(op.len));
             }

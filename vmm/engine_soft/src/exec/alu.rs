@@ -11,14 +11,14 @@ use crate::native::alu::{Arith, Flags};
 use crate::native::mem::Word;
 
 /// One of the two-operand instructions.
-trait Binary {
+pub(super) trait Binary {
     /// Result and flags.
     fn apply<W: Word>(a: W, b: W, f: Flags) -> (W, Flags);
 }
 
 macro_rules! binary {
     ($($name:ident: |$a:ident, $b:ident, $f:ident| $e:expr;)*) => {$(
-        struct $name;
+        pub(super) struct $name;
         impl Binary for $name {
             #[inline(always)]
             fn apply<W: Word>($a: W, $b: W, $f: Flags) -> (W, Flags) {
@@ -48,12 +48,12 @@ binary! {
 }
 
 /// One of the one-operand instructions.
-trait Unary {
+pub(super) trait Unary {
     fn apply<W: Word>(a: W, f: Flags) -> (W, Flags);
 }
 
-struct Inc;
-struct Dec;
+pub(super) struct Inc;
+pub(super) struct Dec;
 struct Neg;
 struct Not;
 
@@ -99,33 +99,20 @@ fn reg_imm<O: Binary, W: Word>(cpu: &mut Cpu, op: &Op) -> Step {
 }
 
 fn reg_mem<O: Binary, W: Word>(cpu: &mut Cpu, op: &Op) -> Step {
-    let b = cpu.load_op::<W>(op)?;
-    let (r, f) = O::apply(cpu.reg(op.reg), b, cpu.flags);
-    cpu.flags = f;
-    cpu.set_reg(op.reg, r);
-    Ok(())
-}
-
-#[inline(always)]
-fn to_memory<O: Binary, W: Word>(cpu: &mut Cpu, op: &Op, b: W) -> Step {
-    let va = cpu.addr(op, W::SIZE as u64, Intent::Write)?;
-    let mut flags = cpu.flags;
-    cpu.modify::<W>(va, |cpu, a| {
-        let (r, f) = O::apply(a, b, cpu.flags);
-        flags = f;
-        Ok(r)
-    })?;
-    cpu.flags = flags;
-    Ok(())
+    cpu.with_operand::<W>(op, |cpu, op, b| {
+        let (r, f) = O::apply(cpu.reg(op.reg), b, cpu.flags);
+        cpu.flags = f;
+        cpu.set_reg(op.reg, r);
+        Ok(())
+    })
 }
 
 fn mem_reg<O: Binary, W: Word>(cpu: &mut Cpu, op: &Op) -> Step {
-    let b = cpu.reg::<W>(op.reg);
-    to_memory::<O, W>(cpu, op, b)
+    cpu.change_operand::<W>(op, |cpu, op, a| O::apply(a, cpu.reg(op.reg), cpu.flags))
 }
 
 fn mem_imm<O: Binary, W: Word>(cpu: &mut Cpu, op: &Op) -> Step {
-    to_memory::<O, W>(cpu, op, W::from_u64(op.imm))
+    cpu.change_operand::<W>(op, |cpu, op, a| O::apply(a, W::from_u64(op.imm), cpu.flags))
 }
 
 #[inline(always)]
@@ -158,21 +145,24 @@ fn compare_reg_imm<O: Binary, W: Word>(cpu: &mut Cpu, op: &Op) -> Step {
 }
 
 fn compare_reg_mem<O: Binary, W: Word>(cpu: &mut Cpu, op: &Op) -> Step {
-    let b = cpu.load_op::<W>(op)?;
-    cpu.flags = O::apply(cpu.reg(op.reg), b, cpu.flags).1;
-    Ok(())
+    cpu.with_operand::<W>(op, |cpu, op, b| {
+        cpu.flags = O::apply(cpu.reg(op.reg), b, cpu.flags).1;
+        Ok(())
+    })
 }
 
 fn compare_mem_reg<O: Binary, W: Word>(cpu: &mut Cpu, op: &Op) -> Step {
-    let a = cpu.load_op::<W>(op)?;
-    cpu.flags = O::apply(a, cpu.reg(op.reg), cpu.flags).1;
-    Ok(())
+    cpu.with_operand::<W>(op, |cpu, op, a| {
+        cpu.flags = O::apply(a, cpu.reg(op.reg), cpu.flags).1;
+        Ok(())
+    })
 }
 
 fn compare_mem_imm<O: Binary, W: Word>(cpu: &mut Cpu, op: &Op) -> Step {
-    let a = cpu.load_op::<W>(op)?;
-    cpu.flags = O::apply(a, W::from_u64(op.imm), cpu.flags).1;
-    Ok(())
+    cpu.with_operand::<W>(op, |cpu, op, a| {
+        cpu.flags = O::apply(a, W::from_u64(op.imm), cpu.flags).1;
+        Ok(())
+    })
 }
 
 /// XOR or SUB of a register with itself: a zero, by compilers' habit.
@@ -190,15 +180,7 @@ fn unary_reg<O: Unary, W: Word>(cpu: &mut Cpu, op: &Op) -> Step {
 }
 
 fn unary_mem<O: Unary, W: Word>(cpu: &mut Cpu, op: &Op) -> Step {
-    let va = cpu.addr(op, W::SIZE as u64, Intent::Write)?;
-    let mut flags = cpu.flags;
-    cpu.modify::<W>(va, |cpu, a| {
-        let (r, f) = O::apply(a, cpu.flags);
-        flags = f;
-        Ok(r)
-    })?;
-    cpu.flags = flags;
-    Ok(())
+    cpu.change_operand::<W>(op, |cpu, _, a| O::apply(a, cpu.flags))
 }
 
 fn lock_unary_mem<O: Unary, W: Word>(cpu: &mut Cpu, op: &Op) -> Step {

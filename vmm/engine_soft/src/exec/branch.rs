@@ -106,14 +106,50 @@ fn ret<S: Stack, W: Word>(cpu: &mut Cpu, op: &Op) -> Step {
     Err(Stop::Block)
 }
 
-/// The commonest return.
-fn ret64(cpu: &mut Cpu, _op: &Op) -> Step {
+/// The commonest return: from a stack that is at hand to an address that there can be.
+fn ret64(cpu: &mut Cpu, op: &Op) -> Step {
+    let rsp = cpu.regs[RSP];
+    if let Some(ptr) = cpu.mmu.tlb.read::<u64>(cpu.mmu.rights, rsp) {
+        let target = u64::load(ptr);
+        if is_canonical(target) {
+            cpu.regs[RSP] = rsp.wrapping_add(8);
+            cpu.rip = target;
+            return Err(Stop::Block);
+        }
+    }
+    ret64_slow(cpu, op)
+}
+
+#[cold]
+#[inline(never)]
+fn ret64_slow(cpu: &mut Cpu, _op: &Op) -> Step {
     let rsp = cpu.regs[RSP];
     let target = cpu.load::<u64>(rsp)?;
     cpu.check_branch(target)?;
     cpu.regs[RSP] = rsp.wrapping_add(8);
     cpu.rip = target;
     Err(Stop::Block)
+}
+
+/// Of 48 bits, as addresses of code are in 64-bit mode.
+#[inline(always)]
+pub(super) fn is_canonical(target: u64) -> bool {
+    ((target as i64) << 16 >> 16) as u64 == target
+}
+
+/// The commonest call, in the same way.
+fn call64(cpu: &mut Cpu, op: &Op) -> Step {
+    let target = cpu.relative(op);
+    let rsp = cpu.regs[RSP].wrapping_sub(8);
+    match cpu.mmu.tlb.write::<u64>(cpu.mmu.rights, rsp) {
+        Some(ptr) if is_canonical(target) => {
+            u64::store(ptr, cpu.next_rip(op));
+            cpu.regs[RSP] = rsp;
+            cpu.rip = target;
+            Err(Stop::Block)
+        }
+        _ => call::<Stack64, u64>(cpu, op),
+    }
 }
 
 /// Counter of LOOP and JCXZ: (E/R)CX by address size, given as its mask.
@@ -200,6 +236,7 @@ pub(crate) fn select(instruction: &Instruction, op: &mut Op, mode: Mode) -> Opti
         },
         M::Call => match instruction.op0_kind() {
             OpKind::NearBranch16 => by_mode!(mode, 2, call),
+            OpKind::NearBranch64 if mode == Mode::Bits64 => call64,
             OpKind::NearBranch32 | OpKind::NearBranch64 => by_mode!(mode, 8, call),
             OpKind::Register => by_mode!(mode, instruction.op0_register().size(), call_reg),
             OpKind::Memory if code.is_call_near_indirect() => {

@@ -9,6 +9,7 @@ pub(crate) mod bits;
 pub(crate) mod branch;
 pub(crate) mod far;
 pub(crate) mod flags;
+pub(crate) mod fused;
 pub(crate) mod hypercall;
 pub(crate) mod io;
 pub(crate) mod mov;

@@ -25,18 +25,18 @@ fn reg_imm<W: Word>(cpu: &mut Cpu, op: &Op) -> Step {
 }
 
 fn reg_mem<W: Word>(cpu: &mut Cpu, op: &Op) -> Step {
-    let value = cpu.load_op::<W>(op)?;
-    cpu.set_reg(op.reg, value);
-    Ok(())
+    cpu.with_operand::<W>(op, |cpu, op, value| {
+        cpu.set_reg(op.reg, value);
+        Ok(())
+    })
 }
 
 fn mem_reg<W: Word>(cpu: &mut Cpu, op: &Op) -> Step {
-    let value = cpu.reg::<W>(op.reg);
-    cpu.store_op(op, value)
+    cpu.set_operand::<W>(op, |cpu, op| cpu.reg(op.reg))
 }
 
 fn mem_imm<W: Word>(cpu: &mut Cpu, op: &Op) -> Step {
-    cpu.store_op(op, W::from_u64(op.imm))
+    cpu.set_operand::<W>(op, |_, op| W::from_u64(op.imm))
 }
 
 /// MOV with a 64-bit absolute address.
@@ -60,9 +60,10 @@ fn zero_extend_reg<F: Word, W: Word>(cpu: &mut Cpu, op: &Op) -> Step {
 }
 
 fn zero_extend_mem<F: Word, W: Word>(cpu: &mut Cpu, op: &Op) -> Step {
-    let value = cpu.load_op::<F>(op)?.to_u64();
-    cpu.set_reg(op.reg, W::from_u64(value));
-    Ok(())
+    cpu.with_operand::<F>(op, |cpu, op, value| {
+        cpu.set_reg(op.reg, W::from_u64(value.to_u64()));
+        Ok(())
+    })
 }
 
 fn sign_extend_reg<F: Word, W: Word>(cpu: &mut Cpu, op: &Op) -> Step {
@@ -72,9 +73,10 @@ fn sign_extend_reg<F: Word, W: Word>(cpu: &mut Cpu, op: &Op) -> Step {
 }
 
 fn sign_extend_mem<F: Word, W: Word>(cpu: &mut Cpu, op: &Op) -> Step {
-    let value = cpu.load_op::<F>(op)?.to_i64() as u64;
-    cpu.set_reg(op.reg, W::from_u64(value));
-    Ok(())
+    cpu.with_operand::<F>(op, |cpu, op, value| {
+        cpu.set_reg(op.reg, W::from_u64(value.to_i64() as u64));
+        Ok(())
+    })
 }
 
 fn lea<W: Word>(cpu: &mut Cpu, op: &Op) -> Step {
@@ -143,10 +145,11 @@ fn cmov_reg<C: Condition, W: Word>(cpu: &mut Cpu, op: &Op) -> Step {
 }
 
 fn cmov_mem<C: Condition, W: Word>(cpu: &mut Cpu, op: &Op) -> Step {
-    let loaded = cpu.load_op::<W>(op)?;
-    let value = if C::holds(cpu.flags) { loaded } else { cpu.reg::<W>(op.reg) };
-    cpu.set_reg(op.reg, value);
-    Ok(())
+    cpu.with_operand::<W>(op, |cpu, op, loaded| {
+        let value = if C::holds(cpu.flags) { loaded } else { cpu.reg::<W>(op.reg) };
+        cpu.set_reg(op.reg, value);
+        Ok(())
+    })
 }
 
 fn set_reg<C: Condition>(cpu: &mut Cpu, op: &Op) -> Step {
@@ -156,8 +159,7 @@ fn set_reg<C: Condition>(cpu: &mut Cpu, op: &Op) -> Step {
 }
 
 fn set_mem<C: Condition>(cpu: &mut Cpu, op: &Op) -> Step {
-    let value = u8::from(C::holds(cpu.flags));
-    cpu.store_op(op, value)
+    cpu.set_operand::<u8>(op, |cpu, _| u8::from(C::holds(cpu.flags)))
 }
 
 fn cbw(cpu: &mut Cpu, _op: &Op) -> Step {

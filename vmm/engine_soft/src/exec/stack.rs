@@ -212,6 +212,31 @@ fn leave<S: Stack, W: Word>(cpu: &mut Cpu, _op: &Op) -> Step {
     }
 }
 
+/// The commonest pushes and pops: of 64 bits, to and from memory that is at hand. The rest is what they end with.
+fn push_reg64(cpu: &mut Cpu, op: &Op) -> Step {
+    let rsp = cpu.regs[RSP].wrapping_sub(8);
+    match cpu.mmu.tlb.write::<u64>(cpu.mmu.rights, rsp) {
+        Some(ptr) => {
+            u64::store(ptr, cpu.regs[usize::from(op.reg & 15)]);
+            cpu.regs[RSP] = rsp;
+            Ok(())
+        }
+        None => push_reg::<Stack64, u64>(cpu, op),
+    }
+}
+
+fn pop_reg64(cpu: &mut Cpu, op: &Op) -> Step {
+    let rsp = cpu.regs[RSP];
+    match cpu.mmu.tlb.read::<u64>(cpu.mmu.rights, rsp) {
+        Some(ptr) => {
+            cpu.regs[RSP] = rsp.wrapping_add(8);
+            cpu.regs[usize::from(op.reg & 15)] = u64::load(ptr);
+            Ok(())
+        }
+        None => pop_reg::<Stack64, u64>(cpu, op),
+    }
+}
+
 macro_rules! by_mode {
     ($mode:expr, $size:expr, $handler:ident) => {
         match ($mode, $size) {
@@ -228,6 +253,7 @@ pub(crate) fn select(instruction: &Instruction, op: &mut Op, mode: Mode) -> Opti
     let stack_only = instruction.op_count() == 0 || instruction.op0_kind() != OpKind::Memory;
     let exec: Exec = match instruction.mnemonic() {
         Mnemonic::Push => match instruction.op0_kind() {
+            OpKind::Register if instruction.op0_register().is_gpr64() => push_reg64,
             OpKind::Register if instruction.op0_register().is_gpr() => {
                 by_mode!(mode, instruction.op0_register().size(), push_reg)
             }
@@ -239,6 +265,7 @@ pub(crate) fn select(instruction: &Instruction, op: &mut Op, mode: Mode) -> Opti
             }
         },
         Mnemonic::Pop => match instruction.op0_kind() {
+            OpKind::Register if instruction.op0_register().is_gpr64() => pop_reg64,
             OpKind::Register if instruction.op0_register().is_gpr() => {
                 by_mode!(mode, instruction.op0_register().size(), pop_reg)
             }

@@ -6,6 +6,7 @@ use super::{Intent, PAGE, Paging, Rights};
 use crate::cpu::{Cpu, FS};
 use crate::decode::op::{ADDR_16, ADDR_32, ADDR_FLAT, ADDR_SEGMENTED, ADDR_SIZE_MASK, Op, Step, Stop};
 use crate::fault::{Fault, vector};
+use crate::native::alu::Flags;
 use crate::native::mem::{self, HostPtr, Word};
 
 /// Longest piece that the slow path handles at once, in bytes (an XSAVE area is moved in pieces).
@@ -126,6 +127,108 @@ impl Cpu {
     pub(crate) fn store_op<W: Word>(&mut self, op: &Op, value: W) -> Step {
         let va = self.addr(op, W::SIZE as u64, Intent::Write)?;
         self.store(va, value)
+    }
+
+    // ---- by operand, without a stack frame where it is at hand ----
+
+    /// Where the memory operand is read, if nothing has to be looked up: no segment, and in the look-aside buffer.
+    #[inline(always)]
+    fn readable<W: Word>(&self, op: &Op) -> Option<HostPtr> {
+        if op.addr != ADDR_FLAT {
+            return None;
+        }
+        let va = self.offset(op).wrapping_add(self.seg_base[(op.seg & 7) as usize]);
+        self.mmu.tlb.read::<W>(self.mmu.rights, va)
+    }
+
+    /// The same for writing.
+    #[inline(always)]
+    fn writable<W: Word>(&self, op: &Op) -> Option<HostPtr> {
+        if op.addr != ADDR_FLAT {
+            return None;
+        }
+        let va = self.offset(op).wrapping_add(self.seg_base[(op.seg & 7) as usize]);
+        self.mmu.tlb.write::<W>(self.mmu.rights, va)
+    }
+
+    /// Loads the memory operand for `then`. What is not at hand is another function's, which this one ends with: so a
+    /// handler that does nothing else needs no frame.
+    #[inline(always)]
+    pub(crate) fn with_operand<W: Word>(
+        &mut self,
+        op: &Op,
+        then: impl FnOnce(&mut Cpu, &Op, W) -> Step,
+    ) -> Step {
+        match self.readable::<W>(op) {
+            Some(ptr) => then(self, op, W::load(ptr)),
+            None => self.with_operand_slow(op, then),
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn with_operand_slow<W: Word>(
+        &mut self,
+        op: &Op,
+        then: impl FnOnce(&mut Cpu, &Op, W) -> Step,
+    ) -> Step {
+        let value = self.load_op::<W>(op)?;
+        then(self, op, value)
+    }
+
+    /// Stores what `value` gives to the memory operand.
+    #[inline(always)]
+    pub(crate) fn set_operand<W: Word>(&mut self, op: &Op, value: impl FnOnce(&Cpu, &Op) -> W) -> Step {
+        match self.writable::<W>(op) {
+            Some(ptr) => {
+                W::store(ptr, value(self, op));
+                Ok(())
+            }
+            None => self.set_operand_slow(op, value),
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn set_operand_slow<W: Word>(&mut self, op: &Op, value: impl FnOnce(&Cpu, &Op) -> W) -> Step {
+        let value = value(self, op);
+        self.store_op(op, value)
+    }
+
+    /// Changes the memory operand, without LOCK; the flags are `change`'s once it is stored.
+    #[inline(always)]
+    pub(crate) fn change_operand<W: Word>(
+        &mut self,
+        op: &Op,
+        change: impl FnOnce(&Cpu, &Op, W) -> (W, Flags),
+    ) -> Step {
+        match self.writable::<W>(op) {
+            Some(ptr) => {
+                let (new, flags) = change(self, op, W::load(ptr));
+                W::store(ptr, new);
+                self.flags = flags;
+                Ok(())
+            }
+            None => self.change_operand_slow(op, change),
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn change_operand_slow<W: Word>(
+        &mut self,
+        op: &Op,
+        change: impl FnOnce(&Cpu, &Op, W) -> (W, Flags),
+    ) -> Step {
+        let va = self.addr(op, W::SIZE as u64, Intent::Write)?;
+        let mut flags = self.flags;
+        self.modify::<W>(va, |cpu, old| {
+            let (new, after) = change(cpu, op, old);
+            flags = after;
+            Ok(new)
+        })?;
+        self.flags = flags;
+        Ok(())
     }
 
     // ---- by linear address ----

@@ -266,3 +266,30 @@ fn a_breakpoint_on_a_repeated_string_comes_before_its_first_element_only() {
     let (_, state) = repeated(0x401, 2 | rf);
     assert_eq!((state.regs.gpr[1], state.regs.rip), (0, CODE + 4), "dr6 {:#x}", state.dr6);
 }
+
+#[test]
+fn a_comparison_and_its_branch_are_two_steps_and_two_instructions() {
+    let tf = 1 << 8;
+    // cmp eax, 5; je +2; out 0xf4, al; nop; nop; out 0xf4, al
+    let code = [0x83, 0xf8, 5, 0x74, 4, 0xe6, 0xf4, 0x90, 0x90, 0xe6, 0xf4];
+    let machine = Machine::new(1);
+    let mut vcpu = machine.long_mode(0);
+    machine.write(CODE, &code);
+    let start = |state: &mut harrier_engine::CpuState, rax: u64, flags: u64| {
+        state.regs.gpr[0] = rax;
+        state.regs.rip = CODE;
+        state.regs.rflags = flags;
+        state.regs.gpr[RSP] = STACK;
+    };
+    for (rax, end, instructions) in [(5, CODE + 11, 3), (6, CODE + 7, 3)] {
+        let before = vcpu.counters().instructions.unwrap();
+        edit(&mut *vcpu, |state| start(state, rax, 2));
+        let (state, _) = run(&mut *vcpu);
+        assert_eq!(state.regs.rip, end);
+        assert_eq!(vcpu.counters().instructions.unwrap() - before, instructions, "rax {rax}");
+        // A step ends behind the comparison, whichever way the branch goes.
+        edit(&mut *vcpu, |state| start(state, rax, 2 | tf));
+        let (state, _) = run(&mut *vcpu);
+        assert_eq!(frame::<1>(&machine, &state), [CODE + 3], "rax {rax}");
+    }
+}
