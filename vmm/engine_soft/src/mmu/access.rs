@@ -167,11 +167,7 @@ impl Cpu {
 
     #[cold]
     #[inline(never)]
-    fn with_operand_slow<W: Word>(
-        &mut self,
-        op: &Op,
-        then: impl FnOnce(&mut Cpu, &Op, W) -> Step,
-    ) -> Step {
+    fn with_operand_slow<W: Word>(&mut self, op: &Op, then: impl FnOnce(&mut Cpu, &Op, W) -> Step) -> Step {
         let value = self.load_op::<W>(op)?;
         then(self, op, value)
     }
