@@ -38,6 +38,18 @@ struct Place {
     trailer: usize,
     /// Where numbers are in the table of contents.
     numbers: Vec<std::ops::Range<usize>>,
+    compressed: bool,
+    pages: Vec<u8>,
+}
+
+/// All pages of a snapshot that can be read.
+fn pages(path: &Path) -> Vec<u8> {
+    let mut pages = vec![0; PAGES as usize * PAGE_BYTES];
+    let chain = Chain::open(path).expect("a chain");
+    for (page, bytes) in (0..).zip(pages.chunks_exact_mut(PAGE_BYTES)) {
+        chain.read(page, bytes).expect("a page");
+    }
+    pages
 }
 
 fn write(target: &Path, parent: Option<&Snapshot>, value: u8, compressed: bool) -> Snapshot {
@@ -84,7 +96,8 @@ impl Place {
             .map(|at| at..at + manifest[at..].iter().position(|byte| !byte.is_ascii_digit()).expect("an end"))
             .collect();
         let trailer = files[MEMORY].len() - second.manifest().memory.trailer_bytes as usize;
-        Place { folder, files, handles, changed: [false; 4], trailer, numbers }
+        let pages = pages(second.path());
+        Place { folder, files, handles, changed: [false; 4], trailer, numbers, compressed, pages }
     }
 
     /// The table of contents with other numbers in it, each changed once at most.
@@ -251,14 +264,20 @@ fuzz_target!(|bytes: &[u8]| {
             }
         }
         let found = verify(&path);
+        let mut is_damaged = !is_pristine;
         // Whoever forges checksums may say anything.
         if has_right_manifest {
             let is_whole = found.is_ok_and(|found| found.is_empty());
-            assert_eq!(is_whole, is_pristine, "damage is found, and nothing else");
+            if is_whole && place.compressed && changed == [false, false, true, false] {
+                // LZ4 has more than one form for the same pages.
+                assert!(pages(&path) == place.pages, "it has other pages, and is called whole");
+                is_damaged = false;
+            }
+            assert_eq!(is_whole, !is_damaged, "damage is found, and nothing else");
         }
         if is_thorough {
             let _ = list(&place.folder);
-            if has_right_manifest && !is_pristine {
+            if has_right_manifest && is_damaged {
                 assert!(compact(&path).is_err(), "damage is not made good");
             }
         }

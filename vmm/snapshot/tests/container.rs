@@ -630,6 +630,38 @@ fn damage_of_compressed_memory_is_found_at_its_place_and_never_unpacked() {
     assert_eq!(verify(&target).unwrap(), []);
 }
 
+/// LZ4 has more than one form for the same bytes: a changed byte that unpacks to the same pages is no damage, every other one
+/// is.
+#[test]
+fn a_changed_byte_of_compressed_memory_is_damage_or_changes_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("a");
+    let whole = write_packed(&target, None, &[0, 1, 2, 999], 1);
+    let stored = fs::metadata(target.join("memory")).unwrap().len() - whole.manifest().memory.trailer_bytes;
+    let pages = || {
+        let chain = Chain::open(&target).unwrap();
+        [0, 1, 2, 400, 999].map(|at| {
+            let mut bytes = page(99);
+            chain.read(at, &mut bytes).map(|()| bytes).map_err(drop)
+        })
+    };
+    let expected = pages();
+    let mut same = 0;
+    // Not all of the page that does not become shorter.
+    for at in (0..stored.min(64)).chain(stored.saturating_sub(64)..stored) {
+        let byte = fs::read(target.join("memory")).unwrap()[at as usize];
+        for bit in 0..8 {
+            damaged(&target, "memory", |file| file.write_all_at(&[byte ^ 1 << bit], at).unwrap());
+            let is_whole = verify(&target).unwrap().is_empty();
+            assert_eq!(is_whole, pages() == expected, "bit {bit} of byte {at}");
+            same += usize::from(is_whole);
+        }
+        damaged(&target, "memory", |file| file.write_all_at(&[byte], at).unwrap());
+    }
+    assert!(same > 0, "there was one such byte, or this checks nothing");
+    assert_eq!(verify(&target).unwrap(), []);
+}
+
 /// Replaces bytes of a compressed memory's trailer, with right checksums everywhere.
 fn forge_trailer(target: &Path, at: u64, bytes: &[u8]) -> String {
     let manifest = Snapshot::open(target).unwrap().manifest().clone();
