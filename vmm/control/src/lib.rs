@@ -43,5 +43,5 @@ pub use registry::{Entry, Life, NewMachine, Registry, RegistryError};
 pub use routes::Machine;
 pub use seat::Seat;
 pub use server::Server;
-pub use start::{Claim, StartError, Started};
+pub use start::{Claim, Handover, MonitorProcess, StartError, Started, Starting};
 pub use time::unix_ms;

@@ -4,10 +4,11 @@
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::ExitStatusExt;
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus};
 
 use crate::record::MachineRecord;
 use crate::registry::{MachineFolder, Registry};
@@ -53,7 +54,53 @@ pub struct Started {
     /// Where its files are.
     pub folder: MachineFolder,
     /// Its monitor. A process that lives longer than the machine is to wait for it.
-    pub monitor: Child,
+    pub monitor: Box<dyn MonitorProcess>,
+}
+
+/// The process of a monitor, as its starter knows it.
+pub trait MonitorProcess: std::fmt::Debug + Send {
+    /// Ends it at once.
+    ///
+    /// # Errors
+    /// The host's.
+    fn kill(&mut self) -> io::Result<()>;
+
+    /// Waits for its end.
+    ///
+    /// # Errors
+    /// The host's.
+    fn wait(&mut self) -> io::Result<ExitStatus>;
+}
+
+impl MonitorProcess for Child {
+    fn kill(&mut self) -> io::Result<()> {
+        Child::kill(self)
+    }
+
+    fn wait(&mut self) -> io::Result<ExitStatus> {
+        Child::wait(self)
+    }
+}
+
+/// What a monitor is given: see [`Seat::take`].
+#[derive(Debug)]
+pub struct Handover {
+    /// The machine's folder.
+    pub folder: PathBuf,
+    /// Becomes its stdin.
+    pub lock: OwnedFd,
+    /// Becomes its stdout.
+    pub word: OwnedFd,
+    /// Becomes its stderr.
+    pub log: OwnedFd,
+}
+
+/// A monitor that has been started and has not said its word.
+#[derive(Debug)]
+pub struct Starting {
+    claim: Claim,
+    monitor: Box<dyn MonitorProcess>,
+    word: io::PipeReader,
 }
 
 impl Claim {
@@ -81,49 +128,47 @@ impl Claim {
     /// # Errors
     /// [`StartError`]; nothing is left of the machine then.
     pub fn start(self, program: &Path, args: &[OsString]) -> Result<Started, StartError> {
-        let result = self.try_start(program, args);
-        if result.is_err()
-            && let Err(err) = self.registry.remove_own(&self.folder)
-        {
-            log::warn!("{err}");
-        }
-        let monitor = result?;
-        Ok(Started { record: self.record, folder: self.folder, monitor })
+        let starting = self.begin(|handover| {
+            let mut monitor = Command::new(program);
+            monitor.arg("monitor").arg(handover.folder).args(args);
+            monitor.stdin(handover.lock).stdout(handover.word).stderr(handover.log);
+            monitor.spawn().map(|monitor| Box::new(monitor) as Box<dyn MonitorProcess>)
+        })?;
+        starting.wait()
     }
 
-    fn try_start(&self, program: &Path, args: &[OsString]) -> Result<Child, StartError> {
-        let log = File::options()
-            .append(true)
-            .create(true)
-            .mode(0o600)
-            .open(self.folder.monitor_log())
-            .map_err(StartError::Spawn)?;
-        let lock = self.lock.try_clone().map_err(StartError::Spawn)?;
-        let mut monitor = Command::new(program)
-            .arg("monitor")
-            .arg(self.folder.path())
-            .args(args)
-            .stdin(Stdio::from(lock))
-            .stdout(Stdio::piped())
-            .stderr(Stdio::from(log))
-            .spawn()
-            .map_err(StartError::Spawn)?;
-        let mut word = Vec::new();
-        if let Some(pipe) = monitor.stdout.take() {
-            // A broken read is an empty word.
-            let _ = BufReader::new(pipe.take(WORD_MAX)).read_until(b'\n', &mut word);
+    /// Has `start` make a monitor of what it is given.
+    ///
+    /// # Errors
+    /// [`StartError::Spawn`]; nothing is left of the machine then.
+    pub fn begin(
+        self,
+        start: impl FnOnce(Handover) -> io::Result<Box<dyn MonitorProcess>>,
+    ) -> Result<Starting, StartError> {
+        let begin = || {
+            let log =
+                File::options().append(true).create(true).mode(0o600).open(self.folder.monitor_log())?;
+            let (word, said) = io::pipe()?;
+            let handover = Handover {
+                folder: self.folder.path().to_owned(),
+                lock: self.lock.try_clone()?.into(),
+                word: said.into(),
+                log: log.into(),
+            };
+            Ok((start(handover)?, word))
+        };
+        match begin() {
+            Ok((monitor, word)) => Ok(Starting { claim: self, monitor, word }),
+            Err(err) => {
+                self.remove();
+                Err(StartError::Spawn(err))
+            }
         }
-        match serde_json::from_slice(&word) {
-            Ok(Word::Ready) => Ok(monitor),
-            Ok(Word::Failed { exit_code, message }) => {
-                let _ = monitor.wait();
-                Err(StartError::Failed { exit_code, message })
-            }
-            Err(_) => {
-                let _ = monitor.kill();
-                let status = monitor.wait().map_err(StartError::Spawn)?;
-                Err(StartError::Died(self.last_words(status.signal(), status.code())))
-            }
+    }
+
+    fn remove(&self) {
+        if let Err(err) = self.registry.remove_own(&self.folder) {
+            log::warn!("{err}");
         }
     }
 
@@ -137,6 +182,41 @@ impl Claim {
             (Some(line), _, _) => line.trim_start_matches("harrier: ").to_owned(),
             (None, Some(signal), _) => format!("signal {signal}"),
             (None, None, code) => format!("code {}", code.unwrap_or_default()),
+        }
+    }
+}
+
+impl Starting {
+    /// Waits until the machine runs.
+    ///
+    /// # Errors
+    /// [`StartError`]; nothing is left of the machine then.
+    pub fn wait(self) -> Result<Started, StartError> {
+        let Self { claim, mut monitor, word } = self;
+        match hear(&claim, monitor.as_mut(), word) {
+            Ok(()) => Ok(Started { record: claim.record, folder: claim.folder, monitor }),
+            Err(err) => {
+                claim.remove();
+                Err(err)
+            }
+        }
+    }
+}
+
+fn hear(claim: &Claim, monitor: &mut dyn MonitorProcess, pipe: io::PipeReader) -> Result<(), StartError> {
+    let mut word = Vec::new();
+    // A broken read is an empty word.
+    let _ = BufReader::new(pipe.take(WORD_MAX)).read_until(b'\n', &mut word);
+    match serde_json::from_slice(&word) {
+        Ok(Word::Ready) => Ok(()),
+        Ok(Word::Failed { exit_code, message }) => {
+            let _ = monitor.wait();
+            Err(StartError::Failed { exit_code, message })
+        }
+        Err(_) => {
+            let _ = monitor.kill();
+            let status = monitor.wait().map_err(StartError::Spawn)?;
+            Err(StartError::Died(claim.last_words(status.signal(), status.code())))
         }
     }
 }

@@ -39,3 +39,4 @@ mod vcpu;
 mod vm;
 
 pub use engine::SoftEngine;
+pub use native::thunk::prepare_tables;

@@ -1,23 +1,22 @@
 //! `harrier fork`: clones of a machine that runs, or of a snapshot. What they do not write, they share.
 //!
 //! A machine that runs is frozen into an image with a short pause; the clones map it, and the last of them takes it
-//! away. Every clone is a machine like others, with a monitor of its own.
+//! away. Every clone is a machine like others, with a monitor of its own, which is a copy of this process ([`clone_process`]).
 
+use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::io::Write;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, PoisonError};
 
 use harrier_control::api::{KillRequest, SnapshotRequest};
 use harrier_control::{
-    Client, Entry, Image, MachineName, NewMachine, Registry, RegistryError, StartError, Started,
+    Client, Entry, Image, MachineName, NewMachine, Registry, RegistryError, StartError, Started, Starting,
 };
 use harrier_snapshot::{Chain, Snapshot, unpack};
 use serde_json::json;
 
-use super::{TAKE_TIMEOUT, find};
+use super::{TAKE_TIMEOUT, clone_process, find};
 use crate::exit::Failure;
 use crate::flags::ForkFlags;
 
@@ -110,7 +109,7 @@ fn snapshot_of(name: &str, registry: &Registry) -> Result<Origin, Failure> {
     Ok(Origin { snapshot, image: None, pause_us: None })
 }
 
-/// Starts all clones; if one does not start, none is left.
+/// Starts all clones, a few at a time; if one does not start, none is left.
 fn start_all(
     flags: &ForkFlags,
     origin: &Origin,
@@ -118,10 +117,8 @@ fn start_all(
     command: Vec<String>,
     registry: &Registry,
 ) -> Result<Vec<Started>, Failure> {
-    let program = std::env::current_exe().map_err(|err| {
-        Failure::new(format!("the program's own file cannot be found ({err}): mount /proc"))
-    })?;
-    let start = |index: u32, name: &Option<MachineName>| {
+    clone_process::prepare();
+    let begin = |index: u32, name: &Option<MachineName>| {
         let new = NewMachine {
             name: name.clone(),
             command: command.clone(),
@@ -129,40 +126,33 @@ fn start_all(
             auto_remove: flags.rm,
         };
         let claim = registry.create(new)?;
-        claim.start(&program, &arguments(flags, origin, index)).map_err(|err| match err {
-            StartError::Failed { exit_code, message } => Failure { code: exit_code, message },
-            other => Failure::new(other),
-        })
+        let args = arguments(flags, origin, index);
+        claim.begin(|handover| clone_process::start(handover, args)).map_err(failure_of)
     };
-    let next = AtomicU32::new(0);
-    let started = Mutex::new(Vec::new());
-    let failed: Mutex<Option<Failure>> = Mutex::new(None);
-    let threads = std::thread::available_parallelism().map_or(2, NonZeroUsize::get).saturating_mul(2);
-    std::thread::scope(|scope| {
-        for _ in 0..threads.min(names.len()) {
-            scope.spawn(|| {
-                loop {
-                    let index = next.fetch_add(1, Ordering::Relaxed);
-                    let Some(name) = names.get(index as usize) else { return };
-                    match start(index, name) {
-                        Ok(clone) => {
-                            started.lock().unwrap_or_else(PoisonError::into_inner).push((index, clone))
-                        }
-                        Err(failure) => {
-                            failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(failure);
-                            // The others need not begin.
-                            next.store(u32::MAX / 2, Ordering::Relaxed);
-                            return;
-                        }
-                    }
-                }
-            });
+    let at_a_time = std::thread::available_parallelism().map_or(2, NonZeroUsize::get).saturating_mul(2);
+    let mut starting = VecDeque::new();
+    let mut started = Vec::new();
+    let mut failed: Option<Failure> = None;
+    let mut next = (0u32..).zip(names);
+    loop {
+        while failed.is_none()
+            && starting.len() < at_a_time
+            && let Some((index, name)) = next.next()
+        {
+            match begin(index, name) {
+                Ok(clone) => starting.push_back(clone),
+                Err(failure) => failed = Some(failure),
+            }
         }
-    });
-    let mut started = started.into_inner().unwrap_or_else(PoisonError::into_inner);
-    started.sort_by_key(|(index, _)| *index);
-    let started: Vec<Started> = started.into_iter().map(|(_, clone)| clone).collect();
-    match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        let Some(clone): Option<Starting> = starting.pop_front() else { break };
+        match clone.wait() {
+            Ok(clone) => started.push(clone),
+            Err(err) => {
+                failed.get_or_insert(failure_of(err));
+            }
+        }
+    }
+    match failed {
         None => Ok(started),
         Some(failure) => {
             for clone in started {
@@ -170,6 +160,13 @@ fn start_all(
             }
             Err(failure)
         }
+    }
+}
+
+fn failure_of(err: StartError) -> Failure {
+    match err {
+        StartError::Failed { exit_code, message } => Failure { code: exit_code, message },
+        other => Failure::new(other),
     }
 }
 

@@ -1,6 +1,7 @@
 //! Snapshots as a user sees them: taken of a machine that runs ([`take`]), made into machines ([`restore`]), and looked
 //! after where they lie ([`run`]). What the command line itself has to keep beside a machine is in [`kept`].
 
+mod clone_process;
 mod fork;
 mod kept;
 mod manage;

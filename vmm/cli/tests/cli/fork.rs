@@ -135,3 +135,37 @@ fn clones_have_an_input_of_their_own_where_it_is_asked_for() {
     assert_eq!(machines.good(&["logs", "deaf"]), "got\n", "its input is empty");
     assert_eq!(machines.inspect("base")["state"], "running");
 }
+
+/// Memory of a process that nobody else has, in its heap and its program's file, in KiB.
+fn own_kib(pid: u64) -> u64 {
+    let program = std::fs::read_link(format!("/proc/{pid}/exe")).unwrap();
+    let program = program.to_str().unwrap().to_owned();
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
+    let (mut counts, mut sum) = (false, 0);
+    for line in maps.lines() {
+        match line.strip_prefix("Private_Dirty:") {
+            Some(kib) if counts => sum += kib.trim().trim_end_matches(" kB").parse::<u64>().unwrap(),
+            _ if line.ends_with("[heap]") || line.ends_with(&program) => counts = true,
+            // Another mapping begins with its addresses.
+            _ if line.split(' ').next().is_some_and(|word| word.contains('-')) => counts = false,
+            _ => {}
+        }
+    }
+    sum
+}
+
+#[test]
+fn clones_share_what_every_monitor_makes_for_itself() {
+    let machines = Machines::new();
+    machines.good(&["run", "-d", "--name", "base", "--memory", "128M", "--", "sleep", "1000"]);
+    machines.good(&["fork", "base", "-n", "3", "--name", "kid"]);
+    let base = own_kib(pid(&machines, "base"));
+    for name in ["kid-0", "kid-1", "kid-2"] {
+        let pid = pid(&machines, name);
+        // What is free is given back when the machine has settled.
+        eventually("it shares", || own_kib(pid) * 2 < base);
+    }
+    for name in ["kid-0", "kid-1", "kid-2", "base"] {
+        machines.good(&["kill", name]);
+    }
+}

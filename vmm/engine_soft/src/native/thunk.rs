@@ -172,6 +172,15 @@ pub(crate) fn prepare(instruction: &Instruction) -> Option<u64> {
     arena.lock().unwrap_or_else(PoisonError::into_inner).thunk(instruction).map(u64::from)
 }
 
+/// Makes the tables of the decoder and the encoder, which are otherwise made with a machine: for a process of which copies
+/// are to share them. It maps no executable memory, which copies would write to together.
+pub fn prepare_tables() {
+    let mut instruction = Decoder::new(64, &[0x90], DecoderOptions::NONE).decode();
+    instruction.set_code(Code::Nopd);
+    // Only what it needs is wanted, and that is there by now.
+    let _ = Encoder::new(64).encode(&instruction, 0);
+}
+
 /// Whether executable memory can be had, without which there is neither SIMD nor x87; the error is the host's answer.
 pub(crate) fn available() -> Result<(), &'static str> {
     ARENA.as_ref().map(drop).map_err(String::as_str)
