@@ -178,7 +178,6 @@ fn refuse(stream: UnixStream, status: u16, message: &str) {
 fn serve(shared: &Shared, stream: UnixStream) {
     let mut connection = Timed { stream, deadline: Instant::now() + shared.timeout };
     let request = read_request(&mut connection);
-    connection.deadline = Instant::now() + shared.timeout;
     let plan = match &request {
         Ok(request) => plan(shared.machine.as_ref(), request),
         Err(err) => match err.answer() {
@@ -205,6 +204,8 @@ fn serve(shared: &Shared, stream: UnixStream) {
             }
         }
         (Plan::Answer(response), _) => {
+            // From now on: what was asked for may have taken long.
+            connection.deadline = Instant::now() + shared.timeout;
             if let Err(err) = response.write(&mut connection) {
                 log::debug!("control socket: the answer was not taken: {err}");
             }

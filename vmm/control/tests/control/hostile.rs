@@ -2,7 +2,9 @@
 
 use std::io::Write;
 use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
+use harrier_control::api::SnapshotRequest;
 use harrier_control::server::CONNECTIONS_MAX;
 
 use crate::support::{answer, served};
@@ -32,6 +34,21 @@ fn what_is_no_request_is_answered_and_costs_nothing() {
     }
     assert!(served.machine.asked.lock().unwrap().is_empty());
     assert_eq!(served.raw(GET).0, 200);
+}
+
+/// Memory and disks may take minutes to write down, and the client hears of it all the same.
+#[test]
+fn what_takes_longer_than_a_client_may_is_answered() {
+    let served = served();
+    let request = SnapshotRequest {
+        target: "/slow".to_owned(),
+        diff: false,
+        resume: false,
+        image: false,
+        compress: false,
+    };
+    let taken = served.client.with_timeout(Duration::from_secs(60)).snapshot(&request).unwrap();
+    assert_eq!(taken.path, "/slow");
 }
 
 #[test]

@@ -14,7 +14,10 @@ use harrier_control::exec::{ExecStreams, Execution};
 use harrier_control::stream::CommandEnd;
 use harrier_control::{Claim, Client, Machine, MachineRecord, NewMachine, Registry, Seat, Server};
 
-/// Notes what it is asked for.
+/// How long clients of [`served`] may take.
+pub(crate) const TIMEOUT: Duration = Duration::from_millis(500);
+
+/// Notes what it is asked for; a snapshot to `/slow` takes longer than a client may.
 pub(crate) struct FakeMachine {
     record: MachineRecord,
     pub(crate) state: Mutex<MachineState>,
@@ -72,6 +75,9 @@ impl Machine for FakeMachine {
 
     fn snapshot(&self, request: SnapshotRequest) -> Result<SnapshotInfo, ApiError> {
         self.asked.lock().unwrap().push(format!("{request:?}"));
+        if request.target == "/slow" {
+            std::thread::sleep(TIMEOUT * 2);
+        }
         Ok(SnapshotInfo {
             path: request.target,
             id: "00".repeat(16),
@@ -179,7 +185,7 @@ pub(crate) fn served() -> Served {
         seat.listen().unwrap(),
         Arc::clone(&machine) as Arc<dyn Machine>,
         Arc::new(|| Ok(())),
-        Duration::from_millis(500),
+        TIMEOUT,
     )
     .unwrap();
     let client = Client::new(seat.folder());
