@@ -130,7 +130,11 @@ const EXPLANATIONS: &[Explanation] = &[
     },
     Explanation {
         applies: |seen| {
-            seen.topic(&["paging"]) && seen.differences.iter().all(|text| entries_differ_in(text, 1 << 5))
+            seen.topic(&["paging"])
+                && seen
+                    .differences
+                    .iter()
+                    .all(|text| entries_differ_in(text, 1 << 5) || flags_differ_in(text, flag::AC))
         },
         why: "accessed bits on the way to a page fault: processors may set them or not (SDM volume 3, 4.8)",
     },
