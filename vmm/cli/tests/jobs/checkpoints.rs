@@ -83,7 +83,7 @@ fn who_asks_once_gets_one_checkpoint() {
 #[test]
 fn a_damaged_checkpoint_is_passed_over_for_the_one_before_and_then_the_job_begins_anew() {
     let pool = Pool::new();
-    let id = pool.submit(&["--checkpoint-interval", "never"], &chain(200, 30_000));
+    let id = pool.submit(&["--checkpoint-interval", "never"], &chain(400, 30_000));
     let mut worker = pool.worker("w", &["--jobs", "1"]);
     for number in 1..=3 {
         eventually("it goes on", || steps(&pool, id) > number * 6);
@@ -113,7 +113,7 @@ fn a_damaged_checkpoint_is_passed_over_for_the_one_before_and_then_the_job_begin
     let mut worker = pool.worker("w", &["--drain"]);
     assert_eq!(pool.exit_code(id), 0, "{}\n{}", worker.said(), pool.history(id));
     assert_eq!(worker.wait(), 0, "{}", worker.said());
-    assert_eq!(pool.logs(id), chain_output(200));
+    assert_eq!(pool.logs(id), chain_output(400));
     assert_eq!(pool.job(id)["attempts"][2]["parent"], serde_json::Value::Null);
 }
 

@@ -4,7 +4,9 @@ use crate::pool::{Pool, chain, chain_output, eventually};
 
 fn templates(pool: &Pool) -> usize {
     let entries = std::fs::read_dir(pool.path("w").join("warm")).into_iter().flatten().flatten();
-    entries.filter(|entry| entry.path().join("manifest.json").exists()).count()
+    // One in the making has a name that begins with a dot.
+    let complete = entries.filter(|entry| !entry.file_name().as_encoded_bytes().starts_with(b"."));
+    complete.filter(|entry| entry.path().join("manifest.json").exists()).count()
 }
 
 #[test]
@@ -42,10 +44,15 @@ fn jobs_of_one_kind_share_a_template_and_nothing_else() {
 #[test]
 fn a_template_that_is_damaged_costs_one_try() {
     let pool = Pool::new();
-    let _worker = pool.worker("w", &["--slots", "1"]);
+    let worker = pool.worker("w", &["--slots", "1"]);
     let first = pool.submit(&[], "echo cold");
     assert_eq!(pool.exit_code(first), 0);
     eventually("a template is made", || templates(&pool) == 1);
+    // The worker knows of it a moment later.
+    eventually("a job begins in it", || {
+        assert_eq!(pool.exit_code(pool.submit(&[], "echo warm")), 0);
+        worker.said().contains("from a template")
+    });
     let folder = std::fs::read_dir(pool.path("w").join("warm")).unwrap().next().unwrap().unwrap().path();
     std::fs::remove_file(folder.join("state")).unwrap();
     let second = pool.submit(&[], "echo again");
