@@ -90,9 +90,11 @@ impl State {
 fn copy(mut from: TcpStream, mut to: TcpStream, state: &State, is_request: bool) {
     let cut = &state.cut;
     let mut buffer = vec![0; 64 << 10];
+    // A request whose answer is to be lost arrives as a whole, in however many pieces it comes.
+    let mut arrives = false;
     while let Ok(count) = from.read(&mut buffer) {
         // What was sent into a cut cable is lost, and with it the connection; no trap is sprung by it.
-        if count == 0 || cut.load(Ordering::SeqCst) {
+        if count == 0 || cut.load(Ordering::SeqCst) && !arrives {
             break;
         }
         let lost = if is_request { state.look(&buffer[..count]) } else { None };
@@ -102,6 +104,7 @@ fn copy(mut from: TcpStream, mut to: TcpStream, state: &State, is_request: bool)
         if lost == Some(Lost::Request) {
             break;
         }
+        arrives |= lost == Some(Lost::Answer);
         if to.write_all(&buffer[..count]).is_err() {
             break;
         }
