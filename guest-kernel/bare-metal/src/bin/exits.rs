@@ -9,7 +9,7 @@ use core::sync::atomic::{AtomicU64, Ordering};
 
 use harrier_bare_metal::report::Console;
 use harrier_bare_metal::trap::{Block, set_handler};
-use harrier_bare_metal::{Frame, apic, check_true, code64, cpu, guest_main, run};
+use harrier_bare_metal::{Frame, apic, check_true, code64, cpu, guest_main, hypercall, run};
 
 guest_main!(main);
 
@@ -37,6 +37,11 @@ fn main() {
     let count = 100_000 * scale;
     let cpuid = code64!("mov r8, rcx", "2: mov eax, 1", "cpuid", "dec r8", "jnz 2b");
     measure("cpuid", count, || kernel(cpuid, count));
+    // Only Harrier has calls: FEATURES, with its block ready, does nothing more.
+    if hypercall::present() && hypercall::features(0).0.is_ok() {
+        let count = 20_000 * scale;
+        measure("hypercall", count, || (0..count).all(|_| hypercall::ring_again()));
+    }
 
     unsafe extern "C" fn tick(_: &mut Frame, _: &mut Block) {
         TICKS.fetch_add(1, Ordering::SeqCst);
