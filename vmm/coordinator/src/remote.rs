@@ -161,7 +161,8 @@ impl RemoteStore {
         match &answer {
             Err(StoreError::Unreachable(_, reason) | StoreError::Certificate(_, reason)) => {
                 let wait = silence.as_ref().map_or(BACK_OFF.0, |known| (known.wait * 2).min(BACK_OFF.1));
-                let wait = wait.min(timeout);
+                // With the call before it, it leaves a machine that stands still for the last third of its lease time to go on.
+                let wait = wait.min(timeout / 4);
                 *silence = Some(Silence { until: Instant::now() + wait, wait, reason: reason.clone() });
             }
             _ => *silence = None,
