@@ -129,7 +129,7 @@ pub(super) fn normalise(case: &Case, result: &mut Context) {
         14 | 13 | 18 | 12 | 11 => *address = 0,
         _ => (*error, *address) = (0, 0),
     }
-    let must_be_aligned = |instruction: &Instruction| super::generate::is_aligned(instruction.code());
+    let must_be_aligned = |instruction: &Instruction| super::encodings::is_aligned(instruction.code());
     if result.fault[0] == 13 && case.instructions.iter().any(must_be_aligned) {
         // Beyond the stack segment's limit and not aligned: #SS and #GP both apply.
         result.fault[0] = 14;

@@ -1,15 +1,17 @@
 //! Instructions in user mode, compared with the processor that this runs on: the same program with the same registers
 //! and memory at the same addresses, once in a process of the host and once in a guest of an engine.
 //!
-//! [`layout`] has the program, [`native`] and [`guest`] run it, [`generate`] makes cases and [`compare`] says what counts.
+//! [`layout`] has the program, [`native`] and [`guest`] run it, [`generate`] makes cases of [`encodings`] and [`operands`], and [`compare`] says what counts.
 //! A batch of cases is run in one go on each side; memory goes from case to case, and where a batch differs its cases are
 //! run again one by one.
 
 mod compare;
+mod encodings;
 mod generate;
 mod guest;
 mod layout;
 mod native;
+mod operands;
 pub(crate) mod random;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -29,7 +31,7 @@ use self::native::Native;
 use self::random::Random;
 
 pub use self::compare::{differences_of_makers, undefined_flags};
-pub use self::generate::comparable;
+pub use self::encodings::comparable;
 
 /// Mismatches of one encoding that are written down.
 const KEPT: usize = 1;
@@ -122,7 +124,7 @@ pub fn run(engine: &dyn Engine, options: &Options) -> Result<Outcome, DiffError>
     let started = Instant::now();
     let model = [CpuModel::Host, CpuModel::V3].into_iter().find(|model| engine.cpu_models().contains(model));
     let model = model.ok_or(DiffError::Model { engine: engine.name() })?;
-    let mut encodings = generate::encodings(options.bits);
+    let mut encodings = encodings::encodings(options.bits);
     if let Some(part) = &options.only {
         encodings.retain(|code| format!("{code:?}").contains(part.as_str()));
         if encodings.is_empty() {
