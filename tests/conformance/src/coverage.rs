@@ -297,17 +297,7 @@ impl Processor {
     fn state(&self, bits: u32) -> CpuState {
         let mut state = self.start.clone();
         let long = bits == 64;
-        let flat = |kind: u8, selector: u16| Segment {
-            selector,
-            limit: u32::MAX,
-            kind,
-            code_or_data: true,
-            present: true,
-            long: long && kind & 8 != 0,
-            db: !(long && kind & 8 != 0),
-            granularity: true,
-            ..Segment::default()
-        };
+        let flat = |kind: u8, selector: u16| Segment::flat(selector, kind, long && kind & 8 != 0);
         let segments = &mut state.segments;
         segments.cs = flat(0xb, if long { CODE64 } else { CODE32 });
         for segment in

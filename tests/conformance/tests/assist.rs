@@ -64,20 +64,9 @@ fn memory() -> Arc<GuestRegion> {
 }
 
 fn long_mode(state: &mut CpuState) {
-    let segment = |selector, kind, long| Segment {
-        selector,
-        limit: 0xffff_ffff,
-        kind,
-        code_or_data: true,
-        present: true,
-        long,
-        db: !long,
-        granularity: true,
-        ..Segment::default()
-    };
-    let data = segment(0x10, 3, false);
+    let data = Segment::flat(0x10, 3, false);
     let segments = &mut state.segments;
-    segments.cs = segment(8, 0xb, true);
+    segments.cs = Segment::flat(8, 0xb, true);
     (segments.ds, segments.es, segments.ss, segments.fs, segments.gs) = (data, data, data, data, data);
     segments.gdtr = DescriptorTable { base: GDT, limit: 0x17 };
     segments.idtr = DescriptorTable { base: IDT, limit: 0xfff };

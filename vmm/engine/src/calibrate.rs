@@ -155,18 +155,7 @@ fn memory() -> Result<Arc<GuestRegion>, EngineError> {
 }
 
 fn long_mode(state: &mut CpuState, level: u8) {
-    let segment = |selector: u16, kind, long| Segment {
-        selector: selector | u16::from(level),
-        limit: 0xffff_ffff,
-        kind,
-        code_or_data: true,
-        dpl: level,
-        present: true,
-        long,
-        db: !long,
-        granularity: true,
-        ..Segment::default()
-    };
+    let segment = |selector: u16, kind, long| Segment::flat(selector | u16::from(level), kind, long);
     let data = segment(0x10, 3, false);
     let segments = &mut state.segments;
     segments.cs = segment(0x8, 0xb, true);

@@ -56,6 +56,25 @@ pub struct Segment {
     pub unusable: bool,
 }
 
+impl Segment {
+    /// Code or data over all addresses from 0 on, at the privilege level that its selector asks for: 64-bit code if `long`, else
+    /// of 32 bits. `kind` is 3 for data that was written to, 0xb for code that may be read.
+    pub fn flat(selector: u16, kind: u8, long: bool) -> Segment {
+        Segment {
+            selector,
+            limit: u32::MAX,
+            kind,
+            code_or_data: true,
+            dpl: (selector & 3) as u8,
+            present: true,
+            long,
+            db: !long,
+            granularity: true,
+            ..Segment::default()
+        }
+    }
+}
+
 /// GDTR or IDTR.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

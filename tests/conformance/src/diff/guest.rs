@@ -93,8 +93,8 @@ impl Guest {
     pub(super) fn run(&mut self) -> Result<(), String> {
         let mut state = self.vcpu.state().map_err(|err| err.to_string())?;
         state.regs.rip = PROGRAM;
-        state.segments.cs = segment(CODE64, 0xb, 3, true);
-        state.segments.ss = segment(FLAT, 3, 3, false);
+        state.segments.cs = Segment::flat(CODE64, 0xb, true);
+        state.segments.ss = Segment::flat(FLAT, 3, false);
         state.regs.rflags = 0x202;
         self.vcpu.set_state(&state).map_err(|err| err.to_string())?;
         let leave = |port, _: &[u8]| if port == EXIT_PORT { Flow::Leave } else { Flow::Continue };
@@ -175,10 +175,10 @@ impl Guest {
     fn enter_user_mode(&mut self) -> Result<(), EngineError> {
         let mut state = self.vcpu.state()?;
         let segments = &mut state.segments;
-        (segments.ds, segments.es) = (segment(FLAT, 3, 3, false), segment(FLAT, 3, 3, false));
-        (segments.fs, segments.gs) = (segment(FLAT, 3, 3, false), segment(FLAT, 3, 3, false));
-        segments.cs = segment(CODE64, 0xb, 3, true);
-        segments.ss = segment(FLAT, 3, 3, false);
+        (segments.ds, segments.es) = (Segment::flat(FLAT, 3, false), Segment::flat(FLAT, 3, false));
+        (segments.fs, segments.gs) = (Segment::flat(FLAT, 3, false), Segment::flat(FLAT, 3, false));
+        segments.cs = Segment::flat(CODE64, 0xb, true);
+        segments.ss = Segment::flat(FLAT, 3, false);
         segments.tr = Segment {
             selector: 0x40,
             base: TSS,
@@ -198,21 +198,6 @@ impl Guest {
         state.control.efer = 0xd01;
         state.control.xcr0 = 7;
         self.vcpu.set_state(&state)
-    }
-}
-
-fn segment(selector: u16, kind: u8, dpl: u8, long: bool) -> Segment {
-    Segment {
-        selector,
-        limit: u32::MAX,
-        kind,
-        code_or_data: true,
-        dpl,
-        present: true,
-        long,
-        db: !long,
-        granularity: true,
-        ..Segment::default()
     }
 }
 

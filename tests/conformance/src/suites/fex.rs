@@ -302,21 +302,9 @@ fn execute(engine: &dyn Engine, program: &[u8], config: &Config) -> Result<CpuSt
 
     let mut vcpu = vm.create_vcpu(0).map_err(text)?;
     let mut state = vcpu.state().map_err(text)?;
-    let flat = |selector: u16, kind: u8, long: bool| Segment {
-        selector,
-        limit: u32::MAX,
-        kind,
-        code_or_data: true,
-        dpl: 3,
-        present: true,
-        long,
-        db: !long,
-        granularity: true,
-        ..Segment::default()
-    };
-    let data = flat(0x2b, 3, false);
+    let data = Segment::flat(0x2b, 3, false);
     let segments = &mut state.segments;
-    segments.cs = flat(0x33, 0xb, true);
+    segments.cs = Segment::flat(0x33, 0xb, true);
     (segments.ss, segments.ds, segments.es, segments.fs, segments.gs) = (data, data, data, data, data);
     segments.tr = Segment {
         selector: 0x40,

@@ -117,19 +117,6 @@ impl Machine {
     }
 }
 
-fn flat(selector: u16, kind: u8) -> Segment {
-    Segment {
-        selector,
-        limit: 0xffff_ffff,
-        kind,
-        code_or_data: true,
-        present: true,
-        db: true,
-        granularity: true,
-        ..Segment::default()
-    }
-}
-
 pub(crate) fn real_mode(state: &mut CpuState) {
     state.segments.cs.selector = 0;
     state.segments.cs.base = 0;
@@ -137,9 +124,9 @@ pub(crate) fn real_mode(state: &mut CpuState) {
 }
 
 pub(crate) fn protected_mode(state: &mut CpuState) {
-    let data = flat(0x10, 3);
+    let data = Segment::flat(0x10, 3, false);
     let segments = &mut state.segments;
-    segments.cs = flat(0x8, 0xb);
+    segments.cs = Segment::flat(0x8, 0xb, false);
     (segments.ds, segments.es, segments.ss, segments.fs, segments.gs) = (data, data, data, data, data);
     state.control.cr0 = 0x11;
     entry(state);

@@ -76,21 +76,6 @@ struct Program {
     registers: UserRegisters,
 }
 
-fn segment(selector: u16, code: bool) -> Segment {
-    Segment {
-        selector,
-        limit: 0xffff_ffff,
-        kind: if code { 0xb } else { 3 },
-        code_or_data: true,
-        dpl: 3,
-        present: true,
-        long: code,
-        db: !code,
-        granularity: true,
-        ..Segment::default()
-    }
-}
-
 /// `code` at [`CODE`], a writable page at [`DATA`].
 fn program(code: &[u8]) -> Option<Program> {
     let mode = engine()?.create_user_mode(CpuModel::V3).unwrap();
@@ -112,7 +97,7 @@ fn program(code: &[u8]) -> Option<Program> {
     let registers = UserRegisters {
         rip: CODE,
         rflags: 0x202,
-        segments: [null, segment(0x33, true), segment(0x2b, false), null, null, null],
+        segments: [null, Segment::flat(0x33, 0xb, true), Segment::flat(0x2b, 3, false), null, null, null],
         xsave,
         xcr0: 3,
         ..UserRegisters::default()

@@ -144,21 +144,9 @@ impl Machine {
         }
         let mut vcpu = self.vm.create_vcpu(index).unwrap();
         let mut state = vcpu.state().unwrap();
-        let flat = |selector: u16, kind: u8, dpl: u8, long: bool| Segment {
-            selector,
-            limit: u32::MAX,
-            kind,
-            code_or_data: true,
-            dpl,
-            present: true,
-            long,
-            db: !long,
-            granularity: true,
-            ..Segment::default()
-        };
-        let data = flat(KERNEL_DATA, 3, 0, false);
+        let data = Segment::flat(KERNEL_DATA, 3, false);
         let segments = &mut state.segments;
-        segments.cs = flat(KERNEL_CODE, 0xb, 0, true);
+        segments.cs = Segment::flat(KERNEL_CODE, 0xb, true);
         (segments.ss, segments.ds, segments.es) = (data, data, data);
         segments.tr = Segment {
             selector: TASK,

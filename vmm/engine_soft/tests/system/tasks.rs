@@ -40,19 +40,9 @@ fn protected_mode(machine: &Machine) -> Box<dyn Vcpu> {
     put(0x4c, CODE32.into());
     let mut vcpu = machine.vm.create_vcpu(0).unwrap();
     edit(&mut *vcpu, |state| {
-        let flat = |selector: u16, kind: u8| Segment {
-            selector,
-            limit: u32::MAX,
-            kind,
-            code_or_data: true,
-            present: true,
-            db: true,
-            granularity: true,
-            ..Segment::default()
-        };
-        let data = flat(DATA32, 3);
+        let data = Segment::flat(DATA32, 3, false);
         let segments = &mut state.segments;
-        segments.cs = flat(CODE32, 0xb);
+        segments.cs = Segment::flat(CODE32, 0xb, false);
         (segments.ss, segments.ds, segments.es) = (data, data, data);
         (segments.fs, segments.gs) = (data, data);
         segments.tr = Segment {

@@ -66,7 +66,7 @@ impl Entry {
             }
             Entry::Protected32 { eip, eax, ebx } => {
                 self.enter_flat(state, memory)?;
-                state.segments.cs = code(CODE_32, false);
+                state.segments.cs = Segment::flat(CODE_32, 0xb, false);
                 state.control.cr0 = CR0_PE | CR0_ET;
                 state.control.cr4 = 0;
                 state.control.efer = 0;
@@ -78,7 +78,7 @@ impl Entry {
             Entry::Long64 { rip, rsi } => {
                 super::linux::write_identity_page_tables(memory)?;
                 self.enter_flat(state, memory)?;
-                state.segments.cs = code(CODE_64, true);
+                state.segments.cs = Segment::flat(CODE_64, 0xb, true);
                 state.control.cr0 = CR0_PE | CR0_ET | CR0_NE | CR0_PG;
                 state.control.cr3 = BOOT_PAGE_TABLES;
                 state.control.cr4 = CR4_PAE;
@@ -104,16 +104,7 @@ impl Entry {
         let bytes: Vec<u8> = table.iter().flat_map(|word| word.to_le_bytes()).collect();
         write(memory, BOOT_GDT, "the segment descriptors", &bytes)?;
         let segments = &mut state.segments;
-        let data = Segment {
-            selector: DATA,
-            limit: u32::MAX,
-            kind: 3,
-            code_or_data: true,
-            present: true,
-            db: true,
-            granularity: true,
-            ..Default::default()
-        };
+        let data = Segment::flat(DATA, 3, false);
         for segment in
             [&mut segments.ds, &mut segments.es, &mut segments.fs, &mut segments.gs, &mut segments.ss]
         {
@@ -124,20 +115,6 @@ impl Entry {
         segments.gdtr = DescriptorTable { base: BOOT_GDT, limit: bytes.len() as u16 - 1 };
         segments.idtr = DescriptorTable::default();
         Ok(())
-    }
-}
-
-fn code(selector: u16, long: bool) -> Segment {
-    Segment {
-        selector,
-        limit: u32::MAX,
-        kind: 0xb,
-        code_or_data: true,
-        present: true,
-        long,
-        db: !long,
-        granularity: true,
-        ..Default::default()
     }
 }
 
