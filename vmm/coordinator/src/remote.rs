@@ -363,4 +363,20 @@ mod tests {
         assert!(stranger.contains("(UnknownIssuer): give") && stranger.contains("--ca-file"), "{stranger}");
         assert!(told("io: Connection refused").contains("is 'harrier coordinator' running there?"));
     }
+
+    #[test]
+    fn who_finds_it_silent_asks_again_before_the_last_third_of_a_lease_is_over() {
+        // Nobody listens there.
+        let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let store = RemoteStore::new(&format!("http://{address}"), None, None).unwrap();
+        let lease = Duration::from_millis(600);
+        store.lease_ms.store(600, Ordering::Relaxed);
+        for _ in 0..4 {
+            assert!(store.worker_post("/v1/renew", b"{}", store.worker_timeout()).is_err());
+            let wait = store.silence.lock().unwrap().as_ref().unwrap().wait;
+            // A call that has just begun, the wait behind it, and the call that is answered.
+            assert!(store.worker_timeout() + 2 * wait < lease / 3, "{wait:?}");
+            std::thread::sleep(wait);
+        }
+    }
 }

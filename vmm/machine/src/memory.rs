@@ -132,7 +132,8 @@ impl Laid {
     }
 
     fn overlaps(&self, other: &Range<u64>) -> bool {
-        self.ranges().iter().any(|range| range.start < other.end && other.start < range.end)
+        let ranges = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        ranges.iter().any(|range| range.start < other.end && other.start < range.end)
     }
 }
 

@@ -348,7 +348,7 @@ fn reflink(name: &'static str, dir: &Path, what: &str) -> Finding {
     match result {
         Ok(()) => finding(name, Some(true), shown.to_string(), &format!("{what} cost no space")),
         Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOTTY | rustix::io::Errno::INVAL) => {
-            finding(name, Some(false), shown.to_string(), &format!("{what} are full copies"))
+            finding(name, Some(false), shown.to_string(), &format!("{what} take the space of what they hold"))
         }
         Err(err) => finding(
             name,

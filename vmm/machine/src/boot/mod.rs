@@ -1,9 +1,9 @@
 //! Putting a kernel into guest memory and the boot processor in front of it.
 //!
-//! [`load`] recognises the format, checks the whole file against guest memory, copies it, writes what the
+//! [`load`] recognises the format, checks the whole file against guest memory, copies or maps it there, writes what the
 //! boot protocol wants beside it and returns the [`Entry`] at which the processor starts. Formats: ELF vmlinux
 //! (through its PVH note or the 64-bit Linux entry), bzImage (64-bit entry), multiboot 1, and flat images for
-//! test guests. Files are hostile: nothing is copied before all of a file's numbers have been checked.
+//! test guests. Files are hostile: nothing is put there before all of a file's numbers have been checked.
 
 mod bzimage;
 mod elf;
