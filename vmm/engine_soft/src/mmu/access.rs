@@ -131,24 +131,22 @@ impl Cpu {
 
     // ---- by operand, without a stack frame where it is at hand ----
 
-    /// Where the memory operand is read, if nothing has to be looked up: no segment, and in the look-aside buffer.
+    /// The memory operand's address, if no segment has to be looked at.
+    #[inline(always)]
+    fn flat_address(&self, op: &Op) -> Option<u64> {
+        (op.addr == ADDR_FLAT).then(|| self.offset(op).wrapping_add(self.seg_base[(op.seg & 7) as usize]))
+    }
+
+    /// Where it is read, if it is in the look-aside buffer, too.
     #[inline(always)]
     fn readable<W: Word>(&self, op: &Op) -> Option<HostPtr> {
-        if op.addr != ADDR_FLAT {
-            return None;
-        }
-        let va = self.offset(op).wrapping_add(self.seg_base[(op.seg & 7) as usize]);
-        self.mmu.tlb.read::<W>(self.mmu.rights, va)
+        self.mmu.tlb.read::<W>(self.mmu.rights, self.flat_address(op)?)
     }
 
     /// The same for writing.
     #[inline(always)]
     fn writable<W: Word>(&self, op: &Op) -> Option<HostPtr> {
-        if op.addr != ADDR_FLAT {
-            return None;
-        }
-        let va = self.offset(op).wrapping_add(self.seg_base[(op.seg & 7) as usize]);
-        self.mmu.tlb.write::<W>(self.mmu.rights, va)
+        self.mmu.tlb.write::<W>(self.mmu.rights, self.flat_address(op)?)
     }
 
     /// Loads the memory operand for `then`. What is not at hand is another function's, which this one ends with: so a
