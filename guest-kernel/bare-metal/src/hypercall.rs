@@ -14,7 +14,7 @@ pub use harrier_hypercall_abi::shared_page::ClockPage;
 pub use harrier_hypercall_abi::{Status, VERSION_MAJOR, features, port};
 
 use crate::boot::{MAX_CPUS, Shared};
-use crate::cpu::{inl, outl};
+use crate::cpu::{inl, outl, rdtsc};
 
 /// A block of each processor, by its number.
 static BLOCKS: Shared<[[u64; Block::SIZE / 8]; MAX_CPUS]> = Shared::new([[0; Block::SIZE / 8]; MAX_CPUS]);
@@ -154,7 +154,7 @@ pub fn mark(phase: u32, name: &str, value: u64) -> Answer {
 
 /// Fills in the clock page.
 pub fn clock() -> (Answer, ClockResult) {
-    let answer = call(number::CLOCK, &ClockArgs { tsc: crate::cpu::rdtsc() }.to_bytes());
+    let answer = call(number::CLOCK, &ClockArgs { tsc: rdtsc() }.to_bytes());
     (answer, ClockResult::from_bytes(&answer.result))
 }
 
@@ -175,6 +175,17 @@ pub fn guest_time_ns(page: &ClockPage, tsc: u64) -> u64 {
     let ticks = u128::from(tsc.wrapping_sub(page.tsc_base));
     let shifted = if page.tsc_shift >= 0 { ticks << page.tsc_shift } else { ticks >> -page.tsc_shift };
     page.monotonic_base_ns.wrapping_add(((shifted * u128::from(page.tsc_to_ns_multiplier)) >> 32) as u64)
+}
+
+/// Guest time now, by the clock page at this address.
+pub fn now(gpa: u64) -> u64 {
+    loop {
+        let page = read_clock(gpa);
+        let now = guest_time_ns(&page, rdtsc());
+        if read_clock(gpa).sequence == page.sequence {
+            return now;
+        }
+    }
 }
 
 /// Waits for an interrupt; `vector` comes after the time.

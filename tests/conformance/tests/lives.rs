@@ -9,10 +9,13 @@ use std::time::{Duration, Instant};
 
 use harrier_conformance::{DEADLINE, Guest, MEMORY_BYTES, Transcript, engines, program};
 use harrier_engine::{CpuModel, Engine, Probe};
+use harrier_hypercall_abi::shared_page::{CLOCK_OFFSET, ClockPage};
 use harrier_machine::boot::{Boot, ElfEntry, FileImage};
+use harrier_machine::layout::SHARED_PAGE;
 use harrier_machine::snapshot::{Kind, Report, Request, Restoration, Role, TakeError};
 use harrier_machine::{Machine, MachineBuilder, MachineConfig, MachineEnd, MachineHandle, Quiesced};
 use harrier_snapshot::Chain;
+use vm_memory::{Bytes, GuestAddress};
 
 const GUEST: Guest = Guest { name: "lives", cpus: 1, checks: 0 };
 
@@ -184,5 +187,62 @@ fn a_machine_that_stands_is_not_asked_to_rest() {
         let report = snapshot(&handle, &folder.path().join("s"), DEADLINE).unwrap();
         assert_eq!(report.quiesced, Quiesced::NotAsked);
         handle.stop();
+    });
+}
+
+/// Guest time as the guest reads it on its clock page (docs/hypercalls.md), in nanoseconds.
+fn guest_time_ns(machine: &Machine) -> u64 {
+    let mut bytes = [0; ClockPage::SIZE];
+    machine.memory().read_slice(&mut bytes, GuestAddress(SHARED_PAGE + CLOCK_OFFSET)).unwrap();
+    let page = ClockPage::from_bytes(&bytes);
+    let ticks = u128::from(machine.cpu_states().unwrap()[0].tsc.value.wrapping_sub(page.tsc_base));
+    let shifted = if page.tsc_shift < 0 { ticks >> -page.tsc_shift } else { ticks << page.tsc_shift };
+    page.monotonic_base_ns + (shifted * u128::from(page.tsc_to_ns_multiplier) >> 32) as u64
+}
+
+#[test]
+fn guest_time_stands_still_in_a_pause_and_goes_on_from_there_in_every_copy() {
+    let stand = || std::thread::sleep(Duration::from_millis(20));
+    with_engines(|first| {
+        with_engines(|second| {
+            let route = format!("{} {}", first.name(), second.name());
+            let folder = tempfile::tempdir().unwrap();
+            let said = Said::default();
+            let mut machine = boot(first, 4, &said);
+            machine.start().unwrap();
+            while machine.handle().hypercalls().marks.is_empty() {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            assert!(machine.handle().pause());
+            let mut before = guest_time_ns(&machine);
+            for copy in 0..6 {
+                stand();
+                let begin = Instant::now();
+                machine.handle().resume();
+                // A snapshot stops the machine twice.
+                let target = folder.path().join(copy.to_string());
+                snapshot(&machine.handle(), &target, Duration::ZERO).unwrap();
+                assert!(machine.handle().pause());
+                let after = guest_time_ns(&machine);
+                let passed = begin.elapsed() + Duration::from_millis(1);
+                assert!(
+                    after.saturating_sub(before) <= passed.as_nanos() as u64,
+                    "{route}: {before} {after}"
+                );
+                assert!(!said.text().contains("not ok"), "{route}: {}", said.text());
+
+                let engine = if copy % 2 == 0 { second } else { first };
+                machine = restore(engine, &target, &Restoration::default(), &said);
+                let begin = Instant::now();
+                machine.start().unwrap();
+                assert!(machine.handle().pause());
+                before = guest_time_ns(&machine);
+                // It was taken before the end of the last pass.
+                let latest = after + (begin.elapsed() + Duration::from_millis(1)).as_nanos() as u64;
+                assert!(before <= latest, "{route}: {after} {before}");
+            }
+            machine.handle().stop();
+            assert_eq!(machine.wait().end, MachineEnd::Stopped, "{route}: {}", said.text());
+        });
     });
 }

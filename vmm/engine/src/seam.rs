@@ -238,6 +238,10 @@ pub trait Vcpu: Send {
     fn kicker(&self) -> Arc<dyn Kicker>;
     /// The whole architectural state, in canonical form.
     fn state(&mut self) -> Result<CpuState, EngineError>;
+    /// The time-stamp counter, without the rest of the state.
+    fn tsc(&mut self) -> Result<u64, EngineError> {
+        Ok(self.state()?.tsc.value)
+    }
     /// Replaces the whole architectural state.
     fn set_state(&mut self, state: &CpuState) -> Result<(), EngineError>;
     /// What was counted so far.

@@ -270,6 +270,10 @@ impl Vcpu for KvmVcpu {
         self.shared.access.get(&self.fd)
     }
 
+    fn tsc(&mut self) -> Result<u64, EngineError> {
+        self.shared.access.tsc(&self.fd)
+    }
+
     fn set_state(&mut self, state: &CpuState) -> Result<(), EngineError> {
         self.shared.access.set(&self.fd, state)
     }

@@ -32,6 +32,7 @@ use crate::boot::{self, Boot, Entry, KernelError};
 use crate::cpu_words::kernel_words;
 use crate::event_loop::Subscriber;
 use crate::generation_id::GenerationId;
+use crate::guest_time::{DoorbellTime, GuestTime};
 use crate::hypercalls::{ConsoleCalls, GuestClock, HypercallLog, Lives, MachineCalls, ParkTimer};
 use crate::layout::{
     COM1_GSI, DOORBELL_GSI, GENERATION_ID_GSI, POWER_BUTTON_GSI, SHARED_PAGE, VIRTIO_GSIS, VIRTIO_MMIO_LEN,
@@ -158,7 +159,8 @@ pub struct MachineBuilder {
     pub(crate) ram: GuestRam,
     pub(crate) vcpus: Vec<Box<dyn Vcpu>>,
     pub(crate) units: Vec<Arc<dyn StateUnit>>,
-    pub(crate) guest_clock: Option<Arc<GuestClock>>,
+    /// What hypercalls show of guest time.
+    guest_time: Option<(Arc<GuestClock>, ParkTimer)>,
     /// What is said to the guest about its lives, before the machine and after.
     pub(crate) lives: Arc<Lives>,
     pub(crate) generation_id: Option<GenerationId>,
@@ -215,7 +217,7 @@ impl MachineBuilder {
         let vcpus: Vec<_> =
             (0..config.vcpu_count).map(|index| vm.create_vcpu(index)).collect::<Result<_, _>>()?;
         let kickers = vcpus.iter().map(|vcpu| vcpu.kicker()).collect();
-        let control = Arc::new(RunControl::paused(Arc::clone(&vm), kickers));
+        let control = Arc::new(RunControl::paused(GuestTime::new(Arc::clone(&vm)), kickers));
         let ioapic = IoApic::new(Arc::new(EngineMsiSink { vm: Arc::clone(&vm) }));
         let mut mmio = BusBuilder::new();
         mmio.insert(ioapic::BASE, ioapic::SIZE, Arc::new(Mutex::new(ioapic.clone())))?;
@@ -225,7 +227,7 @@ impl MachineBuilder {
             engine: engine.name(),
             cpu_model_enforced: engine.enforces_cpu_model(),
             units: Vec::new(),
-            guest_clock: None,
+            guest_time: None,
             lives: Arc::new(Lives::new(doorbell_events.clone())),
             generation_id: None,
             doorbell: None,
@@ -384,7 +386,7 @@ impl MachineBuilder {
         self.add_subscriber(park.subscriber());
         let memory = self.ram.memory.clone();
         let clock = Arc::new(GuestClock::new(Arc::clone(&self.vm), memory.clone(), SHARED_PAGE));
-        self.guest_clock = Some(Arc::clone(&clock));
+        self.guest_time = Some((Arc::clone(&clock), park.clone()));
         let calls = MachineCalls {
             console: self.console.clone(),
             clock: Arc::clone(&clock),
@@ -479,6 +481,11 @@ impl MachineBuilder {
     pub(crate) fn finish(self, boot_tsc_khz: u32, written: Written, identity: Identity) -> Machine {
         let units = self.all_units();
         let power_button = self.ioapic.line(POWER_BUTTON_GSI);
+        let vcpus: Vec<_> = self.vcpus.into_iter().map(|vcpu| Arc::new(Mutex::new(vcpu))).collect();
+        if let (Some((clock, park)), Some(first)) = (self.guest_time, vcpus.first()) {
+            let (clock, boot_processor) = (Arc::downgrade(&clock), Arc::downgrade(first));
+            self.control.add_doorbell_time(DoorbellTime { clock, park, boot_processor });
+        }
         Machine {
             parts: Arc::new(Parts {
                 config: self.config,
@@ -486,7 +493,7 @@ impl MachineBuilder {
                 cpu_model_enforced: self.cpu_model_enforced,
                 vm: self.vm,
                 ram: self.ram,
-                vcpus: self.vcpus.into_iter().map(|vcpu| Arc::new(Mutex::new(vcpu))).collect(),
+                vcpus,
                 units,
                 boot_tsc_khz,
                 identity,

@@ -13,6 +13,7 @@ mod builder;
 mod cpu_words;
 mod event_loop;
 mod generation_id;
+mod guest_time;
 mod hypercalls;
 pub mod layout;
 mod machine;

@@ -9,8 +9,10 @@ use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
 use harrier_devices::{PowerEvent, PowerSink};
-use harrier_engine::{Kicker, Vm};
+use harrier_engine::Kicker;
 use harrier_hypercall_abi::calls::EXIT_REASONS;
+
+use crate::guest_time::{DoorbellTime, GuestTime};
 
 /// [`MachineEnd::GuestExit`]'s reason for a guest that has done its work.
 pub const EXIT_DONE: u32 = 0;
@@ -110,15 +112,15 @@ struct State {
 pub(crate) struct RunControl {
     state: Mutex<State>,
     changed: Condvar,
-    /// Whose time stands still in a pause.
-    vm: OnceLock<Arc<dyn Vm>>,
+    /// What stands still in a pause, besides threads.
+    time: OnceLock<GuestTime>,
 }
 
 impl RunControl {
     /// The control of a machine that is to be started: it stands, and so does guest time.
-    pub(crate) fn paused(vm: Arc<dyn Vm>, kickers: Vec<Arc<dyn Kicker>>) -> Self {
+    pub(crate) fn paused(time: GuestTime, kickers: Vec<Arc<dyn Kicker>>) -> Self {
         let control = RunControl::default();
-        let _ = control.vm.set(vm);
+        let _ = control.time.set(time);
         let mut state = control.lock();
         (state.pauses, state.kickers) = (1, kickers);
         control.stop_time(&mut state);
@@ -128,17 +130,24 @@ impl RunControl {
 
     fn stop_time(&self, state: &mut State) {
         if !std::mem::replace(&mut state.time_stands, true)
-            && let Some(Err(err)) = self.vm.get().map(|vm| vm.stop_time())
+            && let Some(time) = self.time.get()
         {
-            log::warn!("machine: guest time cannot be stopped: {err}");
+            time.stop();
         }
     }
 
     fn start_time(&self, state: &mut State) {
         if std::mem::take(&mut state.time_stands)
-            && let Some(Err(err)) = self.vm.get().map(|vm| vm.start_time())
+            && let Some(time) = self.time.get()
         {
-            log::warn!("machine: guest time does not go on where it was: {err}");
+            time.start();
+        }
+    }
+
+    /// Guest time has this side, too. To be called before the machine is started.
+    pub(crate) fn add_doorbell_time(&self, doorbell: DoorbellTime) {
+        if let Some(time) = self.time.get() {
+            time.add_doorbell(doorbell);
         }
     }
 

@@ -1,8 +1,8 @@
 //! The lives of a machine as its guest sees them: CHECKPOINT, which returns twice; QUIESCE and its events; IDENTITY; the
 //! VM generation id.
 //!
-//! `mode=1` takes a checkpoint, `mode=2` comes to rest when it is asked to, `mode=3` takes its time. The first one says as
-//! its last comment as whom it has returned.
+//! `mode=1` takes a checkpoint, `mode=2` comes to rest when it is asked to, `mode=3` takes its time, `mode=4` watches the
+//! clock until it is stopped. The first one says as its last comment as whom it has returned.
 
 #![no_std]
 #![no_main]
@@ -31,6 +31,7 @@ fn main() {
     match parameter("mode") {
         Some(1) => checkpoint(),
         Some(2) => rest(),
+        Some(4) => watch_the_clock(),
         _ => take_time(),
     }
 }
@@ -135,6 +136,21 @@ fn rest() {
     let (_, wanted) = quiesce(QUIESCE_ASK, 0);
     check("nothing is asked any more", wanted.request, 0);
     check("and nothing pending", events().into(), 0);
+}
+
+fn watch_the_clock() {
+    let (answer, clock) = hypercall::clock();
+    check("CLOCK", answer.code(), code(Status::Ok));
+    mark(8, "", 0);
+    let mut last = 0;
+    loop {
+        let now = hypercall::now(clock.clock_page);
+        if now < last {
+            check("guest time goes on", now, last);
+            return;
+        }
+        last = now;
+    }
 }
 
 fn take_time() {

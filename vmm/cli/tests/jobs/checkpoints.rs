@@ -65,7 +65,7 @@ fn a_job_that_is_vacated_goes_on_where_it_was_and_leaves_nothing_behind() {
 #[test]
 fn who_asks_once_gets_one_checkpoint() {
     let pool = Pool::new();
-    let id = pool.submit(&["--checkpoint-interval", "never"], &chain(200, 30_000));
+    let id = pool.submit(&["--checkpoint-interval", "never"], &chain(100_000, 30_000));
     let _worker = pool.worker("w", &["--jobs", "1"]);
     for number in 1..=4 {
         let before = steps(&pool, id);

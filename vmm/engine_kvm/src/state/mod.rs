@@ -114,7 +114,8 @@ impl StateAccess {
         Ok(used.filter(|xcr| xcr.xcr == 0).map(|xcr| xcr.value).next().unwrap_or(1))
     }
 
-    fn tsc(&self, vcpu: &VcpuFd) -> Result<u64, EngineError> {
+    /// The time-stamp counter.
+    pub(crate) fn tsc(&self, vcpu: &VcpuFd) -> Result<u64, EngineError> {
         Ok(msrs::read(vcpu, &[msr::IA32_TSC])?.first().map_or(0, |&(_, value)| value))
     }
 

@@ -5,11 +5,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use harrier_engine::cpuid::APIC_BUS_KHZ;
-use harrier_engine::{GuestMemory, Vm, clock_scale};
+use harrier_engine::{EngineError, GuestMemory, Vm, clock_scale};
 use harrier_hypercall_abi::Status;
 use harrier_hypercall_abi::calls::ClockResult;
 use harrier_hypercall_abi::shared_page::{CLOCK_OFFSET, CLOCK_TSC_RELIABLE, CLOCK_VALID, ClockPage};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
+
+/// A guest's clock that is farther ahead of the engine's was not made so by its TSC's frequency: the guest has set its TSC.
+const FARTHEST_AHEAD_NS: u64 = 86_400_000_000_000;
 
 /// The guest's clock page and what it said last.
 pub(crate) struct GuestClock {
@@ -37,7 +40,10 @@ impl GuestClock {
         let mut last = self.page.lock().unwrap_or_else(PoisonError::into_inner);
         let mut page = match *last {
             Some(page) => page,
-            None => self.first(tsc)?,
+            None => self.first(tsc).map_err(|err| {
+                log::warn!("the guest's clock page: {err}");
+                Status::HostFailed
+            })?,
         };
         let monotonic_ns = guest_time_ns(&page, tsc);
         let wall_ns = SystemTime::now()
@@ -61,27 +67,47 @@ impl GuestClock {
     /// Takes up what a snapshot kept. The page itself is guest memory, and stale until [`GuestClock::tie`].
     pub(crate) fn restore(&self, saved: Option<(u32, u64)>) {
         *self.page.lock().unwrap_or_else(PoisonError::into_inner) = saved.map(|(sequence, generation)| {
+            let generation = generation.wrapping_add(1);
             ClockPage { sequence: sequence & !1, generation, ..ClockPage::default() }
         });
     }
 
-    /// Ties guest time to a TSC anew, whose value is `tsc` now, and corrects the wall clock: for a machine that goes on
-    /// elsewhere. Nothing happens if the guest has never asked for the page.
-    pub(crate) fn tie(&self, tsc: u64) -> Result<(), Status> {
-        let mut last = self.page.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(old) = *last else { return Ok(()) };
-        let page = self.first(tsc)?;
-        *last =
-            Some(ClockPage { sequence: old.sequence, generation: old.generation.wrapping_add(1), ..page });
-        drop(last);
-        self.publish(tsc).map(drop)
+    /// Whether the guest has a page.
+    pub(crate) fn is_asked_for(&self) -> bool {
+        self.page.lock().unwrap_or_else(PoisonError::into_inner).is_some()
     }
 
-    fn first(&self, tsc: u64) -> Result<ClockPage, Status> {
-        let monotonic_base_ns = self.vm.clock_ns().map_err(|err| {
-            log::warn!("the guest's clock page: {err}");
-            Status::HostFailed
-        })?;
+    /// The engine's clock, which stands still, becomes what the guest could read last, when its TSC was `tsc`: the two
+    /// run at frequencies that are not known to the last digit, and guest time goes on from the engine's.
+    pub(crate) fn stop(&self, tsc: u64) -> Result<(), EngineError> {
+        let Some(page) = *self.page.lock().unwrap_or_else(PoisonError::into_inner) else { return Ok(()) };
+        let clock_ns = self.vm.clock_ns()?;
+        match guest_time_ns(&page, tsc).wrapping_sub(clock_ns) {
+            1..FARTHEST_AHEAD_NS => self.vm.set_clock_ns(guest_time_ns(&page, tsc)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Ties guest time to the guest's TSC anew, whose value is `tsc` now, and corrects the wall clock: the engine's clock
+    /// stood still at `stood_at_ns`, or is another engine's, and the TSC may have run on. Nothing happens if the guest
+    /// has never asked for the page.
+    pub(crate) fn tie(&self, tsc: u64, stood_at_ns: u64) -> Result<(), EngineError> {
+        let mut last = self.page.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(ClockPage { sequence, generation, .. }) = *last else { return Ok(()) };
+        let first = self.first(tsc)?;
+        // A clock that was set to a time may show an earlier one: KVM's is made of two sources.
+        let monotonic_base_ns = first.monotonic_base_ns.max(stood_at_ns);
+        *last = Some(ClockPage { sequence, generation, monotonic_base_ns, ..first });
+        drop(last);
+        // The guest's kernel reads the page; where it cannot be written, it was not there before either.
+        if let Err(status) = self.publish(tsc) {
+            log::warn!("machine: the guest's clock page is not written: {}", status.name());
+        }
+        Ok(())
+    }
+
+    fn first(&self, tsc: u64) -> Result<ClockPage, EngineError> {
+        let monotonic_base_ns = self.vm.clock_ns()?;
         let tsc_khz = self.vm.tsc_khz();
         let (tsc_to_ns_multiplier, tsc_shift) = clock_scale(tsc_khz);
         Ok(ClockPage {

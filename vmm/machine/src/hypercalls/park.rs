@@ -25,9 +25,16 @@ struct Wakes {
     timer: TimerFd,
     /// When the timer fires.
     armed: Option<Instant>,
+    /// Since when guest time stands still, and with it every wait.
+    stopped_at: Option<Instant>,
 }
 
 impl Wakes {
+    /// Now, or when guest time stopped.
+    fn now(&self) -> Instant {
+        self.stopped_at.unwrap_or_else(Instant::now)
+    }
+
     fn earliest(&self) -> Option<Instant> {
         self.due.values().map(|(at, _)| *at).min()
     }
@@ -35,7 +42,7 @@ impl Wakes {
     /// Notes whom to wake after the time; all ones is never.
     fn insert(&mut self, apic_id: u32, vector: u8, timeout_ns: u64) {
         let timeout = Duration::from_nanos(timeout_ns).min(LONGEST);
-        match Instant::now().checked_add(timeout) {
+        match self.now().checked_add(timeout) {
             Some(at) if timeout_ns != u64::MAX => self.due.insert(apic_id, (at, vector)),
             _ => self.due.remove(&apic_id),
         };
@@ -79,7 +86,7 @@ pub(crate) struct ParkTimer {
 }
 
 impl ParkTimer {
-    /// A timer that wakes by `send`.
+    /// A timer that wakes by `send`. Guest time stands still until [`ParkTimer::start`].
     pub(crate) fn new(
         send: impl Fn(Msi) -> Result<(), EngineError> + std::marker::Send + Sync + 'static,
     ) -> io::Result<Self> {
@@ -88,7 +95,12 @@ impl ParkTimer {
         Ok(ParkTimer {
             send: Arc::new(send),
             fd,
-            wakes: Arc::new(Mutex::new(Wakes { due: BTreeMap::new(), timer, armed: None })),
+            wakes: Arc::new(Mutex::new(Wakes {
+                due: BTreeMap::new(),
+                timer,
+                armed: None,
+                stopped_at: Some(Instant::now()),
+            })),
         })
     }
 
@@ -118,10 +130,26 @@ impl ParkTimer {
 
     /// Who waits, for how many nanoseconds more, and with which vector.
     pub(crate) fn save(&self) -> Vec<(u32, u64, u8)> {
-        let now = Instant::now();
-        let left = |at: &Instant| u64::try_from(at.saturating_duration_since(now).as_nanos());
         let wakes = self.lock();
+        let now = wakes.now();
+        let left = |at: &Instant| u64::try_from(at.saturating_duration_since(now).as_nanos());
         wakes.due.iter().map(|(id, (at, vector))| (*id, left(at).unwrap_or(u64::MAX - 1), *vector)).collect()
+    }
+
+    /// Guest time stands still from here on.
+    pub(crate) fn stop(&self) {
+        self.lock().stopped_at = Some(Instant::now());
+    }
+
+    /// Guest time goes on: what is waited for comes later by as long as it stood.
+    pub(crate) fn start(&self) {
+        let mut wakes = self.lock();
+        let Some(stopped_at) = wakes.stopped_at.take() else { return };
+        let stood = stopped_at.elapsed();
+        for (at, _) in wakes.due.values_mut() {
+            *at = at.checked_add(stood).unwrap_or(*at);
+        }
+        wakes.arm();
     }
 
     /// What the event loop watches.
@@ -139,6 +167,10 @@ impl ParkTimer {
     /// Sends what is due.
     fn send_due(&self) {
         let mut wakes = self.lock();
+        if wakes.stopped_at.is_some() {
+            // The start sets the timer anew.
+            return wakes.set(None);
+        }
         let now = Instant::now();
         wakes.due.retain(|apic_id, (at, vector)| {
             if *at > now {
@@ -185,6 +217,7 @@ mod tests {
             })
         };
         let before = timer().unwrap();
+        before.start();
         before.wake_after(0, 0x51, 1);
         std::thread::sleep(Duration::from_millis(1));
         let saved = before.save();
@@ -194,7 +227,27 @@ mod tests {
         timer.restore(saved);
         assert!(sent.lock().unwrap().is_empty(), "the processors' state would overwrite it");
         timer.send_due();
+        assert!(sent.lock().unwrap().is_empty(), "guest time stands still");
+        timer.start();
+        timer.send_due();
         assert_eq!(*sent.lock().unwrap(), [Msi { address: MSI_ADDRESS, data: 0x51 }]);
         assert!(timer.save().is_empty());
+    }
+
+    #[test]
+    fn a_wait_is_as_long_after_a_pause_as_it_was_before() {
+        let timer = ParkTimer::new(|_| Ok(())).unwrap();
+        timer.start();
+        timer.wake_after(0, 0x51, 1_000_000_000);
+        timer.stop();
+        let before = timer.save();
+        std::thread::sleep(Duration::from_millis(20));
+        assert_eq!(timer.save(), before, "it stands still");
+        let at = |timer: &ParkTimer| timer.lock().due[&0].0;
+        let due = at(&timer);
+        timer.start();
+        let later = at(&timer);
+        assert!(later - due >= Duration::from_millis(20));
+        assert_eq!(timer.lock().armed, Some(later));
     }
 }

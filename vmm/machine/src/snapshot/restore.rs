@@ -150,13 +150,6 @@ impl MachineBuilder {
             rebase_tsc(&mut cpu, tsc_khz);
             vcpu.set_state(&cpu).map_err(|err| wrong(snapshot, &name, err))?;
         }
-        if let (Some(clock), Some(first)) = (&self.guest_clock, self.vcpus.first_mut()) {
-            let tsc = first.state().map_err(engine)?.tsc.value;
-            // The guest's kernel reads the page; where it cannot be written, it was not there before either.
-            if let Err(status) = clock.tie(tsc) {
-                log::warn!("machine: the guest's clock page is not written: {}", status.name());
-            }
-        }
         if let Some(id) = &self.generation_id {
             id.renew().map_err(|err| wrong(snapshot, MACHINE, format!("no new generation id: {err}")))?;
         }

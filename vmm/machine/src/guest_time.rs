@@ -1,0 +1,80 @@
+//! Guest time as one thing: the engine's clock, the page that carries it to the guest, and the waits that it measures
+//! stop together and go on together.
+
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+
+use harrier_engine::{EngineError, Vcpu, Vm};
+
+use crate::hypercalls::{GuestClock, ParkTimer};
+
+/// What of a machine follows guest time.
+pub(crate) struct GuestTime {
+    vm: Arc<dyn Vm>,
+    /// Of a machine with a doorbell.
+    doorbell: OnceLock<DoorbellTime>,
+}
+
+/// Guest time as hypercalls show it. Whoever still has a handle of a machine that is gone keeps none of its memory.
+pub(crate) struct DoorbellTime {
+    pub(crate) clock: Weak<GuestClock>,
+    pub(crate) park: ParkTimer,
+    /// Whose TSC the clock page is tied to.
+    pub(crate) boot_processor: Weak<Mutex<Box<dyn Vcpu>>>,
+}
+
+impl GuestTime {
+    pub(crate) fn new(vm: Arc<dyn Vm>) -> Self {
+        GuestTime { vm, doorbell: OnceLock::new() }
+    }
+
+    /// Adds what hypercalls show, once.
+    pub(crate) fn add_doorbell(&self, doorbell: DoorbellTime) {
+        let _ = self.doorbell.set(doorbell);
+    }
+
+    /// Guest time stands still from here on. No vCPU runs.
+    pub(crate) fn stop(&self) {
+        if let Err(err) = self.try_stop() {
+            log::warn!("machine: guest time cannot be stopped: {err}");
+        }
+    }
+
+    /// Guest time goes on where [`GuestTime::stop`] stopped it. No vCPU runs yet.
+    pub(crate) fn start(&self) {
+        if let Err(err) = self.try_start() {
+            log::warn!("machine: guest time does not go on where it was: {err}");
+        }
+    }
+
+    fn try_stop(&self) -> Result<(), EngineError> {
+        self.vm.stop_time()?;
+        let Some(doorbell) = self.doorbell.get() else { return Ok(()) };
+        doorbell.park.stop();
+        doorbell.with_clock(|clock, tsc| clock.stop(tsc))
+    }
+
+    fn try_start(&self) -> Result<(), EngineError> {
+        let stood_at_ns = self.vm.clock_ns()?;
+        self.vm.start_time()?;
+        let Some(doorbell) = self.doorbell.get() else { return Ok(()) };
+        doorbell.park.start();
+        doorbell.with_clock(|clock, tsc| clock.tie(tsc, stood_at_ns))
+    }
+}
+
+impl DoorbellTime {
+    /// Calls `act` with the guest's clock and its TSC, if the guest has asked for the clock.
+    fn with_clock(
+        &self,
+        act: impl FnOnce(&GuestClock, u64) -> Result<(), EngineError>,
+    ) -> Result<(), EngineError> {
+        let (Some(clock), Some(vcpu)) = (self.clock.upgrade(), self.boot_processor.upgrade()) else {
+            return Ok(());
+        };
+        if !clock.is_asked_for() {
+            return Ok(());
+        }
+        let tsc = vcpu.lock().unwrap_or_else(PoisonError::into_inner).tsc()?;
+        act(&clock, tsc)
+    }
+}
