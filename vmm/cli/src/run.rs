@@ -86,7 +86,7 @@ pub(crate) fn run_seated(flags: RunFlags, started: Instant, seat: Seat) -> Resul
 }
 
 fn run_in(flags: RunFlags, started: Instant, seat: Option<Seat>) -> Result<u8, Failure> {
-    crate::heap::share_between_threads();
+    crate::own_memory::share_between_threads();
     let json = flags.json;
     let attempt = flags.attempt.as_deref().map(Attempt::enter).transpose().inspect_err(|failure| {
         if let Some(seat) = &seat {

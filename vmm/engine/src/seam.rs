@@ -158,6 +158,12 @@ pub trait Vm: Send + Sync {
     fn stop_time(&self) -> Result<(), EngineError>;
     /// Guest time goes on where [`Vm::stop_time`] stopped it. No vCPU runs yet.
     fn start_time(&self) -> Result<(), EngineError>;
+    /// Has `idle` called, from a vCPU's thread, when a vCPU has slept for some tenths of a second and sleeps on: what only
+    /// a running guest needs can be given back. Only the first one counts, and an engine whose vCPUs sleep in the
+    /// host's kernel calls none.
+    fn on_idle(&self, idle: Box<dyn Fn() + Send + Sync>) {
+        drop(idle);
+    }
     /// The frequency at which the guest's TSC runs.
     fn tsc_khz(&self) -> u32;
 }

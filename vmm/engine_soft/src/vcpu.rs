@@ -216,6 +216,9 @@ impl SoftVcpu {
                 if !self.mailbox.has_mail() {
                     self.code.release();
                     self.cpu.mmu.code_generation += 1;
+                    if let Some(on_idle) = self.cpu.shared.on_idle.get() {
+                        on_idle();
+                    }
                 }
             } else {
                 self.mailbox.wait(timeout);

@@ -121,6 +121,8 @@ pub(crate) struct Shared {
     pub split_lock: Mutex<()>,
     /// Where user code can be lent.
     pub user_mode: Option<Arc<dyn UserMode>>,
+    /// Called by a vCPU that sleeps.
+    pub on_idle: OnceLock<Box<dyn Fn() + Send + Sync>>,
     map: RwLock<Arc<MemoryMap>>,
 }
 
@@ -195,6 +197,7 @@ impl SoftVm {
                 destinations: Destinations::new(count),
                 split_lock: Mutex::default(),
                 user_mode,
+                on_idle: OnceLock::new(),
                 map: RwLock::default(),
             }),
         }
@@ -306,6 +309,11 @@ impl Vm for SoftVm {
     fn start_time(&self) -> Result<(), EngineError> {
         self.shared.clock.start();
         Ok(())
+    }
+
+    fn on_idle(&self, idle: Box<dyn Fn() + Send + Sync>) {
+        // Only the first one counts.
+        let _ = self.shared.on_idle.set(idle);
     }
 
     fn tsc_khz(&self) -> u32 {

@@ -26,7 +26,7 @@ struct CloneProcess(libc::pid_t);
 
 /// Makes what the copies are to share. What a machine writes to must not be among it.
 pub(super) fn prepare() {
-    crate::heap::share_between_threads();
+    crate::own_memory::share_between_threads();
     harrier_engine_soft::prepare_tables();
 }
 

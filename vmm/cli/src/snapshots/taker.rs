@@ -56,6 +56,7 @@ impl Snapshots {
         checkpoints: Checkpoints,
         restored: Option<Arc<Chain>>,
     ) -> std::io::Result<Self> {
+        machine.vm().on_idle(Box::new(crate::own_memory::give_back));
         let (wishes, taken) = channel::<Wish>();
         if checkpoints.keep > 0 {
             let guest = Mutex::new(wishes.clone());
@@ -80,7 +81,7 @@ impl Snapshots {
                         next = moments.next();
                         match to_watch.take() {
                             Some(chain) => note_working_set(&machine, &chain),
-                            None => crate::heap::give_back(),
+                            None => crate::own_memory::give_back(),
                         }
                     }
                     Ok(wish) => serve(wish, &machine, &mut kept, &checkpoints, &mut made),
