@@ -22,7 +22,6 @@ pub(crate) fn text(role: &str, generation: u64, index: u32) -> String {
 /// Writes the file anew; who reads it sees the old one or the new one.
 pub(crate) fn write(attach: &Attach) -> io::Result<()> {
     let folder = Path::new(FOLDER);
-    fs::create_dir_all(folder)?;
     let new = folder.join(format!(".{NAME}"));
     let [original, restored, clone, migrated] = ROLES;
     let role = match attach.role {
@@ -31,7 +30,12 @@ pub(crate) fn write(attach: &Attach) -> io::Result<()> {
         Role::Forked => clone,
         Role::Migrated => migrated,
     };
-    fs::write(&new, text(role, attach.generation.into(), attach.clone_index))?;
+    let text = text(role, attach.generation.into(), attach.clone_index);
+    // Usually the folder is there, and a restored machine is to answer soon.
+    if fs::write(&new, &text).is_err() {
+        fs::create_dir_all(folder)?;
+        fs::write(&new, &text)?;
+    }
     fs::rename(&new, folder.join(NAME))
 }
 

@@ -83,6 +83,9 @@ pub(crate) enum SessionError {
 /// The agent's half of everything.
 pub(crate) struct Session {
     link: Link,
+    /// Of the connection that is up; the next one's is the same, since a new one is many pages that have to be cleared, and
+    /// a restored machine is to answer soon.
+    inbox: Inbox,
     state: State,
 }
 
@@ -90,7 +93,6 @@ pub(crate) struct Session {
 enum Link {
     Up {
         connection: File,
-        inbox: Inbox,
         /// What it came of, until the host has attached.
         redial: Option<Redial>,
     },
@@ -201,7 +203,7 @@ impl Session {
             scratch: vec![0; DATA_MAX].into_boxed_slice(),
         };
         let link = state.connected(connection).map_err(SessionError::Wait)?;
-        Ok(Self { link, state })
+        Ok(Self { link, inbox: Inbox::default(), state })
     }
 
     /// Lets jobs ask for the machine's end.
@@ -339,8 +341,9 @@ impl Session {
     fn lost(&mut self) {
         let state = &mut self.state;
         let was_attached = std::mem::take(&mut state.is_attached);
-        state.outbox = Outbox::default();
+        state.outbox.clear();
         state.partial = None;
+        self.inbox.clear();
         if state.dialer.can_redial() {
             let before = match &mut self.link {
                 Link::Up { redial, .. } => redial.take().filter(|_| !was_attached),
@@ -411,7 +414,8 @@ impl Session {
 
     /// Takes what the host has sent.
     fn receive(&mut self) -> Result<(), SessionError> {
-        let Link::Up { connection, inbox, .. } = &mut self.link else { return Ok(()) };
+        let Link::Up { connection, .. } = &mut self.link else { return Ok(()) };
+        let inbox = &mut self.inbox;
         match inbox.fill(connection) {
             Ok(1..) => {}
             Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
@@ -435,7 +439,7 @@ impl State {
         fcntl(&connection, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
         self.has_hello = false;
         AgentMessage::Hello(Hello::OURS).send(&mut self.outbox);
-        Ok(Link::Up { connection, inbox: Inbox::default(), redial: None })
+        Ok(Link::Up { connection, redial: None })
     }
 
     fn running(&self) -> impl Iterator<Item = &Command> {

@@ -85,6 +85,11 @@ impl Inbox {
         }))
     }
 
+    /// Forgets what has arrived: another connection begins.
+    pub fn clear(&mut self) {
+        (self.start, self.end) = (0, 0);
+    }
+
     /// Whether part of a frame is there that the peer has not completed.
     #[must_use]
     pub fn is_mid_frame(&self) -> bool {
@@ -128,6 +133,12 @@ impl Outbox {
         if let Some(room) = self.buffer.get_mut(header_at..payload_at) {
             room.copy_from_slice(&header);
         }
+    }
+
+    /// Forgets what waits to be sent: another connection begins.
+    pub fn clear(&mut self) {
+        self.buffer.clear();
+        self.sent = 0;
     }
 
     /// How many bytes wait to be sent.

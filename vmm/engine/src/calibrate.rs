@@ -16,10 +16,14 @@ use crate::{
 
 /// Rounds of two instructions of the first try: at 2 million instructions a second half a millisecond.
 const FEW_ROUNDS: u32 = 500;
+/// The same where it is only asked whether it is fast: a tenth of a millisecond and more for what is slow.
+const FEWER_ROUNDS: u32 = 150;
 /// On a processor so many take some tenths of a millisecond, far more than entering and leaving the guest.
 const MOST_ROUNDS: u32 = 5_000_000;
 /// A try that took this long says enough.
 const ENOUGH: Duration = Duration::from_micros(400);
+/// The same where it is only asked whether it is fast: on a processor the first rounds take a tenth of it.
+const ENOUGH_TO_TELL: Duration = Duration::from_micros(100);
 
 // mmap(2) constants of Linux on x86-64.
 const PROT_READ_WRITE: i32 = 1 | 2;
@@ -77,18 +81,18 @@ impl Loop {
     /// # Errors
     /// [`EngineError`] if the engine cannot run the loop, which is a fault of the engine or of its host.
     pub fn reaches(&mut self, level: u8, mips: f64) -> Result<bool, EngineError> {
-        let mut rounds = FEW_ROUNDS;
+        let mut rounds = FEWER_ROUNDS;
         loop {
             let mut took = self.run(level, rounds)?;
-            if took >= ENOUGH {
+            if took >= ENOUGH_TO_TELL {
                 // Page tables, caches and translations were made, or another program had the processor.
                 took = took.min(self.run(level, rounds)?);
             }
             if f64::from(rounds) * 2.0 / took.as_secs_f64().max(1e-9) / 1e6 >= mips {
                 return Ok(true);
             }
-            // Less says more about entering and leaving the guest than about its speed.
-            if took >= ENOUGH || rounds >= MOST_ROUNDS {
+            // Less says more about entering and leaving the guest than about its speed, and where that is slow, so does more.
+            if rounds >= MOST_ROUNDS || took >= ENOUGH_TO_TELL && took >= self.run(level, 1)? * 2 {
                 return Ok(false);
             }
             rounds *= 10;

@@ -193,18 +193,18 @@ impl Machine {
         let _ = self.parts.lives.on_checkpoint.set(ask);
     }
 
-    /// Tells the guest of a machine that was made of a snapshot that it is another one, by every way that it may listen to.
+    /// Tells the guest of a machine that was made of a snapshot that it is another one: by the doorbell if it has asked for
+    /// that, otherwise by ACPI. Who asks does by the one what the other is for, and ACPI takes a millisecond in software.
     /// Interrupts are sent here, since the state of the processors is there now.
     fn announce(&self) {
         if self.parts.identity.role == Role::Booted {
             return;
         }
-        if let Some(id) = &self.generation_id {
-            id.announce();
-        }
         let lives = &self.parts.lives;
         if lives.guest_features.load(Ordering::Acquire) & features::IDENTITY != 0 {
             self.doorbell_events.raise(event::GENERATION);
+        } else if let Some(id) = &self.generation_id {
+            id.announce();
         }
         lives.quiesce.end();
     }
