@@ -47,11 +47,14 @@ fn add_devices(builder: &mut MachineBuilder, said: &Said) {
 }
 
 fn boot(engine: &dyn Engine, mode: u32, said: &Said) -> Machine {
+    boot_with(engine, &format!("mode={mode}"), said)
+}
+
+fn boot_with(engine: &dyn Engine, command_line: &str, said: &Said) -> Machine {
     let config = MachineConfig { vcpu_count: 1, memory_bytes: MEMORY_BYTES, cpu_model: CpuModel::V1 };
     let mut builder = MachineBuilder::new(engine, &config).unwrap();
     add_devices(&mut builder, said);
     let image = FileImage::open(&program(&GUEST)).unwrap();
-    let command_line = &format!("mode={mode}");
     let boot = Boot::Kernel { kernel: &image, elf_entry: ElfEntry::Auto, initrd: None, command_line };
     builder.build(&boot).unwrap()
 }
@@ -187,6 +190,30 @@ fn a_machine_that_stands_is_not_asked_to_rest() {
         let report = snapshot(&handle, &folder.path().join("s"), DEADLINE).unwrap();
         assert_eq!(report.quiesced, Quiesced::NotAsked);
         handle.stop();
+    });
+}
+
+#[test]
+fn a_guest_that_did_not_ask_for_the_event_hears_of_its_copy_by_acpi_and_nobody_hears_twice() {
+    with_engines(|engine| {
+        let folder = tempfile::tempdir().unwrap();
+        for (command_line, comment) in
+            [("mode=5", "acpi 1 doorbell 0"), ("mode=5 identity=1", "acpi 0 doorbell 256")]
+        {
+            let mut machine = boot_with(engine, command_line, &Said::default());
+            machine.start().unwrap();
+            while machine.handle().hypercalls().marks.is_empty() {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            let target = folder.path().join(comment);
+            snapshot(&machine.handle(), &target, Duration::ZERO).unwrap();
+            machine.handle().stop();
+            assert_eq!(machine.wait().end, MachineEnd::Stopped, "nobody tells the original");
+            let said = Said::default();
+            let mut machine = restore(engine, &target, &Restoration::default(), &said);
+            machine.start().unwrap();
+            assert_eq!(end(machine, &said), comment, "{}", engine.name());
+        }
     });
 }
 

@@ -2,12 +2,14 @@
 //! VM generation id.
 //!
 //! `mode=1` takes a checkpoint, `mode=2` comes to rest when it is asked to, `mode=3` takes its time, `mode=4` watches the
-//! clock until it is stopped. The first one says as its last comment as whom it has returned.
+//! clock until it is stopped, `mode=5` waits for the interrupt of another generation id. The first one says as its last
+//! comment as whom it has returned.
 
 #![no_std]
 #![no_main]
 
 use core::hint::spin_loop;
+use core::sync::atomic::{AtomicU32, Ordering};
 
 use harrier_bare_metal::boot::parameter;
 use harrier_bare_metal::hypercall::calls::{
@@ -19,7 +21,7 @@ use harrier_bare_metal::hypercall::{
     self, Answer, Block, Status, block, code, features, mark, number, port, set_register,
 };
 use harrier_bare_metal::paging::{peek, peek8};
-use harrier_bare_metal::{check, check_true, comment, guest_main, skip};
+use harrier_bare_metal::{Frame, apic, check, check_true, comment, cpu, guest_main, skip, trap};
 
 guest_main!(main);
 
@@ -32,6 +34,7 @@ fn main() {
         Some(1) => checkpoint(),
         Some(2) => rest(),
         Some(4) => watch_the_clock(),
+        Some(5) => hear_of_another_generation(),
         _ => take_time(),
     }
 }
@@ -136,6 +139,33 @@ fn rest() {
     let (_, wanted) = quiesce(QUIESCE_ASK, 0);
     check("nothing is asked any more", wanted.request, 0);
     check("and nothing pending", events().into(), 0);
+}
+
+/// The pin of the I/O APIC where ACPI says that another generation id is told.
+const GENERATION_PIN: u32 = 1;
+const TOLD: u32 = 0x61;
+static TIMES_TOLD: AtomicU32 = AtomicU32::new(0);
+
+unsafe extern "C" fn told(_: &mut Frame, _: &mut trap::Block) {
+    TIMES_TOLD.fetch_add(1, Ordering::SeqCst);
+    apic::eoi();
+}
+
+fn hear_of_another_generation() {
+    if parameter("identity").is_some() {
+        hypercall::features(features::IDENTITY);
+    }
+    apic::enable();
+    trap::set_handler(TOLD.into(), Some(told));
+    apic::ioapic_route(GENERATION_PIN, 0, TOLD);
+    let id = generation_id();
+    cpu::sti();
+    mark(8, "", 0);
+    while TIMES_TOLD.load(Ordering::SeqCst) == 0 && events() & event::GENERATION == 0 {
+        spin_loop();
+    }
+    check_true("another generation id", generation_id() != id);
+    comment(format_args!("acpi {} doorbell {}", TIMES_TOLD.load(Ordering::SeqCst), events()));
 }
 
 fn watch_the_clock() {
