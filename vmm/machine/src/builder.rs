@@ -484,7 +484,8 @@ impl MachineBuilder {
         let vcpus: Vec<_> = self.vcpus.into_iter().map(|vcpu| Arc::new(Mutex::new(vcpu))).collect();
         if let (Some((clock, park)), Some(first)) = (self.guest_time, vcpus.first()) {
             let (clock, boot_processor) = (Arc::downgrade(&clock), Arc::downgrade(first));
-            self.control.add_doorbell_time(DoorbellTime { clock, park, boot_processor });
+            let events = self.doorbell_events.clone();
+            self.control.add_doorbell_time(DoorbellTime { clock, park, events, boot_processor });
         }
         Machine {
             parts: Arc::new(Parts {

@@ -3,7 +3,9 @@
 
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
+use harrier_devices::doorbell::Events;
 use harrier_engine::{EngineError, Vcpu, Vm};
+use harrier_hypercall_abi::port::event;
 
 use crate::hypercalls::{GuestClock, ParkTimer};
 
@@ -18,6 +20,8 @@ pub(crate) struct GuestTime {
 pub(crate) struct DoorbellTime {
     pub(crate) clock: Weak<GuestClock>,
     pub(crate) park: ParkTimer,
+    /// By which the guest is told that its wall clock is wrong.
+    pub(crate) events: Events,
     /// Whose TSC the clock page is tied to.
     pub(crate) boot_processor: Weak<Mutex<Box<dyn Vcpu>>>,
 }
@@ -50,7 +54,7 @@ impl GuestTime {
         self.vm.stop_time()?;
         let Some(doorbell) = self.doorbell.get() else { return Ok(()) };
         doorbell.park.stop();
-        doorbell.with_clock(|clock, tsc| clock.stop(tsc))
+        doorbell.with_clock(|clock, tsc| clock.stop(tsc)).map(drop)
     }
 
     fn try_start(&self) -> Result<(), EngineError> {
@@ -58,23 +62,26 @@ impl GuestTime {
         self.vm.start_time()?;
         let Some(doorbell) = self.doorbell.get() else { return Ok(()) };
         doorbell.park.start();
-        doorbell.with_clock(|clock, tsc| clock.tie(tsc, stood_at_ns))
+        if doorbell.with_clock(|clock, tsc| clock.tie(tsc, stood_at_ns))?.unwrap_or(false) {
+            doorbell.events.raise(event::CLOCK);
+        }
+        Ok(())
     }
 }
 
 impl DoorbellTime {
     /// Calls `act` with the guest's clock and its TSC, if the guest has asked for the clock.
-    fn with_clock(
+    fn with_clock<T>(
         &self,
-        act: impl FnOnce(&GuestClock, u64) -> Result<(), EngineError>,
-    ) -> Result<(), EngineError> {
+        act: impl FnOnce(&GuestClock, u64) -> Result<T, EngineError>,
+    ) -> Result<Option<T>, EngineError> {
         let (Some(clock), Some(vcpu)) = (self.clock.upgrade(), self.boot_processor.upgrade()) else {
-            return Ok(());
+            return Ok(None);
         };
         if !clock.is_asked_for() {
-            return Ok(());
+            return Ok(None);
         }
         let tsc = vcpu.lock().unwrap_or_else(PoisonError::into_inner).tsc()?;
-        act(&clock, tsc)
+        act(&clock, tsc).map(Some)
     }
 }

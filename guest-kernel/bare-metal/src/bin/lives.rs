@@ -180,6 +180,10 @@ fn watch_the_clock() {
             return;
         }
         last = now;
+        if events() & event::CLOCK != 0 {
+            set_register(port::REG_EVENTS, event::CLOCK);
+            comment(format_args!("another wall clock"));
+        }
     }
 }
 

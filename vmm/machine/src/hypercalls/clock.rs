@@ -14,6 +14,9 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 /// A guest's clock that is farther ahead of the engine's was not made so by its TSC's frequency: the guest has set its TSC.
 const FARTHEST_AHEAD_NS: u64 = 86_400_000_000_000;
 
+/// A wall clock that is farther off is worth an interrupt. Snapshots let a machine stand for less.
+const WORTH_TELLING_NS: u64 = 10_000_000;
+
 /// The guest's clock page and what it said last.
 pub(crate) struct GuestClock {
     vm: Arc<dyn Vm>,
@@ -21,6 +24,8 @@ pub(crate) struct GuestClock {
     gpa: GuestAddress,
     /// Nothing before the guest asks: a guest that does not may use the memory for something else.
     page: Mutex<Option<ClockPage>>,
+    /// The wall clock's offset that the guest was told by a call, in this machine.
+    told_offset_ns: Mutex<Option<i64>>,
 }
 
 impl GuestClock {
@@ -31,12 +36,20 @@ impl GuestClock {
             memory,
             gpa: GuestAddress(shared_page_gpa.saturating_add(CLOCK_OFFSET)),
             page: Mutex::new(None),
+            told_offset_ns: Mutex::new(None),
         }
     }
 
-    /// Writes the page for a guest whose TSC is `tsc` now. The first time it ties guest time to the TSC; from then on
-    /// guest time goes on as the page says, and only the wall clock is corrected.
+    /// Writes the page for a guest that has asked, whose TSC is `tsc` now. The first time it ties guest time to the TSC; from
+    /// then on guest time goes on as the page says, and only the wall clock is corrected.
     pub(crate) fn publish(&self, tsc: u64) -> Result<ClockResult, Status> {
+        let result = self.write_anew(tsc)?;
+        *self.told_offset_ns.lock().unwrap_or_else(PoisonError::into_inner) =
+            Some(result.wall_ns.wrapping_sub(result.monotonic_ns.cast_signed()));
+        Ok(result)
+    }
+
+    fn write_anew(&self, tsc: u64) -> Result<ClockResult, Status> {
         let mut last = self.page.lock().unwrap_or_else(PoisonError::into_inner);
         let mut page = match *last {
             Some(page) => page,
@@ -90,20 +103,26 @@ impl GuestClock {
 
     /// Ties guest time to the guest's TSC anew, whose value is `tsc` now, and corrects the wall clock: the engine's clock
     /// stood still at `stood_at_ns`, or is another engine's, and the TSC may have run on. Nothing happens if the guest
-    /// has never asked for the page.
-    pub(crate) fn tie(&self, tsc: u64, stood_at_ns: u64) -> Result<(), EngineError> {
+    /// has never asked for the page. Answers whether the guest has to be told that its wall clock is wrong.
+    pub(crate) fn tie(&self, tsc: u64, stood_at_ns: u64) -> Result<bool, EngineError> {
         let mut last = self.page.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(ClockPage { sequence, generation, .. }) = *last else { return Ok(()) };
+        let Some(ClockPage { sequence, generation, .. }) = *last else { return Ok(false) };
         let first = self.first(tsc)?;
         // A clock that was set to a time may show an earlier one: KVM's is made of two sources.
         let monotonic_base_ns = first.monotonic_base_ns.max(stood_at_ns);
         *last = Some(ClockPage { sequence, generation, monotonic_base_ns, ..first });
         drop(last);
         // The guest's kernel reads the page; where it cannot be written, it was not there before either.
-        if let Err(status) = self.publish(tsc) {
-            log::warn!("machine: the guest's clock page is not written: {}", status.name());
-        }
-        Ok(())
+        let result = match self.write_anew(tsc) {
+            Ok(result) => result,
+            Err(status) => {
+                log::warn!("machine: the guest's clock page is not written: {}", status.name());
+                return Ok(false);
+            }
+        };
+        let offset_ns = result.wall_ns.wrapping_sub(result.monotonic_ns.cast_signed());
+        let told = *self.told_offset_ns.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(told.is_some_and(|told| told.abs_diff(offset_ns) > WORTH_TELLING_NS))
     }
 
     fn first(&self, tsc: u64) -> Result<ClockPage, EngineError> {
