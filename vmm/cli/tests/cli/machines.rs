@@ -109,6 +109,32 @@ pub(crate) fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
 }
 
 #[test]
+fn after_a_pause_the_date_is_right_and_the_guest_is_no_older() {
+    const PAUSE: Duration = Duration::from_secs(3);
+    let machines = Machines::new();
+    for engine in crate::guest_kernel::engines() {
+        machines.good(&["run", "-d", "--engine", engine, "--name", engine, "--", "sleep", "1000"]);
+        let ask = |command: &str| -> f64 {
+            let said = machines.good(&["exec", "--no-stdin", engine, "--", "sh", "-c", command]);
+            said.trim().parse().unwrap_or_else(|_| panic!("{said}"))
+        };
+        let uptime = || ask("cut -d' ' -f1 /proc/uptime");
+        let begin = Instant::now();
+        let before = uptime();
+        machines.good(&["pause", engine]);
+        std::thread::sleep(PAUSE);
+        machines.good(&["resume", engine]);
+        let aged = uptime() - before;
+        assert!(aged <= (begin.elapsed() - PAUSE).as_secs_f64() + 0.1, "{engine}: {aged} s");
+        eventually("the date is right", || {
+            let host = std::time::UNIX_EPOCH.elapsed().unwrap().as_secs_f64();
+            (ask("date +%s") - host).abs() < 1.5
+        });
+        machines.good(&["rm", "-f", engine]);
+    }
+}
+
+#[test]
 fn a_detached_machine_is_found_paused_resumed_and_stopped() {
     let machines = Machines::new();
     let script = "trap 'echo bye; exit 9' TERM; echo out; echo err >&2; while :; do sleep 0.1; done";
