@@ -45,7 +45,13 @@ fn the_guest_marks_its_phases_and_prints_by_the_buffer() {
         assert_eq!(marks, [1, 2, 3, 4, 5, 6, 7, 8], "{engine}");
 
         let expected: String = (1..=5000).map(|number| format!("{number}\r\n")).collect();
-        assert_eq!(std::fs::read_to_string(&file).unwrap(), expected, "{engine}");
+        let printed = std::fs::read_to_string(&file).unwrap();
+        let rest = printed.strip_prefix(&expected);
+        // A kernel that comes to switching off before its monitor ends says so.
+        assert!(
+            rest.is_some_and(|rest| rest.is_empty() || rest.ends_with("reboot: Power down\r\n")),
+            "{engine}: {printed}"
+        );
         let (calls, accesses) = (count(&record, "console_calls"), count(&record, "device_accesses"));
         assert!(calls > 0 && accesses < expected.len() as u64 / 10, "{engine}: {calls}, {accesses}");
     }
