@@ -33,12 +33,7 @@ pub(crate) fn give_back() {
 #[cfg(all(test, target_env = "gnu"))]
 mod tests {
     use super::*;
-
-    fn resident_kib() -> u64 {
-        let status = std::fs::read_to_string("/proc/self/status").unwrap();
-        let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
-        line.trim().trim_end_matches(" kB").parse().unwrap()
-    }
+    use crate::own_memory::tests::resident_kib;
 
     #[test]
     fn what_is_free_goes_back_to_the_host() {
@@ -46,9 +41,9 @@ mod tests {
         let mut pieces: Vec<Vec<u8>> = (0..4096).map(|_| vec![1; 4096]).collect();
         let last = pieces.pop();
         drop(pieces);
-        let before = resident_kib();
+        let before = resident_kib("RssAnon:");
         give_back();
-        let after = resident_kib();
+        let after = resident_kib("RssAnon:");
         assert!(after + 8 * 1024 < before, "{before} KiB before, {after} KiB after");
         drop(last);
     }

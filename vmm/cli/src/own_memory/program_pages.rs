@@ -50,17 +50,13 @@ unsafe extern "C" fn give_back_object(
 
 #[cfg(test)]
 mod tests {
-    fn file_kib() -> u64 {
-        let status = std::fs::read_to_string("/proc/self/status").unwrap();
-        let line = status.lines().find_map(|line| line.strip_prefix("RssFile:")).unwrap();
-        line.trim().trim_end_matches(" kB").parse().unwrap()
-    }
+    use crate::own_memory::tests::resident_kib;
 
     #[test]
     fn the_programs_pages_go_back_and_come_again() {
-        let before = file_kib();
+        let before = resident_kib("RssFile:");
         super::give_back();
-        let after = file_kib();
+        let after = resident_kib("RssFile:");
         assert!(after < before, "{before} KiB before, {after} KiB after");
         assert_eq!(format!("{:>5.1}", 2.5_f64), "  2.5");
     }
