@@ -51,17 +51,19 @@ impl GuestTime {
     }
 
     fn try_stop(&self) -> Result<(), EngineError> {
-        self.vm.stop_time()?;
-        let Some(doorbell) = self.doorbell.get() else { return Ok(()) };
+        let Some(doorbell) = self.doorbell.get() else { return self.vm.stop_time() };
+        // Waits stop first and go on last: none ends before its time.
         doorbell.park.stop();
+        self.vm.stop_time()?;
         doorbell.with_clock(|clock, tsc| clock.stop(tsc)).map(drop)
     }
 
     fn try_start(&self) -> Result<(), EngineError> {
-        let stood_at_ns = self.vm.clock_ns()?;
-        self.vm.start_time()?;
-        let Some(doorbell) = self.doorbell.get() else { return Ok(()) };
+        let Some(doorbell) = self.doorbell.get() else { return self.vm.start_time() };
+        let started = self.vm.clock_ns().and_then(|stood_at_ns| self.vm.start_time().map(|()| stood_at_ns));
+        // Whatever the engine answers, nobody waits for ever.
         doorbell.park.start();
+        let stood_at_ns = started?;
         if doorbell.with_clock(|clock, tsc| clock.tie(tsc, stood_at_ns))?.unwrap_or(false) {
             doorbell.events.raise(event::CLOCK);
         }
