@@ -154,7 +154,12 @@ pub fn mark(phase: u32, name: &str, value: u64) -> Answer {
 
 /// Fills in the clock page.
 pub fn clock() -> (Answer, ClockResult) {
-    let answer = call(number::CLOCK, &ClockArgs { tsc: rdtsc() }.to_bytes());
+    clock_at(rdtsc())
+}
+
+/// The same with a TSC that was read before.
+pub fn clock_at(tsc: u64) -> (Answer, ClockResult) {
+    let answer = call(number::CLOCK, &ClockArgs { tsc }.to_bytes());
     (answer, ClockResult::from_bytes(&answer.result))
 }
 

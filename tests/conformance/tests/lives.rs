@@ -217,6 +217,25 @@ fn a_guest_that_did_not_ask_for_the_event_hears_of_its_copy_by_acpi_and_nobody_h
     });
 }
 
+#[test]
+fn a_clock_that_was_asked_for_in_one_machine_is_right_in_the_next() {
+    with_engines(|first| {
+        with_engines(|second| {
+            let folder = tempfile::tempdir().unwrap();
+            let mut machine = boot(first, 6, &Said::default());
+            machine.start().unwrap();
+            eventually(|| !machine.handle().hypercalls().marks.is_empty());
+            let target = folder.path().join("taken");
+            snapshot(&machine.handle(), &target, Duration::ZERO).unwrap();
+            drop(machine);
+            let said = Said::default();
+            let mut machine = restore(second, &target, &Restoration::default(), &said);
+            machine.start().unwrap();
+            end(machine, &said);
+        });
+    });
+}
+
 fn eventually(mut holds: impl FnMut() -> bool) {
     let give_up = Instant::now() + DEADLINE;
     while !holds() {

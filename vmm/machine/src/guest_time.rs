@@ -72,7 +72,7 @@ impl GuestTime {
 }
 
 impl DoorbellTime {
-    /// Calls `act` with the guest's clock and its TSC, if the guest has asked for the clock.
+    /// Calls `act` with the guest's clock and its TSC, if the machine is there.
     fn with_clock<T>(
         &self,
         act: impl FnOnce(&GuestClock, u64) -> Result<T, EngineError>,
@@ -80,9 +80,6 @@ impl DoorbellTime {
         let (Some(clock), Some(vcpu)) = (self.clock.upgrade(), self.boot_processor.upgrade()) else {
             return Ok(None);
         };
-        if !clock.is_asked_for() {
-            return Ok(None);
-        }
         let tsc = vcpu.lock().unwrap_or_else(PoisonError::into_inner).tsc()?;
         act(&clock, tsc).map(Some)
     }

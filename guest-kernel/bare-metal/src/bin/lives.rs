@@ -2,7 +2,8 @@
 //! VM generation id.
 //!
 //! `mode=1` takes a checkpoint, `mode=2` comes to rest when it is asked to, `mode=3` takes its time, `mode=4` watches the
-//! clock until it is stopped, `mode=5` waits for the interrupt of another generation id. The first one says as its last
+//! clock until it is stopped, `mode=5` waits for the interrupt of another generation id, `mode=6`
+//! asks for the clock with another machine's TSC. The first one says as its last
 //! comment as whom it has returned.
 
 #![no_std]
@@ -35,6 +36,7 @@ fn main() {
         Some(2) => rest(),
         Some(4) => watch_the_clock(),
         Some(5) => hear_of_another_generation(),
+        Some(6) => ask_for_the_clock_in_between(),
         _ => take_time(),
     }
 }
@@ -166,6 +168,21 @@ fn hear_of_another_generation() {
     }
     check_true("another generation id", generation_id() != id);
     comment(format_args!("acpi {} doorbell {}", TIMES_TOLD.load(Ordering::SeqCst), events()));
+}
+
+/// Whose TSC was read in one machine may ask for the clock in the next.
+fn ask_for_the_clock_in_between() {
+    hypercall::features(features::IDENTITY);
+    let tsc = cpu::rdtsc();
+    mark(8, "", 0);
+    while events() & event::GENERATION == 0 {
+        spin_loop();
+    }
+    let (answer, clock) = hypercall::clock_at(tsc);
+    check("CLOCK", answer.code(), code(Status::Ok));
+    let now = hypercall::now(clock.clock_page);
+    check_true("guest time goes on from the answer", now >= clock.monotonic_ns);
+    check_true("by less than an hour", now - clock.monotonic_ns < 3_600_000_000_000);
 }
 
 fn watch_the_clock() {

@@ -17,6 +17,9 @@ const FARTHEST_AHEAD_NS: u64 = 86_400_000_000_000;
 /// A wall clock that is farther off is worth an interrupt. Snapshots let a machine stand for less.
 const WORTH_TELLING_NS: u64 = 10_000_000;
 
+/// A call that was on its way when the machine was stopped arrives within this time of the guest.
+const ON_ITS_WAY_NS: u64 = 100_000_000;
+
 /// The guest's clock page and what it said last.
 pub(crate) struct GuestClock {
     vm: Arc<dyn Vm>,
@@ -24,6 +27,8 @@ pub(crate) struct GuestClock {
     gpa: GuestAddress,
     /// Nothing before the guest asks: a guest that does not may use the memory for something else.
     page: Mutex<Option<ClockPage>>,
+    /// The guest's TSC and the engine's clock when the machine was last started.
+    started_at: Mutex<Option<(u64, u64)>>,
     /// The wall clock's offset that the guest was told by a call, in this machine.
     told_offset_ns: Mutex<Option<i64>>,
 }
@@ -36,6 +41,7 @@ impl GuestClock {
             memory,
             gpa: GuestAddress(shared_page_gpa.saturating_add(CLOCK_OFFSET)),
             page: Mutex::new(None),
+            started_at: Mutex::new(None),
             told_offset_ns: Mutex::new(None),
         }
     }
@@ -43,10 +49,27 @@ impl GuestClock {
     /// Writes the page for a guest that has asked, whose TSC is `tsc` now. The first time it ties guest time to the TSC; from
     /// then on guest time goes on as the page says, and only the wall clock is corrected.
     pub(crate) fn publish(&self, tsc: u64) -> Result<ClockResult, Status> {
-        let result = self.write_anew(tsc)?;
+        let result = self.write_anew(self.believable(tsc))?;
         *self.told_offset_ns.lock().unwrap_or_else(PoisonError::into_inner) =
             Some(result.wall_ns.wrapping_sub(result.monotonic_ns.cast_signed()));
         Ok(result)
+    }
+
+    /// `tsc`, unless the guest has read it before its machine was stopped, which may go on with another one elsewhere.
+    fn believable(&self, tsc: u64) -> u64 {
+        let started_at = *self.started_at.lock().unwrap_or_else(PoisonError::into_inner);
+        let (Some((first, first_ns)), Ok(now_ns)) = (started_at, self.vm.clock_ns()) else { return tsc };
+        let passed_ns = now_ns.saturating_sub(first_ns);
+        if passed_ns > ON_ITS_WAY_NS {
+            return tsc;
+        }
+        let ticks = |ns: u64| (u128::from(ns) * u128::from(self.vm.tsc_khz()) / 1_000_000) as u64;
+        // Before the start, or far ahead of now.
+        if tsc.wrapping_sub(first) <= ticks(ON_ITS_WAY_NS) * 2 {
+            tsc
+        } else {
+            first.wrapping_add(ticks(passed_ns))
+        }
     }
 
     fn write_anew(&self, tsc: u64) -> Result<ClockResult, Status> {
@@ -85,11 +108,6 @@ impl GuestClock {
         });
     }
 
-    /// Whether the guest has a page.
-    pub(crate) fn is_asked_for(&self) -> bool {
-        self.page.lock().unwrap_or_else(PoisonError::into_inner).is_some()
-    }
-
     /// The engine's clock, which stands still, becomes what the guest could read last, when its TSC was `tsc`: the two
     /// run at frequencies that are not known to the last digit, and guest time goes on from the engine's.
     pub(crate) fn stop(&self, tsc: u64) -> Result<(), EngineError> {
@@ -102,12 +120,14 @@ impl GuestClock {
     }
 
     /// Ties guest time to the guest's TSC anew, whose value is `tsc` now, and corrects the wall clock: the engine's clock
-    /// stood still at `stood_at_ns`, or is another engine's, and the TSC may have run on. Nothing happens if the guest
+    /// stood still at `stood_at_ns`, or is another engine's, and the TSC may have run on. Nothing is written if the guest
     /// has never asked for the page. Answers whether the guest has to be told that its wall clock is wrong.
     pub(crate) fn tie(&self, tsc: u64, stood_at_ns: u64) -> Result<bool, EngineError> {
         let mut last = self.page.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(ClockPage { sequence, generation, .. }) = *last else { return Ok(false) };
         let first = self.first(tsc)?;
+        *self.started_at.lock().unwrap_or_else(PoisonError::into_inner) =
+            Some((tsc, first.monotonic_base_ns.max(stood_at_ns)));
+        let Some(ClockPage { sequence, generation, .. }) = *last else { return Ok(false) };
         // A clock that was set to a time may show an earlier one: KVM's is made of two sources.
         let monotonic_base_ns = first.monotonic_base_ns.max(stood_at_ns);
         *last = Some(ClockPage { sequence, generation, monotonic_base_ns, ..first });
