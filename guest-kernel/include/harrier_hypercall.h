@@ -11,7 +11,7 @@
 
 /* Version */
 #define HARRIER_VERSION_MAJOR 1
-#define HARRIER_VERSION_MINOR 1
+#define HARRIER_VERSION_MINOR 2
 
 /* The doorbell: discovery and registers */
 #define HARRIER_ACPI_ID "HARV0001"
@@ -46,6 +46,7 @@
 #define HARRIER_CALL_CHECKPOINT 8
 #define HARRIER_CALL_QUIESCE 9
 #define HARRIER_CALL_IDENTITY 10
+#define HARRIER_CALL_DEVICE 11
 
 /* Feature bits */
 #define HARRIER_FEATURE_CONSOLE 0x1ULL
@@ -57,6 +58,7 @@
 #define HARRIER_FEATURE_CHECKPOINT 0x40ULL
 #define HARRIER_FEATURE_QUIESCE 0x80ULL
 #define HARRIER_FEATURE_IDENTITY 0x100ULL
+#define HARRIER_FEATURE_DEVICE 0x200ULL
 
 /* How a call ended */
 #define HARRIER_STATUS_OK 0
@@ -109,6 +111,15 @@
 #define HARRIER_ROLE_RESTORED 0x1 /* it was made of a snapshot */
 #define HARRIER_ROLE_CLONE 0x2 /* it was forked: others like it may run beside it */
 #define HARRIER_ROLE_MIGRATED 0x3 /* it has moved here from another host */
+
+/* Devices of DEVICE */
+#define HARRIER_DEVICE_NONE 0x0 /* there is no device of this number and above */
+#define HARRIER_DEVICE_VIRTIO_MMIO 0x1 /* a virtio device; registers in memory, the interrupt is a level */
+#define HARRIER_DEVICE_SERIAL 0x2 /* a 16550A; registers are ports, the interrupt is an edge */
+#define HARRIER_DEVICE_PVPANIC 0x3 /* QEMU's port for reports of a crash */
+#define HARRIER_DEVICE_POWER 0x4 /* ports: 0x34 to the first switches the machine off, 1 to the third resets it */
+#define HARRIER_DEVICE_DOORBELL 0x5 /* the ports of these calls; the interrupt of events is a level */
+#define HARRIER_DEVICE_NO_INTERRUPT 0xffffffff
 
 /* Flags of the clock page */
 #define HARRIER_CLOCK_VALID 0x1
@@ -550,5 +561,48 @@ struct harrier_identity_result {
 	__u8 entropy[32];
 };
 _Static_assert(sizeof(struct harrier_identity_result) == 48, "layout of IdentityResult");
+
+/*
+ * Which device is asked for.
+ */
+struct harrier_device_args {
+	/*
+	 * Devices are numbered from zero.
+	 */
+	__u32 index;
+	/*
+	 * Zero.
+	 */
+	__u32 reserved;
+};
+_Static_assert(sizeof(struct harrier_device_args) == 8, "layout of DeviceArgs");
+
+/*
+ * Where a device is.
+ */
+struct harrier_device_result {
+	/*
+	 * What it is: see the table of devices. NONE: there is no device of this
+	 * number and above.
+	 */
+	__u32 kind;
+	/*
+	 * Global system interrupt; all ones: it has none.
+	 */
+	__u32 interrupt;
+	/*
+	 * First port, or guest-physical address, of its registers.
+	 */
+	__u64 base;
+	/*
+	 * Length of its registers, in ports or bytes.
+	 */
+	__u32 len;
+	/*
+	 * Zero.
+	 */
+	__u32 reserved;
+};
+_Static_assert(sizeof(struct harrier_device_result) == 24, "layout of DeviceResult");
 
 #endif /* _HARRIER_HYPERCALL_H */

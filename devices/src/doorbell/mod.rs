@@ -20,9 +20,10 @@ use harrier_engine::{Flow, GuestMemory};
 use harrier_hypercall_abi::block::{self, ALIGN, Block, CHANNELS, RESULT_OFFSET, STATUS_OFFSET};
 use harrier_hypercall_abi::calls::{
     self, CONSOLE_MAX, Call, CheckpointArgs, CheckpointResult, ClockArgs, ClockResult, ConsoleArgs,
-    ConsoleResult, EXIT_CODE_MAX, EXIT_REASONS, ExitArgs, FeaturesArgs, FeaturesResult, IdentityResult,
-    MEM_RELEASE_MAX_BYTES, MEM_RELEASE_MAX_RANGES, MarkArgs, MemRange, MemReleaseArgs, MemReleaseResult,
-    PARK_FIRST_VECTOR, PHASES, ParkArgs, QUIESCE_ASK, QUIESCE_READY, QuiesceArgs, QuiesceResult, number,
+    ConsoleResult, DEVICE_NO_INTERRUPT, DEVICE_NONE, DeviceArgs, DeviceResult, EXIT_CODE_MAX, EXIT_REASONS,
+    ExitArgs, FeaturesArgs, FeaturesResult, IdentityResult, MEM_RELEASE_MAX_BYTES, MEM_RELEASE_MAX_RANGES,
+    MarkArgs, MemRange, MemReleaseArgs, MemReleaseResult, PARK_FIRST_VECTOR, PHASES, ParkArgs, QUIESCE_ASK,
+    QUIESCE_READY, QuiesceArgs, QuiesceResult, number,
 };
 use harrier_hypercall_abi::{Status, VERSION, VERSION_MAJOR, port};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
@@ -78,6 +79,8 @@ pub trait Hypercalls: Send {
     /// # Errors
     /// [`Status::HostFailed`] if the host has no randomness.
     fn identity(&mut self) -> Result<IdentityResult, Status>;
+    /// Where the device of this number is, from zero; none above the last.
+    fn device(&self, index: u32) -> Option<DeviceResult>;
     /// What the host wants of the guest's coming to rest.
     fn quiesce_wanted(&mut self) -> QuiesceResult;
     /// The guest has come to rest, as a request wants it.
@@ -313,6 +316,7 @@ impl Doorbell {
                 Ok(result) => Answer::ok(&result.to_bytes()),
                 Err(status) => Answer::error(status),
             },
+            number::DEVICE => self.device(DeviceArgs::from_bytes(args)),
             // In the table, and not reserved: whoever adds a call adds it here.
             _ => Answer::error(Status::Unsupported),
         }
@@ -330,6 +334,15 @@ impl Doorbell {
             mem_release_max_ranges: MEM_RELEASE_MAX_RANGES,
         };
         Answer::ok(&result.to_bytes())
+    }
+
+    fn device(&self, args: DeviceArgs) -> Answer {
+        if args.reserved != 0 {
+            return Answer::error(Status::BadArgument);
+        }
+        let none =
+            DeviceResult { kind: DEVICE_NONE, interrupt: DEVICE_NO_INTERRUPT, base: 0, len: 0, reserved: 0 };
+        Answer::ok(&self.calls.device(args.index).unwrap_or(none).to_bytes())
     }
 
     fn console(&mut self, args: ConsoleArgs) -> Answer {

@@ -21,7 +21,8 @@ const ALL: u64 = features::CONSOLE
     | features::EXIT
     | features::CHECKPOINT
     | features::QUIESCE
-    | features::IDENTITY;
+    | features::IDENTITY
+    | features::DEVICE;
 
 /// What the calls did.
 #[derive(Default)]
@@ -47,6 +48,16 @@ struct Machine {
 impl Hypercalls for Machine {
     fn features(&self) -> u64 {
         self.features
+    }
+    fn device(&self, index: u32) -> Option<DeviceResult> {
+        let device = DeviceResult {
+            kind: calls::DEVICE_VIRTIO_MMIO,
+            interrupt: 16,
+            base: 0xd000_0000,
+            len: 0x1000,
+            reserved: 0,
+        };
+        (index < 2).then_some(device)
     }
     fn console(&mut self, bytes: &[u8]) -> usize {
         let mut seen = self.seen.lock().unwrap();
@@ -547,4 +558,22 @@ fn a_checkpoint_returns_here_and_in_what_is_made_of_it() {
     let wrong = CheckpointArgs { flags: 1, reserved: 0 }.to_bytes();
     assert_eq!(guest.call(number::CHECKPOINT, &wrong).0, Status::BadArgument);
     assert_eq!(guest.seen.lock().unwrap().checkpoints, 2);
+}
+
+#[test]
+fn device_tells_of_each_and_of_none_behind_the_last() {
+    let mut guest = guest();
+    let mut ask = |index, reserved| {
+        let (status, result) =
+            guest.made(&block(number::DEVICE, &calls::DeviceArgs { index, reserved }.to_bytes()));
+        let device = DeviceResult::from_bytes(&result);
+        (status, device.kind, device.interrupt)
+    };
+    for index in [0, 1] {
+        assert_eq!(ask(index, 0), (Status::Ok, calls::DEVICE_VIRTIO_MMIO, 16));
+    }
+    for index in [2, u32::MAX] {
+        assert_eq!(ask(index, 0), (Status::Ok, calls::DEVICE_NONE, calls::DEVICE_NO_INTERRUPT));
+    }
+    assert_eq!(ask(0, 1).0, Status::BadArgument);
 }

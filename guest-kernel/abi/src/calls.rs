@@ -75,6 +75,8 @@ pub mod number {
     pub const QUIESCE: u16 = 9;
     /// See [`super::IdentityResult`].
     pub const IDENTITY: u16 = 10;
+    /// See [`super::DeviceArgs`].
+    pub const DEVICE: u16 = 11;
 }
 
 /// Bits of the feature word.
@@ -97,6 +99,8 @@ pub mod features {
     pub const QUIESCE: u64 = 1 << 7;
     /// IDENTITY and the event GENERATION, which is sent to guests that have set the bit themselves.
     pub const IDENTITY: u64 = 1 << 8;
+    /// DEVICE, and an MP table with every interrupt that it names: the guest needs no ACPI.
+    pub const DEVICE: u64 = 1 << 9;
 }
 
 /// Most bytes that a CONSOLE call takes.
@@ -317,6 +321,57 @@ layout! {
     }
 }
 
+layout! {
+    /// Which device is asked for.
+    pub struct DeviceArgs {
+        /// Devices are numbered from zero.
+        pub index: u32,
+        /// Zero.
+        pub reserved: u32,
+    }
+}
+
+layout! {
+    /// Where a device is.
+    pub struct DeviceResult {
+        /// What it is: see the table of devices. NONE: there is no device of this number and above.
+        pub kind: u32,
+        /// Global system interrupt; all ones: it has none.
+        pub interrupt: u32,
+        /// First port, or guest-physical address, of its registers.
+        pub base: u64,
+        /// Length of its registers, in ports or bytes.
+        pub len: u32,
+        /// Zero.
+        pub reserved: u32,
+    }
+}
+
+/// [`DeviceResult::interrupt`]: the device has none.
+pub const DEVICE_NO_INTERRUPT: u32 = u32::MAX;
+/// [`DeviceResult::kind`]: no device.
+pub const DEVICE_NONE: u32 = 0;
+/// [`DeviceResult::kind`]: a virtio device behind memory-mapped registers.
+pub const DEVICE_VIRTIO_MMIO: u32 = 1;
+/// [`DeviceResult::kind`]: a serial port.
+pub const DEVICE_SERIAL: u32 = 2;
+/// [`DeviceResult::kind`]: pvpanic.
+pub const DEVICE_PVPANIC: u32 = 3;
+/// [`DeviceResult::kind`]: power registers.
+pub const DEVICE_POWER: u32 = 4;
+/// [`DeviceResult::kind`]: the doorbell.
+pub const DEVICE_DOORBELL: u32 = 5;
+
+/// Devices of [`DeviceResult::kind`]: number, name, meaning.
+pub const DEVICES: &[(u32, &str, &str)] = &[
+    (DEVICE_NONE, "NONE", "there is no device of this number and above"),
+    (DEVICE_VIRTIO_MMIO, "VIRTIO_MMIO", "a virtio device; registers in memory, the interrupt is a level"),
+    (DEVICE_SERIAL, "SERIAL", "a 16550A; registers are ports, the interrupt is an edge"),
+    (DEVICE_PVPANIC, "PVPANIC", "QEMU's port for reports of a crash"),
+    (DEVICE_POWER, "POWER", "ports: 0x34 to the first switches the machine off, 1 to the third resets it"),
+    (DEVICE_DOORBELL, "DOORBELL", "the ports of these calls; the interrupt of events is a level"),
+];
+
 /// [`QuiesceArgs::op`]: what does the host want?
 pub const QUIESCE_ASK: u32 = 0;
 /// [`QuiesceArgs::op`]: the guest is at rest.
@@ -494,6 +549,19 @@ pub const CALLS: &[Call] = &[
         feature: features::IDENTITY,
         cost: "the host's random numbers",
         since_minor: 1,
+        reserved: false,
+    },
+    Call {
+        number: number::DEVICE,
+        name: "DEVICE",
+        doc: "Answers where a device is and which interrupt it has, so that a guest finds its devices without ACPI. The \
+              interrupts are those of the MP table.",
+        args: Some(&DeviceArgs::LAYOUT),
+        result: Some(&DeviceResult::LAYOUT),
+        errors: &[],
+        feature: features::DEVICE,
+        cost: "nothing more",
+        since_minor: 2,
         reserved: false,
     },
 ];

@@ -24,6 +24,6 @@ pub use calls::{Call, features};
 /// Changes when a guest of an older number would not be understood. The guest names it in every call.
 pub const VERSION_MAJOR: u16 = 1;
 /// Grows when calls, results or shared-page fields are added.
-pub const VERSION_MINOR: u16 = 1;
+pub const VERSION_MINOR: u16 = 2;
 /// Both, as [`port::REG_VERSION`] shows them: the major number in the upper half.
 pub const VERSION: u32 = (VERSION_MAJOR as u32) << 16 | VERSION_MINOR as u32;

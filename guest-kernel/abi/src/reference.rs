@@ -3,7 +3,9 @@
 use core::fmt::{self, Write};
 
 use crate::block::{self, Block, Status};
-use crate::calls::{self, CALLS, COMMON_ERRORS, Call, EXIT_REASONS, MemRange, PHASES, QUIESCE_OPS, ROLES};
+use crate::calls::{
+    self, CALLS, COMMON_ERRORS, Call, DEVICES, EXIT_REASONS, MemRange, PHASES, QUIESCE_OPS, ROLES,
+};
 use crate::layout::{Kind, Layout};
 use crate::port::{self, event};
 use crate::shared_page::{self, ClockPage};
@@ -81,6 +83,11 @@ pub fn c_header(out: &mut dyn Write) -> fmt::Result {
     for (role, name, doc) in ROLES {
         group.hex_named("ROLE_", name, u64::from(*role), doc)?;
     }
+    group.next("Devices of DEVICE")?;
+    for (kind, name, doc) in DEVICES {
+        group.hex_named("DEVICE_", name, u64::from(*kind), doc)?;
+    }
+    group.hex("DEVICE_NO_INTERRUPT", calls::DEVICE_NO_INTERRUPT.into(), "")?;
     group.next("Flags of the clock page")?;
     group.hex("CLOCK_VALID", shared_page::CLOCK_VALID.into(), "")?;
     group.hex("CLOCK_TSC_RELIABLE", shared_page::CLOCK_TSC_RELIABLE.into(), "")?;
@@ -280,6 +287,7 @@ fn markdown_call(out: &mut dyn Write, call: &Call) -> fmt::Result {
         "EXIT" => Some(("reason", EXIT_REASONS)),
         "QUIESCE" => Some(("operation", QUIESCE_OPS)),
         "CHECKPOINT" | "IDENTITY" => Some(("role", ROLES)),
+        "DEVICE" => Some(("kind", DEVICES)),
         "MEM_RELEASE" => {
             out.write_str("\nA range:\n\n")?;
             structure(out, &MemRange::LAYOUT)?;

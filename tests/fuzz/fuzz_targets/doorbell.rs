@@ -14,7 +14,7 @@ use harrier_devices::{BusDevice, InterruptLine};
 use harrier_engine::{Flow, GuestMemory};
 use harrier_fuzz::input::Input;
 use harrier_hypercall_abi::block::{ALIGN, Block, PAYLOAD, RESULT_OFFSET, STATUS_OFFSET};
-use harrier_hypercall_abi::calls::{
+use harrier_hypercall_abi::calls::{DeviceResult, 
     self, CALLS, CheckpointResult, ClockResult, EXIT_REASONS, IdentityResult, MEM_RELEASE_MAX_BYTES,
     MemRange, PHASES, ParkArgs, QuiesceResult,
 };
@@ -44,6 +44,16 @@ fn assert_text(text: &str) {
 impl Hypercalls for Machine {
     fn features(&self) -> u64 {
         self.features
+    }
+    fn device(&self, index: u32) -> Option<DeviceResult> {
+        let device = DeviceResult {
+            kind: calls::DEVICE_VIRTIO_MMIO,
+            interrupt: 16,
+            base: 0xd000_0000,
+            len: 0x1000,
+            reserved: 0,
+        };
+        (index < 2).then_some(device)
     }
     fn console(&mut self, bytes: &[u8]) -> usize {
         assert!(!bytes.is_empty() && bytes.len() <= calls::CONSOLE_MAX as usize);

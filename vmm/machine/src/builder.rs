@@ -24,6 +24,9 @@ use harrier_devices::virtio::{VirtioDevice, VirtioMmio};
 use harrier_devices::{BusBuilder, BusDevice, InterruptLine, MsiSink, PowerSink, StateUnit, Stateful, state};
 use harrier_engine::cpuid::{FEATURES, Features};
 use harrier_engine::{CpuModel, Engine, EngineError, GsiRoute, GuestMemory, Msi, Probe, Vcpu, Vm, VmConfig};
+use harrier_hypercall_abi::calls::{
+    DEVICE_DOORBELL, DEVICE_POWER, DEVICE_PVPANIC, DEVICE_SERIAL, DEVICE_VIRTIO_MMIO,
+};
 use harrier_hypercall_abi::port;
 use vm_memory::GuestMemoryError;
 
@@ -33,7 +36,7 @@ use crate::cpu_words::kernel_words;
 use crate::event_loop::Subscriber;
 use crate::generation_id::GenerationId;
 use crate::guest_time::{DoorbellTime, GuestTime};
-use crate::hypercalls::{ConsoleCalls, GuestClock, HypercallLog, Lives, MachineCalls, ParkTimer};
+use crate::hypercalls::{ConsoleCalls, DeviceList, GuestClock, HypercallLog, Lives, MachineCalls, ParkTimer};
 use crate::layout::{
     COM1_GSI, DOORBELL_GSI, GENERATION_ID_GSI, POWER_BUTTON_GSI, SHARED_PAGE, VIRTIO_GSIS, VIRTIO_MMIO_LEN,
     VIRTIO_MMIO_START,
@@ -176,6 +179,8 @@ pub struct MachineBuilder {
     /// The queue of the serial port, which CONSOLE calls share.
     console: Option<ConsoleCalls>,
     doorbell_events: doorbell::Events,
+    /// What DEVICE calls tell of.
+    devices: DeviceList,
     hypercalls: HypercallLog,
 }
 
@@ -244,6 +249,7 @@ impl MachineBuilder {
             virtio_count: 0,
             console: None,
             doorbell_events,
+            devices: DeviceList::default(),
             hypercalls: HypercallLog::default(),
         })
     }
@@ -326,6 +332,8 @@ impl MachineBuilder {
         self.add_acpi_object(acpi::rtc_object());
         self.add_at_ports(pvpanic::PORT, pvpanic::SIZE, PvPanic::new(power))?;
         self.add_acpi_object(acpi::pvpanic_object());
+        self.devices.add(DEVICE_POWER, acpi_pm::PORT.into(), acpi_pm::SIZE, None);
+        self.devices.add(DEVICE_PVPANIC, pvpanic::PORT.into(), pvpanic::SIZE, None);
         self.add_acpi_object(acpi::power_button_objects());
         let line = self.interrupt_line(GENERATION_ID_GSI);
         self.generation_id = Some(GenerationId::new(self.ram.memory.clone(), line));
@@ -371,6 +379,8 @@ impl MachineBuilder {
         self.units.push(state::unit(Serial::NAME, &serial));
         self.pio.insert(serial::COM1_PORT.into(), serial::SIZE, serial)?;
         self.add_acpi_object(acpi::serial_object());
+        let base = serial::COM1_PORT.into();
+        self.devices.add(DEVICE_SERIAL, base, serial::SIZE, Some(COM1_GSI));
         Ok(())
     }
 
@@ -395,6 +405,7 @@ impl MachineBuilder {
             control: Arc::clone(&self.control),
             log: self.hypercalls.clone(),
             lives: Arc::clone(&self.lives),
+            devices: self.devices.clone(),
         };
         let config = DoorbellConfig { shared_page_gpa: SHARED_PAGE, gsi: DOORBELL_GSI };
         let device = Doorbell::new(config, memory, self.doorbell_events.clone(), Box::new(calls));
@@ -403,6 +414,7 @@ impl MachineBuilder {
         self.units.push(state::unit(Doorbell::NAME, &device));
         self.pio.insert(port::BASE.into(), port::LEN.into(), device)?;
         self.add_acpi_object(acpi::doorbell_object());
+        self.devices.add(DEVICE_DOORBELL, port::BASE.into(), port::LEN.into(), Some(DOORBELL_GSI));
         Ok(())
     }
 
@@ -425,6 +437,7 @@ impl MachineBuilder {
         self.units.push(state::unit(&format!("virtio-{index}"), &transport));
         self.mmio.insert(gpa.into(), VIRTIO_MMIO_LEN.into(), transport)?;
         self.add_acpi_object(acpi::virtio_mmio_object(index, gpa, VIRTIO_MMIO_LEN, gsi));
+        self.devices.add(DEVICE_VIRTIO_MMIO, gpa.into(), VIRTIO_MMIO_LEN.into(), Some(gsi));
         Ok(())
     }
 

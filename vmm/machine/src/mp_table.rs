@@ -6,13 +6,25 @@
 use harrier_engine::GuestMemory;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
-use crate::layout::{EBDA_START, IOAPIC_START, LAPIC_START, MP_TABLE_START};
+use crate::layout::{DOORBELL_GSI, EBDA_START, IOAPIC_START, LAPIC_START, MP_TABLE_START, VIRTIO_GSIS};
 
 const SPECIFICATION: u8 = 4;
 const HEADER_BYTES: usize = 44;
 const APIC_VERSION: u8 = 0x14;
 const IOAPIC_VERSION: u8 = 0x20;
 const ISA_BUS: u8 = 0;
+/// Pins of the I/O APIC.
+const IOAPIC_PINS: u8 = 24;
+/// Flags of an interrupt: an ISA one is an edge, active high.
+const AS_THE_BUS: u8 = 0;
+const ACTIVE_HIGH: u8 = 0b01;
+const LEVEL: u8 = 0b11 << 2;
+
+/// Whether the pin's interrupt is a level: those of virtio devices and the doorbell are.
+fn is_level(pin: u8) -> bool {
+    let gsi = pin.into();
+    gsi == DOORBELL_GSI || VIRTIO_GSIS.contains(&gsi)
+}
 
 /// Writes pointer and table for `vcpu_count` processors, at most 255.
 ///
@@ -44,9 +56,10 @@ fn table(vcpu_count: u32) -> Vec<u8> {
         .collect();
     entries.push([&[1, ISA_BUS][..], b"ISA   "].concat());
     entries.push([&[2, ioapic_id, IOAPIC_VERSION, 1][..], &(IOAPIC_START as u32).to_le_bytes()].concat());
-    // Each ISA interrupt has the pin of its number; 2 is the cascade of controllers that are not there.
-    for irq in (0..16).filter(|&irq| irq != 2) {
-        entries.push(vec![3, 0, 0, 0, ISA_BUS, irq, ioapic_id, irq]);
+    // Each interrupt has the pin of its number; 2 is the cascade of controllers that are not there.
+    for irq in (0..IOAPIC_PINS).filter(|&irq| irq != 2) {
+        let flags = if is_level(irq) { ACTIVE_HIGH | LEVEL } else { AS_THE_BUS };
+        entries.push(vec![3, 0, flags, 0, ISA_BUS, irq, ioapic_id, irq]);
     }
     // NMI on LINT1 of all local APICs.
     entries.push(vec![4, 1, 0, 0, ISA_BUS, 0, 0xff, 1]);
@@ -90,7 +103,7 @@ mod tests {
         let mut table = vec![0; usize::from(u16::from_le_bytes([header[4], header[5]]))];
         memory.read_slice(&mut table, GuestAddress(at)).unwrap();
         assert_eq!(checksum(&table), 0);
-        assert_eq!(u16::from_le_bytes([table[34], table[35]]), 255 + 2 + 15 + 1);
-        assert_eq!(table.len(), HEADER_BYTES + 255 * 20 + 18 * 8);
+        assert_eq!(u16::from_le_bytes([table[34], table[35]]), 255 + 2 + 23 + 1);
+        assert_eq!(table.len(), HEADER_BYTES + 255 * 20 + 26 * 8);
     }
 }

@@ -16,7 +16,8 @@ use harrier_devices::byte_output::ByteOutput;
 use harrier_devices::doorbell::{Events, Hypercalls};
 use harrier_devices::state::BadState;
 use harrier_hypercall_abi::calls::{
-    CheckpointResult, ClockResult, IdentityResult, MARKS_MAX, MemRange, PHASES, ParkArgs, QuiesceResult,
+    CheckpointResult, ClockResult, DEVICE_NO_INTERRUPT, DeviceResult, IdentityResult, MARKS_MAX, MemRange,
+    PHASES, ParkArgs, QuiesceResult,
 };
 use harrier_hypercall_abi::port::event;
 use harrier_hypercall_abi::{Status, features};
@@ -154,6 +155,31 @@ impl Lives {
     }
 }
 
+/// The devices that DEVICE calls tell of, in the order in which they were added; clones share it.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct DeviceList {
+    devices: Arc<Mutex<Vec<DeviceResult>>>,
+}
+
+impl DeviceList {
+    /// Adds a device of a kind of [`harrier_hypercall_abi::calls::DEVICES`], with `len` ports or bytes from `base` on.
+    pub(crate) fn add(&self, kind: u32, base: u64, len: u64, gsi: Option<u32>) {
+        let device = DeviceResult {
+            kind,
+            interrupt: gsi.unwrap_or(DEVICE_NO_INTERRUPT),
+            base,
+            len: u32::try_from(len).unwrap_or(u32::MAX),
+            reserved: 0,
+        };
+        self.devices.lock().unwrap_or_else(PoisonError::into_inner).push(device);
+    }
+
+    fn get(&self, index: u32) -> Option<DeviceResult> {
+        let devices = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
+        devices.get(usize::try_from(index).ok()?).copied()
+    }
+}
+
 /// The machine behind the doorbell.
 pub(crate) struct MachineCalls {
     pub(crate) console: Option<ConsoleCalls>,
@@ -163,6 +189,7 @@ pub(crate) struct MachineCalls {
     pub(crate) control: Arc<RunControl>,
     pub(crate) log: HypercallLog,
     pub(crate) lives: Arc<Lives>,
+    pub(crate) devices: DeviceList,
 }
 
 impl Hypercalls for MachineCalls {
@@ -175,7 +202,8 @@ impl Hypercalls for MachineCalls {
             | features::MEM_RELEASE
             | features::EXIT
             | features::QUIESCE
-            | features::IDENTITY;
+            | features::IDENTITY
+            | features::DEVICE;
         console | checkpoint | always
     }
 
@@ -249,6 +277,10 @@ impl Hypercalls for MachineCalls {
             return Err(Status::HostFailed);
         }
         Ok(IdentityResult { generation, role, clone_index, entropy })
+    }
+
+    fn device(&self, index: u32) -> Option<DeviceResult> {
+        self.devices.get(index)
     }
 
     fn quiesce_wanted(&mut self) -> QuiesceResult {
