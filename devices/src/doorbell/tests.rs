@@ -189,7 +189,7 @@ fn a_guest_finds_everything_at_the_port() {
     let mut guest = guest();
     let registers = [
         (port::REG_SIGNATURE, u32::from_le_bytes(*b"HARV")),
-        (port::REG_VERSION, 0x1_0001),
+        (port::REG_VERSION, 0x1_0002),
         (port::REG_FEATURES_LOW, ALL as u32),
         (port::REG_FEATURES_HIGH, 0),
         (port::REG_EVENTS, 0),
@@ -235,7 +235,7 @@ fn what_is_wrong_with_a_block_is_said_in_it() {
         (Block { version: 0, ..good }, Status::BadVersion),
         (Block { version: 2, ..good }, Status::BadVersion),
         (Block { number: 0, ..good }, Status::UnknownCall),
-        (Block { number: 11, ..good }, Status::UnknownCall),
+        (Block { number: 12, ..good }, Status::UnknownCall),
         (Block { number: u16::MAX, ..good }, Status::UnknownCall),
         (Block { args_len: 7, ..good }, Status::BadLength),
         (Block { args_len: 9, ..good }, Status::BadLength),

@@ -32,6 +32,34 @@ fn count(record: &Value, name: &str) -> u64 {
     record[name].as_u64().unwrap()
 }
 
+/// Processors, disks and the serial port's input are there whichever way the kernel finds its devices.
+#[test]
+fn devices_are_found_by_hypercall_and_by_acpi() {
+    let folder = tempfile::tempdir().unwrap();
+    let disks: Vec<_> = (0..8u8)
+        .map(|number| {
+            let path = folder.path().join(format!("disk{number}"));
+            std::fs::write(&path, vec![b'0' + number; 4096]).unwrap();
+            path.to_str().unwrap().to_owned()
+        })
+        .collect();
+    for engine in engines() {
+        for (words, interpreter) in [("", "disabled"), ("harrier_acpi", "enabled")] {
+            let mut options = vec!["--cpus", "2", "--cmdline", words];
+            options.extend(disks.iter().flat_map(|disk| ["--disk", disk]));
+            // More than eight virtio devices: the last ones have the interrupts of ISA.
+            let script = "nproc; dmesg | grep -o 'ACPI: Interpreter [a-z]*'; grep -c virtio /proc/interrupts; \
+                          for disk in a b c d e f g h; do head -c 1 /dev/vd$disk; done";
+            let record = run(engine, &options, script);
+            let lines: Vec<_> = record["stdout"].as_str().unwrap().lines().collect();
+            let said = format!("ACPI: Interpreter {interpreter}");
+            assert_eq!(lines[..2], ["2", said.as_str()], "{engine}: {record}");
+            assert!(lines[2].parse::<u32>().unwrap() > 8, "{engine}: {record}");
+            assert_eq!(lines[3], "01234567", "{engine}: {record}");
+        }
+    }
+}
+
 #[test]
 fn the_guest_marks_its_phases_and_prints_by_the_buffer() {
     let folder = tempfile::tempdir().unwrap();
