@@ -14,9 +14,9 @@ use harrier_devices::{BusDevice, InterruptLine};
 use harrier_engine::{Flow, GuestMemory};
 use harrier_fuzz::input::Input;
 use harrier_hypercall_abi::block::{ALIGN, Block, PAYLOAD, RESULT_OFFSET, STATUS_OFFSET};
-use harrier_hypercall_abi::calls::{DeviceResult, 
-    self, CALLS, CheckpointResult, ClockResult, EXIT_REASONS, IdentityResult, MEM_RELEASE_MAX_BYTES,
-    MemRange, PHASES, ParkArgs, QuiesceResult,
+use harrier_hypercall_abi::calls::{
+    self, CALLS, CheckpointResult, ClockResult, DeviceResult, EXIT_REASONS, IdentityResult,
+    MEM_RELEASE_MAX_BYTES, MemRange, PHASES, ParkArgs, QuiesceResult,
 };
 use harrier_hypercall_abi::{Status, VERSION_MAJOR, port};
 use harrier_machine::memory::{GuestRam, ReleaseError};
