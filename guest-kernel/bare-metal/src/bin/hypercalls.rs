@@ -57,7 +57,7 @@ fn discovery() {
         | features::PARK
         | features::MEM_RELEASE
         | features::EXIT;
-    check("the version", hypercall::register(port::REG_VERSION).into(), 0x1_0001);
+    check("the version", hypercall::register(port::REG_VERSION).into(), 0x1_0002);
     let word = u64::from(hypercall::register(port::REG_FEATURES_LOW))
         | u64::from(hypercall::register(port::REG_FEATURES_HIGH)) << 32;
     check("all calls that are not reserved are offered", word & offered, offered);
