@@ -530,10 +530,25 @@ impl Worker<'_> {
     }
 }
 
+/// How long a new worker waits for machines of an earlier one to write nothing any more into what it removes.
+const LEFT_BEHIND: Duration = Duration::from_secs(10);
+
 /// An empty folder: whatever an earlier worker left there is gone.
 fn empty_folder(folder: PathBuf) -> io::Result<PathBuf> {
-    if folder.exists() {
-        fs::remove_dir_all(&folder)?;
+    let until = Instant::now() + LEFT_BEHIND;
+    loop {
+        match fs::remove_dir_all(&folder) {
+            Ok(()) => break,
+            Err(err) if err.kind() == io::ErrorKind::NotFound && !folder.exists() => break,
+            // A machine of the earlier worker, which is about to end, has made something meanwhile.
+            Err(err)
+                if matches!(err.kind(), io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::NotFound)
+                    && Instant::now() < until =>
+            {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            Err(err) => return Err(err),
+        }
     }
     fs::create_dir_all(&folder)?;
     Ok(folder)
@@ -550,4 +565,39 @@ fn desired(wanted: Wanted) -> Option<Desired> {
         (Wanted::VACATE, Reason::Vacated),
     ];
     returns.iter().find(|(wish, _)| wanted.has(*wish)).map(|(_, reason)| Desired::Return(*reason))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicBool;
+
+    use super::*;
+
+    #[test]
+    fn a_folder_into_which_somebody_still_writes_becomes_empty() {
+        let state = tempfile::tempdir().unwrap();
+        let (folder, is_over) = (state.path().join("warm"), AtomicBool::new(false));
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let until = Instant::now() + Duration::from_millis(300);
+                let mut number = 0;
+                while Instant::now() < until {
+                    number += 1;
+                    let _ = fs::create_dir_all(folder.join("0"));
+                    let _ = fs::write(folder.join("0").join(number.to_string()), "state");
+                }
+                is_over.store(true, Ordering::SeqCst);
+            });
+            while !folder.join("0/9").exists() {
+                std::thread::yield_now();
+            }
+            // Again and again, so that one of them meets a write in the middle.
+            while !is_over.load(Ordering::SeqCst) {
+                empty_folder(folder.clone()).unwrap();
+            }
+        });
+        empty_folder(folder.clone()).unwrap();
+        assert_eq!(fs::read_dir(&folder).unwrap().count(), 0);
+        empty_folder(state.path().join("new")).unwrap();
+    }
 }
