@@ -99,7 +99,7 @@ pub mod features {
     pub const QUIESCE: u64 = 1 << 7;
     /// IDENTITY and the event GENERATION, which is sent to guests that have set the bit themselves.
     pub const IDENTITY: u64 = 1 << 8;
-    /// DEVICE, and an MP table with every interrupt that it names: the guest needs no ACPI.
+    /// DEVICE, and for a kernel an MP table with every interrupt that it names: the guest needs no ACPI.
     pub const DEVICE: u64 = 1 << 9;
 }
 
