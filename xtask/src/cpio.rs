@@ -10,6 +10,13 @@ pub(crate) struct Archive {
     entries: u32,
 }
 
+/// Files from this length on begin at a page: Harrier's kernel keeps their pages instead of copying them.
+const ALIGNED_FROM: usize = 64 << 10;
+const PAGE: usize = 4096;
+/// Longest name with its zeros that the kernel reads (PATH_MAX).
+const NAME_MAX: usize = 4096;
+const HEADER_BYTES: usize = 110;
+
 const S_IFREG: u32 = 0o100_000;
 const S_IFDIR: u32 = 0o040_000;
 const S_IFLNK: u32 = 0o120_000;
@@ -44,7 +51,7 @@ impl Archive {
     /// Ends the archive and returns its bytes.
     pub(crate) fn finish(mut self) -> Vec<u8> {
         self.entries = 0;
-        self.header("TRAILER!!!", 0, 1, 0, (0, 0));
+        self.header(b"TRAILER!!!\0", 0, 1, 0, (0, 0));
         self.bytes
     }
 
@@ -52,21 +59,31 @@ impl Archive {
         self.entries += 1;
         // 32 bits hold every file this program reads: the largest is a kernel module or an agent.
         let size = u32::try_from(contents.len()).expect("a file of 4 GiB in an initramfs");
-        self.header(path, mode, links, size, device);
+        let mut name = path.as_bytes().to_vec();
+        name.push(0);
+        if contents.len() >= ALIGNED_FROM {
+            // Readers take a name up to its first zero.
+            let end = self.bytes.len() + HEADER_BYTES + name.len();
+            let filled = name.len() + end.next_multiple_of(PAGE) - end;
+            if filled <= NAME_MAX {
+                name.resize(filled, 0);
+            }
+        }
+        self.header(&name, mode, links, size, device);
         self.bytes.extend_from_slice(contents);
         self.align();
     }
 
-    fn header(&mut self, path: &str, mode: u32, links: u32, size: u32, (major, minor): (u32, u32)) {
-        let name_size = u32::try_from(path.len() + 1).expect("a path of 4 GiB");
+    /// `name` ends with a zero at least.
+    fn header(&mut self, name: &[u8], mode: u32, links: u32, size: u32, (major, minor): (u32, u32)) {
+        let name_size = u32::try_from(name.len()).expect("a path of 4 GiB");
         // inode, mode, uid, gid, nlink, mtime, filesize, devmajor, devminor, rdevmajor, rdevminor, namesize, check
         let fields = [self.entries, mode, 0, 0, links, 0, size, 0, 0, major, minor, name_size, 0];
         self.bytes.extend_from_slice(b"070701");
         for field in fields {
             self.bytes.extend_from_slice(format!("{field:08x}").as_bytes());
         }
-        self.bytes.extend_from_slice(path.as_bytes());
-        self.bytes.push(0);
+        self.bytes.extend_from_slice(name);
         self.align();
     }
 
@@ -95,6 +112,18 @@ mod tests {
         assert_eq!(bytes, sample());
         assert_eq!(bytes.len() % 4, 0);
         assert!(bytes.starts_with(b"070701"));
+    }
+
+    #[test]
+    fn a_large_file_begins_at_a_page() {
+        let mut archive = Archive::new();
+        archive.dir("bin");
+        let contents = [&b"first"[..], &[7; ALIGNED_FROM]].concat();
+        archive.file("bin/large", 0o755, &contents);
+        let bytes = archive.finish();
+        let at = bytes.windows(5).position(|window| window == b"first").unwrap();
+        assert_eq!(at % PAGE, 0);
+        assert!(bytes[at..].starts_with(&contents));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use crate::cpio::Archive;
 use crate::{checks, packages, process};
 
 /// Raise when the layout below changes.
-const RECIPE: u32 = 2;
+const RECIPE: u32 = 3;
 
 /// The agent's limit, so that it stays quick to unpack and small in every guest's memory.
 const AGENT_MAX_BYTES: usize = 3 << 20;
