@@ -76,6 +76,8 @@ pub(crate) fn build_static(root: &Path, package: &str, profile: &str) -> Result<
     // Paths of this machine would end up in panic messages, and make the binary depend on where it was built.
     let flags = [
         "-Ctarget-feature=+crt-static".to_owned(),
+        // At a fixed address: as process 1 it would relocate itself in every boot, and take copies of the pages it touches.
+        "-Crelocation-model=static".to_owned(),
         "-Ctarget-cpu=x86-64".to_owned(),
         format!("--remap-path-prefix={}=harrier", root.display()),
         format!("--remap-path-prefix={cargo_home}=cargo"),

@@ -18,10 +18,13 @@ pub(super) struct Lens<'a> {
     pub(super) cpu: &'a mut Cpu,
     pub(super) spaces: &'a mut Spaces,
     pub(super) root: u64,
+    /// How often the borrower met a page that it had not been given.
+    pub(super) faults: u32,
 }
 
 impl UserMemory for Lens<'_> {
     fn translate(&mut self, va: u64, access: UserAccess) -> Option<UserPage> {
+        self.faults = self.faults.saturating_add(1);
         let cpu = &mut *self.cpu;
         if !cpu.canonical(va) {
             return None;

@@ -20,10 +20,15 @@ use crate::native::thread_time;
 use lens::Lens;
 use spaces::{Spaces, Stale};
 
-/// A loan that took this long, all told, was worth it.
+/// A loan that took this long, without the faults of pages that are new to the borrower, was worth it.
 const LONG: Duration = Duration::from_micros(70);
+/// What such a fault takes: seven to ten microseconds were measured.
+const FAULT: Duration = Duration::from_micros(8);
 /// Short loans in a row after which code is lent only once a slice again.
 const SHORT_IN_A_ROW: u32 = 3;
+/// Slices to sit out at first: the user code of a boot and of short commands, all of it new to the borrower, is over by
+/// then, and a program that runs for long has lost a millisecond or two.
+const FIRST_REST: u32 = 8;
 /// Most slices between two tries.
 const LONGEST_REST: u32 = 64;
 /// Longest loan: the run loop shall look around now and then.
@@ -128,7 +133,7 @@ impl Lending {
             paging: PagingConfig::default(),
             hot: false,
             short_in_a_row: 0,
-            rest: 0,
+            rest: FIRST_REST,
             next_rest: 1,
             refused: false,
             loans: 0,
@@ -142,9 +147,11 @@ impl Lending {
 
     /// Whether to lend now. `slice_over`: the last slice of instructions has ended.
     pub(crate) fn wants(&mut self, cpu: &Cpu, slice_over: bool) -> bool {
-        if std::mem::take(&mut self.refused) || !can_be_lent(cpu) {
-            return false;
-        }
+        !std::mem::take(&mut self.refused) && can_be_lent(cpu) && self.is_due(slice_over)
+    }
+
+    /// Whether code that can be lent should be.
+    fn is_due(&mut self, slice_over: bool) -> bool {
         if self.hot {
             return true;
         }
@@ -164,9 +171,10 @@ impl Lending {
         let limit = left.unwrap_or(LIMIT).min(LIMIT);
         self.loans += 1;
         let begin = thread_time::now();
-        let mut lens = Lens { cpu, spaces: &mut self.spaces, root };
+        let mut lens = Lens { cpu, spaces: &mut self.spaces, root, faults: 0 };
         let exit = self.processor.run(root, &mut self.registers, &mut lens, Some(limit));
-        self.learn(thread_time::now().saturating_sub(begin), &exit);
+        let faults = FAULT * lens.faults;
+        self.learn(thread_time::now().saturating_sub(begin).saturating_sub(faults), &exit);
         if let UserExit::Failed(reason) = exit {
             return Err(reason);
         }
@@ -271,7 +279,7 @@ mod tests {
     use std::sync::Arc;
 
     use harrier_engine::Kicker;
-    use harrier_engine::user_mode::UserMemory;
+    use harrier_engine::user_mode::{UserAccess, UserMemory};
 
     use super::*;
     use crate::testing::{flat_vcpu, memory};
@@ -333,6 +341,7 @@ mod tests {
     #[test]
     fn short_loans_are_tried_ever_more_rarely_and_a_long_one_makes_up_for_it() {
         let mut lending = lending();
+        lending.rest = 0;
         for round in 1..=SHORT_IN_A_ROW {
             lending.learn(Duration::from_micros(10), &UserExit::Software);
             assert_eq!(lending.rest > 0, round == SHORT_IN_A_ROW);
@@ -347,6 +356,51 @@ mod tests {
         assert!(!lending.hot);
         lending.learn(LONG, &UserExit::Interrupted);
         assert!(lending.hot && !lending.refused);
+    }
+
+    #[test]
+    fn the_first_slices_of_user_code_are_not_lent() {
+        let mut lending = lending();
+        for _ in 0..FIRST_REST {
+            assert!(!lending.is_due(false));
+            assert!(!lending.is_due(true));
+        }
+        assert!(!lending.is_due(false));
+        assert!(lending.is_due(true));
+    }
+
+    #[test]
+    fn a_loan_that_was_long_for_its_faults_alone_was_not_worth_it() {
+        struct Newcomer;
+        impl UserProcessor for Newcomer {
+            fn run(
+                &mut self,
+                _space: u64,
+                _registers: &mut UserRegisters,
+                memory: &mut dyn UserMemory,
+                _limit: Option<Duration>,
+            ) -> UserExit {
+                let begin = thread_time::now();
+                for page in 0..1000 {
+                    memory.translate(page * PAGE, UserAccess::Read);
+                }
+                while thread_time::now() - begin < 2 * LONG {}
+                UserExit::Software
+            }
+            fn forget_pages(&mut self, _space: u64, _vas: &[u64]) -> bool {
+                false
+            }
+            fn forget_space(&mut self, _space: u64) {}
+            fn forget_translations(&mut self) {}
+            fn kicker(&self) -> Arc<dyn Kicker> {
+                Arc::new(Nobody)
+            }
+        }
+        let mut vcpu = flat_vcpu(memory(0x10_0000, 1 << 20));
+        let mut lending = Lending::new(Box::new(Newcomer));
+        lending.lend(vcpu.cpu()).unwrap();
+        assert!(!lending.hot);
+        assert_eq!(lending.short_in_a_row, 1);
     }
 
     #[test]

@@ -256,7 +256,7 @@ mod tests {
         }
 
         fn lens<T>(&mut self, ask: impl FnOnce(&mut Lens) -> T) -> T {
-            ask(&mut Lens { cpu: self.vcpu.cpu(), spaces: &mut self.spaces, root: BASE })
+            ask(&mut Lens { cpu: self.vcpu.cpu(), spaces: &mut self.spaces, root: BASE, faults: 0 })
         }
 
         fn translate(&mut self, page: u64, access: UserAccess) -> Option<UserPage> {
