@@ -60,6 +60,33 @@ fn devices_are_found_by_hypercall_and_by_acpi() {
     }
 }
 
+/// The kernel keeps pages of the initramfs where they are and calls them a file's: they are whole, can be changed, and are
+/// free when the file is gone.
+#[test]
+fn a_file_of_the_initramfs_is_a_file_as_any_other() {
+    // What runs is busy, so a copy does it.
+    let script = r#"cp /bin/busybox /tmp/busybox && cmp /tmp/busybox /bin/busybox && exec /tmp/busybox sh -c '
+        b=/tmp/busybox
+        shmem() { $b sed -n "s/^Shmem: *\([0-9]*\) kB/\1/p" /proc/meminfo; }
+        shmem
+        $b truncate -s 5000 /bin/busybox
+        $b truncate -s 9000 /bin/busybox
+        $b head -c 5000 /bin/busybox > /tmp/begin
+        $b head -c 5000 $b | $b cmp - /tmp/begin && echo kept
+        $b tail -c 4000 /bin/busybox | $b tr -d "\000" | $b wc -c
+        printf changed | $b dd of=/bin/busybox bs=1 seek=4092 conv=notrunc 2> /dev/null
+        $b tail -c +4093 /bin/busybox | $b head -c 7; echo
+        $b rm /bin/busybox /tmp/begin
+        shmem'"#;
+    for engine in engines() {
+        let record = run(engine, &[], script);
+        let lines: Vec<_> = record["stdout"].as_str().unwrap().lines().collect();
+        assert_eq!(lines[1..4], ["kept", "0", "changed"], "{engine}: {record}");
+        let shmem = |line: &str| line.parse::<u64>().unwrap();
+        assert!(shmem(lines[0]) > shmem(lines[4]) + 1000, "{engine}: {record}");
+    }
+}
+
 #[test]
 fn the_guest_marks_its_phases_and_prints_by_the_buffer() {
     let folder = tempfile::tempdir().unwrap();

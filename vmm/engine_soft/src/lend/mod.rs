@@ -1,8 +1,8 @@
 //! Lending user code to the host's processor ([`harrier_engine::user_mode`]): when, with what, and until when.
 //!
 //! A loan costs some forty microseconds, in which the software processor executes ten thousand instructions.
-//! So code is lent after it has stayed in user mode for a whole slice, and at once while loans turn out long;
-//! where they turn out short, the next tries come ever later.
+//! Each page that is new to the borrower costs a fault besides. So code is lent after some slices of instructions have ended
+//! in user mode, and at once while loans turn out long; where they turn out short, the next tries come ever later.
 
 mod lens;
 mod spaces;
