@@ -454,7 +454,7 @@ impl MachineBuilder {
             if let Some(id) = &self.generation_id {
                 id.renew().map_err(|source| BuildError::Device { device: "generation id", source })?;
             }
-            mp_table::write(vcpu_count, &self.ram.memory)?;
+            mp_table::write(vcpu_count, self.virtio_count, &self.ram.memory)?;
         }
         if let Some(boot_processor) = self.vcpus.first_mut() {
             let mut state = boot_processor.state()?;

@@ -26,12 +26,16 @@ fn is_level(pin: u8) -> bool {
     gsi == DOORBELL_GSI || VIRTIO_GSIS.contains(&gsi)
 }
 
-/// Writes pointer and table for `vcpu_count` processors, at most 255.
+/// Writes pointer and table for `vcpu_count` processors, at most 255, and as many virtio devices as there are.
 ///
 /// # Errors
 /// The memory's, if it does not reach up to the table.
-pub(crate) fn write(vcpu_count: u32, memory: &GuestMemory) -> Result<(), GuestMemoryError> {
-    let table = table(vcpu_count);
+pub(crate) fn write(
+    vcpu_count: u32,
+    virtio_count: usize,
+    memory: &GuestMemory,
+) -> Result<(), GuestMemoryError> {
+    let table = table(vcpu_count, virtio_count);
     let mut pointer = [0; 16];
     pointer[..4].copy_from_slice(b"_MP_");
     pointer[4..8].copy_from_slice(&(MP_TABLE_START as u32).to_le_bytes());
@@ -43,7 +47,14 @@ pub(crate) fn write(vcpu_count: u32, memory: &GuestMemory) -> Result<(), GuestMe
     memory.write_slice(&pointer, GuestAddress(EBDA_START))
 }
 
-fn table(vcpu_count: u32) -> Vec<u8> {
+/// Whether a kernel is told of the pin: of 2 it is not, the cascade of controllers that are not there, and not of those of virtio
+/// devices that are not there either, for which it would make all that an interrupt has in its file systems.
+fn is_there(pin: u8, virtio_count: usize) -> bool {
+    let place = VIRTIO_GSIS.iter().position(|&gsi| gsi == u32::from(pin));
+    pin != 2 && place.is_none_or(|place| place < virtio_count)
+}
+
+fn table(vcpu_count: u32, virtio_count: usize) -> Vec<u8> {
     let ioapic_id = vcpu_count as u8;
     let mut entries: Vec<Vec<u8>> = (0..vcpu_count as u8)
         .map(|id| {
@@ -56,8 +67,8 @@ fn table(vcpu_count: u32) -> Vec<u8> {
         .collect();
     entries.push([&[1, ISA_BUS][..], b"ISA   "].concat());
     entries.push([&[2, ioapic_id, IOAPIC_VERSION, 1][..], &(IOAPIC_START as u32).to_le_bytes()].concat());
-    // Each interrupt has the pin of its number; 2 is the cascade of controllers that are not there.
-    for irq in (0..IOAPIC_PINS).filter(|&irq| irq != 2) {
+    // Each interrupt has the pin of its number.
+    for irq in (0..IOAPIC_PINS).filter(|&irq| is_there(irq, virtio_count)) {
         let flags = if is_level(irq) { ACTIVE_HIGH | LEVEL } else { AS_THE_BUS };
         entries.push(vec![3, 0, flags, 0, ISA_BUS, irq, ioapic_id, irq]);
     }
@@ -92,7 +103,7 @@ mod tests {
     #[test]
     fn the_pointer_leads_to_a_table_whose_bytes_add_up_to_zero() {
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 2 << 20)]).unwrap();
-        write(255, &memory).unwrap();
+        write(255, VIRTIO_GSIS.len(), &memory).unwrap();
         let mut pointer = [0; 16];
         memory.read_slice(&mut pointer, GuestAddress(EBDA_START)).unwrap();
         assert_eq!(&pointer[..4], b"_MP_");
@@ -105,5 +116,20 @@ mod tests {
         assert_eq!(checksum(&table), 0);
         assert_eq!(u16::from_le_bytes([table[34], table[35]]), 255 + 2 + 23 + 1);
         assert_eq!(table.len(), HEADER_BYTES + 255 * 20 + 26 * 8);
+    }
+
+    #[test]
+    fn the_interrupts_are_those_of_what_is_there() {
+        let pins = |virtio_count| {
+            let table = table(1, virtio_count);
+            let interrupts = table[HEADER_BYTES + 20 + 16..].chunks(8).filter(|entry| entry[0] == 3);
+            interrupts.map(|entry| (entry[7], entry[2])).collect::<Vec<_>>()
+        };
+        let (edge, level) = (AS_THE_BUS, ACTIVE_HIGH | LEVEL);
+        let always = [(0, edge), (1, edge), (3, level), (4, edge), (8, edge), (12, edge)];
+        assert_eq!(pins(0), always);
+        assert_eq!(pins(2), [&always[..], &[(16, level), (17, level)]].concat());
+        assert!(pins(9).contains(&(5, level)) && !pins(9).contains(&(6, level)));
+        assert_eq!(pins(VIRTIO_GSIS.len()).len(), 23);
     }
 }
