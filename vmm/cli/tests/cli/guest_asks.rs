@@ -8,7 +8,7 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use serde_json::Value;
 
-use crate::guest_kernel::engines;
+use crate::guest_kernel::{engines, lends};
 use crate::machines::{Machines, eventually};
 use crate::support::{cache, harrier, output, texts, wait};
 
@@ -134,13 +134,6 @@ fn a_job_takes_a_checkpoint_and_goes_on_in_each_machine_that_is_made_of_it() {
         assert_eq!(numbers.len(), 1 + restores, "{engine}: each has random numbers of its own");
         assert_eq!(enforced(snapshot), engine == "soft" || !lends(engine), "{engine}");
     }
-}
-
-/// Whether the engine ran user code only on the processor.
-fn lends(engine: &str) -> bool {
-    let record: Value =
-        serde_json::from_slice(&output(&["run", "--json", "--engine", engine, "--", "true"]).stdout).unwrap();
-    record["loans"].as_u64().unwrap() > 0
 }
 
 /// What a snapshot says of its machine's CPU model.

@@ -22,9 +22,9 @@ pub(super) struct Lens<'a> {
     pub(super) faults: u32,
 }
 
-impl UserMemory for Lens<'_> {
-    fn translate(&mut self, va: u64, access: UserAccess) -> Option<UserPage> {
-        self.faults = self.faults.saturating_add(1);
+impl Lens<'_> {
+    /// Translates, and notes what was given.
+    fn give(&mut self, va: u64, access: UserAccess) -> Option<UserPage> {
         let cpu = &mut *self.cpu;
         if !cpu.canonical(va) {
             return None;
@@ -72,6 +72,13 @@ impl UserMemory for Lens<'_> {
         self.spaces.note(self.root, va, path, &page);
         Some(page)
     }
+}
+
+impl UserMemory for Lens<'_> {
+    fn translate(&mut self, va: u64, access: UserAccess) -> Option<UserPage> {
+        self.faults = self.faults.saturating_add(1);
+        self.give(va, access)
+    }
 
     fn nearby(&mut self, va: u64, access: UserAccess) -> Vec<(u64, UserPage)> {
         // A neighbour may be read, or executed, but not marked as written.
@@ -89,7 +96,7 @@ impl UserMemory for Lens<'_> {
             if near != page
                 && path.allows_user(entry, access == UserAccess::Fetch)
                 && !self.spaces.has(self.root, near)
-                && let Some(found) = self.translate(near, access)
+                && let Some(found) = self.give(near, access)
             {
                 pages.push((near, found));
             }

@@ -26,8 +26,8 @@ const LONG: Duration = Duration::from_micros(70);
 const FAULT: Duration = Duration::from_micros(8);
 /// Short loans in a row after which code is lent only once a slice again.
 const SHORT_IN_A_ROW: u32 = 3;
-/// Slices to sit out at first: the user code of a boot and of short commands, all of it new to the borrower, is over by
-/// then, and a program that runs for long has lost a millisecond or two.
+/// Slices that end in user mode and are sat out at first: the user code of a boot and of short commands, all of it new to the
+/// borrower, is over by then, and a program that runs for long has lost a millisecond or two.
 const FIRST_REST: u32 = 8;
 /// Most slices between two tries.
 const LONGEST_REST: u32 = 64;

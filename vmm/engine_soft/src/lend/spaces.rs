@@ -285,6 +285,15 @@ mod tests {
     }
 
     #[test]
+    fn a_fault_is_one_however_many_pages_come_with_it() {
+        let (near, faults) = Guest::new().lens(|lens| {
+            lens.translate(VA, UserAccess::Read).unwrap();
+            (lens.nearby(VA, UserAccess::Read).len(), lens.faults)
+        });
+        assert_eq!((near as u64, faults), (PAGES - 1, 1));
+    }
+
+    #[test]
     fn only_pages_whose_entries_changed_are_stale_and_only_after_a_flush() {
         let mut guest = Guest::new();
         assert!((0..PAGES).all(|page| guest.translate(page, UserAccess::Read).is_some()));
