@@ -47,8 +47,8 @@ pub(crate) fn write(
     memory.write_slice(&pointer, GuestAddress(EBDA_START))
 }
 
-/// Whether a kernel is told of the pin: of 2 it is not, the cascade of controllers that are not there, and not of those of virtio
-/// devices that are not there either, for which it would make all that an interrupt has in its file systems.
+/// Whether something is behind the pin. There is no cascade of controllers, 2, and a kernel would give each interrupt of a
+/// virtio device that is not there its files in sysfs and procfs.
 fn is_there(pin: u8, virtio_count: usize) -> bool {
     let place = VIRTIO_GSIS.iter().position(|&gsi| gsi == u32::from(pin));
     pin != 2 && place.is_none_or(|place| place < virtio_count)

@@ -173,8 +173,8 @@ impl Lending {
         let begin = thread_time::now();
         let mut lens = Lens { cpu, spaces: &mut self.spaces, root, faults: 0 };
         let exit = self.processor.run(root, &mut self.registers, &mut lens, Some(limit));
-        let faults = FAULT * lens.faults;
-        self.learn(thread_time::now().saturating_sub(begin).saturating_sub(faults), &exit);
+        let faults = lens.faults;
+        self.learn(thread_time::now().saturating_sub(begin), faults, &exit);
         if let UserExit::Failed(reason) = exit {
             return Err(reason);
         }
@@ -210,9 +210,10 @@ impl Lending {
         root
     }
 
-    fn learn(&mut self, lasted: Duration, exit: &UserExit) {
+    /// What to do the next time, after a loan with so many faults of pages that were new.
+    fn learn(&mut self, lasted: Duration, faults: u32, exit: &UserExit) {
         self.refused = *exit == UserExit::Software;
-        if lasted >= LONG {
+        if lasted.saturating_sub(FAULT * faults) >= LONG {
             (self.hot, self.short_in_a_row, self.next_rest) = (true, 0, 1);
         } else if *exit == UserExit::Software {
             self.short_in_a_row += 1;
@@ -279,7 +280,7 @@ mod tests {
     use std::sync::Arc;
 
     use harrier_engine::Kicker;
-    use harrier_engine::user_mode::{UserAccess, UserMemory};
+    use harrier_engine::user_mode::UserMemory;
 
     use super::*;
     use crate::testing::{flat_vcpu, memory};
@@ -343,18 +344,18 @@ mod tests {
         let mut lending = lending();
         lending.rest = 0;
         for round in 1..=SHORT_IN_A_ROW {
-            lending.learn(Duration::from_micros(10), &UserExit::Software);
+            lending.learn(Duration::from_micros(10), 0, &UserExit::Software);
             assert_eq!(lending.rest > 0, round == SHORT_IN_A_ROW);
         }
         let first = lending.rest;
-        lending.learn(Duration::from_micros(10), &UserExit::Software);
+        lending.learn(Duration::from_micros(10), 0, &UserExit::Software);
         assert_eq!(lending.rest, first * 2);
         for _ in 0..20 {
-            lending.learn(Duration::from_micros(10), &UserExit::Software);
+            lending.learn(Duration::from_micros(10), 0, &UserExit::Software);
         }
         assert_eq!(lending.rest, LONGEST_REST);
         assert!(!lending.hot);
-        lending.learn(LONG, &UserExit::Interrupted);
+        lending.learn(LONG, 0, &UserExit::Interrupted);
         assert!(lending.hot && !lending.refused);
     }
 
@@ -371,36 +372,12 @@ mod tests {
 
     #[test]
     fn a_loan_that_was_long_for_its_faults_alone_was_not_worth_it() {
-        struct Newcomer;
-        impl UserProcessor for Newcomer {
-            fn run(
-                &mut self,
-                _space: u64,
-                _registers: &mut UserRegisters,
-                memory: &mut dyn UserMemory,
-                _limit: Option<Duration>,
-            ) -> UserExit {
-                let begin = thread_time::now();
-                for page in 0..1000 {
-                    memory.translate(page * PAGE, UserAccess::Read);
-                }
-                while thread_time::now() - begin < 2 * LONG {}
-                UserExit::Software
-            }
-            fn forget_pages(&mut self, _space: u64, _vas: &[u64]) -> bool {
-                false
-            }
-            fn forget_space(&mut self, _space: u64) {}
-            fn forget_translations(&mut self) {}
-            fn kicker(&self) -> Arc<dyn Kicker> {
-                Arc::new(Nobody)
-            }
-        }
-        let mut vcpu = flat_vcpu(memory(0x10_0000, 1 << 20));
-        let mut lending = Lending::new(Box::new(Newcomer));
-        lending.lend(vcpu.cpu()).unwrap();
+        let mut lending = lending();
+        lending.learn(2 * LONG, 1000, &UserExit::Software);
         assert!(!lending.hot);
         assert_eq!(lending.short_in_a_row, 1);
+        lending.learn(2 * LONG, 1, &UserExit::Software);
+        assert!(lending.hot);
     }
 
     #[test]
